@@ -1,0 +1,76 @@
+"""The command line of every script: options with bounds, a settings file beneath them, errors in one line.
+
+from cli import Parser, number, parse_options, run_script
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: an int or a float (`kind`) within [low, high]; NaN and infinity are refused."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high):
+            bounds = f" from {low:g}" * (low > -math.inf) + f" up to {high:g}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}{bounds}")
+        return value
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and whose options cannot be abbreviated."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def parse_options(build_parser, argv=None, read_config=None):
+    """Default < `--config file.yml` < command line, each value checked by its option's own type.
+
+    build_parser: a function returning a Parser; read_config: path -> dict, for scripts that have a --config option.
+    Returns (options, given): the resolved Namespace and the set of names the user gave, in the file or in argv.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = build_parser().parse_args(argv)
+    known, tokens = vars(options), []
+    if known.get("config"):
+        settings = read_config(options.config)
+        if unknown := sorted(str(key) for key in settings.keys() - known.keys()):
+            raise ValueError(
+                f"{options.config}: unknown options {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
+            )
+        tokens = [f"--{key}={value}" for key, value in settings.items() if value is not None and key != "config"]
+    explicit = build_parser()
+    explicit.set_defaults(**dict.fromkeys(known, argparse.SUPPRESS))
+    return build_parser().parse_args(tokens + argv), set(vars(explicit.parse_args(tokens + argv)))
+
+
+def run_script(main):
+    """Run a script's main and exit: a user's mistake (ValueError, OSError) is one line on stderr and status 2.
+
+    Ctrl-C is status 130. With DEBUG=1 in the environment the traceback is shown instead.
+    """
+    if os.environ.get("DEBUG"):
+        sys.exit(main())
+    name = Path(sys.argv[0]).name
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, MemoryError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{name}: error: {message}", file=sys.stderr)
+        sys.exit(2)

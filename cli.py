@@ -52,9 +52,10 @@ def parse_options(build_parser, argv=None, read_config=None):
                 f"{options.config}: unknown options {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
             )
         tokens = [f"--{key}={value}" for key, value in settings.items() if value is not None and key != "config"]
-    explicit = build_parser()
-    explicit.set_defaults(**dict.fromkeys(known, argparse.SUPPRESS))
-    return build_parser().parse_args(tokens + argv), set(vars(explicit.parse_args(tokens + argv)))
+    unset = object()  # a value that no default replaces
+    explicit = build_parser().parse_args(tokens + argv, argparse.Namespace(**dict.fromkeys(known, unset)))
+    given = {name for name, value in vars(explicit).items() if value is not unset}
+    return build_parser().parse_args(tokens + argv), given
 
 
 def run_script(main):

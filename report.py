@@ -19,11 +19,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-# Okabe and Ito's palette, which people with any kind of colour vision can tell apart (https://jfly.uni-koeln.de/color)
-ORANGE, SKY, GREEN, YELLOW = (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)
-BLUE, VERMILION, PURPLE = (0, 114, 178), (213, 94, 0), (204, 121, 167)
-CLASS_COLOURS = np.array([ORANGE, SKY, GREEN, YELLOW, PURPLE, VERMILION, BLUE], np.uint8)
-OUTCOMES = {"found": (GREEN, 0.3), "false alarm": (SKY, 0.95), "missed": (VERMILION, 0.95)}  # colour, opacity
+# Okabe and Ito's palette, which people with any kind of colour vision can tell apart (https://jfly.uni-koeln.de/color):
+# vermilion, sky blue, bluish green, yellow, reddish purple, blue, orange
+PALETTE = [(213, 94, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (0, 114, 178), (230, 159, 0)]
+VERMILION, SKY, GREEN, *_, BLUE, _ = PALETTE
+OUTCOMES = {  # of a pixel: colour, opacity, meaning; painted in this order, so that errors stay on top
+    "found": (GREEN, 0.3, "labelled and predicted"),
+    "false alarm": (SKY, 0.95, "predicted only"),
+    "missed": (VERMILION, 0.95, "labelled only"),
+}
 
 
 @contextlib.contextmanager
@@ -49,14 +53,20 @@ def _rgb(image):
     return image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
 
 
+def brighten(image):
+    """HW or HWC uint8, scaled so that its brightest half percent is white: shows what dim fluorescence hides."""
+    image = np.asarray(image)
+    return (image * (255 / max(1, np.percentile(image, 99.5)))).clip(0, 255).round().astype(np.uint8)
+
+
 def mask_picture(masks):
     """(C, H, W) or (H, W) boolean -> HW3 uint8: white for one class, distinct colours for several, the last on top."""
     masks = np.asarray(masks, bool)
     masks = masks[None] if masks.ndim == 2 else masks
-    picture = np.zeros((*masks.shape[1:], 3), np.uint8)
+    pixels = np.zeros((*masks.shape[1:], 3), np.uint8)
     for index, mask in enumerate(masks):
-        picture[mask] = 255 if len(masks) == 1 else CLASS_COLOURS[index % len(CLASS_COLOURS)]
-    return picture
+        pixels[mask] = 255 if len(masks) == 1 else PALETTE[index % len(PALETTE)]
+    return pixels
 
 
 def label_overlay(image, truth, prediction):
@@ -65,54 +75,54 @@ def label_overlay(image, truth, prediction):
     image: HW or HWC uint8; truth, prediction: boolean (H, W) or (C, H, W), compared class by class. A pixel given to
     the wrong class is both missed and a false alarm, and shows as missed. Returns HW3 uint8.
     """
-    truth, prediction = (np.asarray(mask, bool).reshape(-1, *image.shape[:2]) for mask in (truth, prediction))
+    truth, prediction = (np.asarray(mask, bool).reshape(-1, *np.shape(image)[:2]) for mask in (truth, prediction))
     regions = {"found": truth & prediction, "false alarm": ~truth & prediction, "missed": truth & ~prediction}
-    overlay = _rgb(image).astype(np.float32)
-    plain = overlay.copy()
-    for name, (colour, opacity) in OUTCOMES.items():  # errors come last and stay on top
+    plain = _rgb(image).astype(np.float32)
+    overlay = plain.copy()
+    for name, (colour, opacity, _) in OUTCOMES.items():
         region = regions[name].any(axis=0)
         overlay[region] = (1 - opacity) * plain[region] + opacity * np.float32(colour)
     return np.rint(overlay).astype(np.uint8)
 
 
+def _fit(array, size):
+    """A picture of at most `size` pixels a side: small ones grow by a whole factor, crisply."""
+    pixels, longest = _rgb(array), max(np.shape(array)[:2])
+    if longest <= size:
+        return pixels.repeat(size // longest, axis=0).repeat(size // longest, axis=1)
+    height, width = (max(1, round(side * size / longest)) for side in pixels.shape[:2])
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+
+
 def contact_sheet(rows_of_arrays, path, captions=None, size=256):
-    """Rows of uint8 pictures as one PNG, each at most `size` pixels a side; tiny ones grow by whole factors, crisply.
+    """Rows of uint8 pictures as one PNG on white, each at most `size` pixels a side.
 
     captions: a list of strings heads the columns; a list of lists gives every picture its own.
     """
     from matplotlib.figure import Figure
 
-    def scaled(array):
-        height, width = array.shape[:2]
-        if (factor := size // max(height, width)) >= 1:
-            return _rgb(array).repeat(factor, axis=0).repeat(factor, axis=1)
-        shrink = size / max(height, width)
-        target = max(1, round(width * shrink)), max(1, round(height * shrink))
-        return cv2.resize(_rgb(array), target, interpolation=cv2.INTER_AREA)
-
-    rows = [[scaled(array) for array in row] for row in rows_of_arrays]
+    rows = [[_fit(array, size) for array in row] for row in rows_of_arrays]
     captions = [captions] if captions and isinstance(captions[0], str) else captions or []
-    titles = [*captions, *[[]] * (len(rows) - len(captions))]
+    captions = [*captions, *[[]] * len(rows)][: len(rows)]
     cell_h, cell_w = (max(array.shape[axis] for row in rows for array in row) for axis in (0, 1))
-    gap, line, dpi = 8, 20, 100
-    width = gap + max(map(len, rows)) * (cell_w + gap)
-    height = gap + sum(cell_h + gap + line * bool(title) for title in titles)
-    # a hundredth of a pixel more, because the canvas rounds down
-    figure = Figure(figsize=((width + 0.01) / dpi, (height + 0.01) / dpi), dpi=dpi)
-    top = gap
-    for row, title in zip(rows, titles, strict=True):
-        for column, text in enumerate(title):
-            x, room = gap + column * (cell_w + gap), max(4, int(cell_w / 6.4))
-            text = text if len(text) <= room else text[: room - 1] + "…"
-            style = {"fontsize": 8, "va": "center", "ha": "center", "color": "#333", "parse_math": False}
-            figure.text((x + cell_w / 2) / width, 1 - (top + line / 2 - 2) / height, text, **style)
-        top += line * bool(title)
+    gap, line = 8, 20
+    tops = np.cumsum([gap] + [line * bool(words) + cell_h + gap for words in captions])
+    width, height = gap + max(map(len, rows)) * (cell_w + gap), int(tops[-1])
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    figure = Figure(figsize=((width + 0.01) / 100, (height + 0.01) / 100), dpi=100)  # the canvas rounds down
+    for top, row, words in zip(tops, rows, captions, strict=False):
         for column, array in enumerate(row):
+            y = top + line * bool(words) + (cell_h - array.shape[0]) // 2
             x = gap + column * (cell_w + gap) + (cell_w - array.shape[1]) // 2
-            figure.figimage(array, x, height - top - (cell_h + array.shape[0]) // 2, origin="upper")
-        top += cell_h + gap
+            sheet[y : y + array.shape[0], x : x + array.shape[1]] = array
+        for column, caption in enumerate(words):
+            x, room = gap + column * (cell_w + gap) + cell_w / 2, max(4, int(cell_w / 6.4))
+            caption = caption if len(caption) <= room else caption[: room - 1] + "…"
+            style = {"fontsize": 8, "va": "center", "ha": "center", "color": "#333", "parse_math": False}
+            figure.text(x, height - top - line / 2 + 2, caption, transform=None, **style)
+    figure.figimage(sheet, origin="upper")
     with _atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi)
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def plot_curves(rows, path, title=""):
@@ -125,9 +135,12 @@ def plot_curves(rows, path, title=""):
 
     rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
     assert rows, "no epoch to plot"
-    columns = {name: np.array([float(row.get(name) or "nan") for row in rows]) for name in rows[0]}
-    epochs, pairs = columns["epoch"], [name for name in columns if f"val_{name}" in columns]
-    shown = pairs + ["lr"] * ("lr" in columns)
+
+    def column(name):
+        return np.array([math.nan if row.get(name) in (None, "") else float(row[name]) for row in rows])
+
+    epochs, pairs = column("epoch"), [name for name in rows[0] if f"val_{name}" in rows[0]]
+    shown = pairs + ["lr"] * ("lr" in rows[0])
     widths = [1 if name == "lr" else 1.8 for name in shown]
     figure = Figure(figsize=(2.5 * sum(widths), 3.6), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False, width_ratios=widths)[0]
@@ -135,12 +148,12 @@ def plot_curves(rows, path, title=""):
     for axis, name in zip(axes, shown, strict=True):
         dots = {"marker": "o", "markersize": 3} if len(rows) < 15 else {}  # a line of one epoch is invisible
         if name == "lr":
-            axis.plot(epochs, columns["lr"], color="#666", **dots)
-            low, high = np.nanmin(columns["lr"]), np.nanmax(columns["lr"])
-            axis.set_yscale("log" if low > 0 and high / low > 30 else "linear")
+            rates = column(name)
+            axis.plot(epochs, rates, color="#666", **dots)
+            axis.set_yscale("log" if rates.min() > 0 and rates.max() / rates.min() > 30 else "linear")
         else:
-            curve = columns[f"val_{name}"]
-            axis.plot(epochs, columns[name], color=train, label="training", **dots)
+            curve = column(f"val_{name}")
+            axis.plot(epochs, column(name), color=train, label="training", **dots)
             axis.plot(epochs, curve, color=valid, label="validation", **dots)
             if "loss" not in name and np.isfinite(curve).any():
                 best = np.nanargmax(curve)
@@ -151,7 +164,7 @@ def plot_curves(rows, path, title=""):
         axis.set_title({"lr": "learning rate", "iou": "IoU", "acc": "accuracy"}.get(name, name), fontsize=10)
         axis.set_xlabel("epoch", fontsize=9)
         axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.tick_params(labelsize=8)
         axis.grid(color="#ddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -167,12 +180,12 @@ def plot_curves(rows, path, title=""):
 def data_uri(array):
     """HW or HWC uint8 -> a data: address; PNG, or JPEG for colour pictures of more than 200 pixels a side."""
     colour = np.ndim(array) == 3 and np.shape(array)[2] >= 3
-    picture = _rgb(array)[..., ::-1] if colour else _rgb(array)[..., 0]  # OpenCV writes BGR
-    if colour and max(picture.shape) > 200:
+    pixels = _rgb(array)[..., ::-1] if colour else _rgb(array)[..., 0]  # OpenCV writes BGR
+    if colour and max(pixels.shape) > 200:
         chroma = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]  # thin coloured edges stay
-        kind, (done, data) = "jpeg", cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90, *chroma])
+        kind, (done, data) = "jpeg", cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90, *chroma])
     else:
-        kind, (done, data) = "png", cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+        kind, (done, data) = "png", cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 9])
     assert done
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -209,28 +222,27 @@ def summary(pairs):
 
 def table(rows, columns=None, caption=""):
     """rows: a list of dicts; columns: the keys to show, or {key: heading}; a wide table scrolls inside its own box."""
-    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
-    headings = columns if isinstance(columns, dict) else {key: key for key in columns}
-
-    def cell(value):
-        return f"<td{' class=number' * isinstance(value, numbers.Real)}>{text(value)}</td>"
-
-    numeric = {key for key in headings if any(isinstance(row.get(key), numbers.Real) for row in rows)}
-    head = "".join(f"<th scope=col{' class=number' * (key in numeric)}>{text(headings[key])}</th>" for key in headings)
-    body = "".join(f"<tr>{''.join(cell(row.get(key)) for key in headings)}</tr>" for row in rows)
-    title = f"<caption>{text(caption)}</caption>" if caption else ""
-    label = text(caption or "table")
+    columns = columns or dict.fromkeys(key for row in rows for key in row)
+    headings = {key: columns[key] or key for key in columns} if isinstance(columns, dict) else {k: k for k in columns}
+    number = {key: " class=number" * any(isinstance(row.get(key), numbers.Real) for row in rows) for key in headings}
+    head = "".join(f"<th scope=col{number[key]}>{text(heading)}</th>" for key, heading in headings.items())
+    lines = ("".join(f"<td{number[key]}>{text(row.get(key))}</td>" for key in headings) for row in rows)
+    title, body = f"<caption>{text(caption)}</caption>" * bool(caption), "".join(f"<tr>{line}</tr>" for line in lines)
     return (
-        f'<div class=scroll tabindex=0 role=region aria-label="{label}">'
+        f'<div class=scroll tabindex=0 role=region aria-label="{text(caption or "table")}">'
         f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def legend():
-    """What the colours of label_overlay mean."""
-    words = {"found": "labelled and predicted", "missed": "labelled only", "false alarm": "predicted only"}
-    swatch = '<li><i style="background:rgb{}"></i><b>{}</b> {}</li>'
-    return f"<ul class=legend>{''.join(swatch.format(OUTCOMES[key][0], key, words[key]) for key in words)}</ul>"
+def legend(classes=()):
+    """What the colours of label_overlay mean; with several names in `classes`, what those of mask_picture mean."""
+    keys = [(colour, name, meaning) for name, (colour, _, meaning) in OUTCOMES.items()]
+    if len(classes) > 1:
+        keys = [(PALETTE[index % len(PALETTE)], text(name), "") for index, name in enumerate(classes)]
+    items = (
+        f'<li><i style="background:rgb{colour}"></i><b>{name}</b> {meaning}</li>' for colour, name, meaning in keys
+    )
+    return f"<ul class=legend>{''.join(items)}</ul>"
 
 
 def gallery(items, sort_keys, note=""):
@@ -273,17 +285,13 @@ def _card(item):
 
 def write_page(path, title, sections, subtitle=""):
     """One self-contained HTML file. sections: (heading, html) pairs, the html made by the functions above."""
-    anchors = [f"section-{index}" for index in range(1, len(sections) + 1)]
-    links = "".join(f'<a href="#{a}">{text(heading)}</a>' for a, (heading, _) in zip(anchors, sections, strict=True))
-    body = "".join(
-        f"<section id={anchor}><h2>{text(heading)}</h2>{content}</section>"
-        for anchor, (heading, content) in zip(anchors, sections, strict=True)
-    )
+    parts = [(f"section-{index}", text(heading), content) for index, (heading, content) in enumerate(sections, 1)]
+    links = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in parts)
     page = PAGE.format(
         title=text(title),
-        subtitle=f"<p class=subtitle>{text(subtitle)}</p>" if subtitle else "",
-        nav=f"<nav aria-label=Sections>{links}</nav>" if len(sections) > 2 else "",
-        body=body,
+        subtitle=f"<p class=subtitle>{text(subtitle)}</p>" * bool(subtitle),
+        nav=f"<nav aria-label=Sections>{links}</nav>" * (len(parts) > 2),
+        body="".join(f"<section id={a}><h2>{heading}</h2>{content}</section>" for a, heading, content in parts),
         style=STYLE,
         script=SCRIPT,
     )
@@ -293,23 +301,12 @@ def write_page(path, title, sections, subtitle=""):
 
 # The policy makes the promise of no requests one that the browser keeps; the empty icon saves it from asking for one.
 PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1>{subtitle}{nav}</header>
-<main>{body}</main>
-<script>{script}</script>
-</body>
-</html>
+<link rel="icon" href="data:,"><style>{style}</style></head>
+<body><header><h1>{title}</h1>{subtitle}{nav}</header><main>{body}</main><script>{script}</script></body></html>
 """
 
 STYLE = """
@@ -326,7 +323,8 @@ p { max-width: 70ch; margin: .5rem 0 1rem; }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin-top: 1rem; font-size: .9rem; }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 img { max-width: 100%; height: auto; } dl, dd { margin: 0; }
-figure { margin: 1rem 0; overflow-x: auto; } figcaption { margin-top: .4rem; font-size: .875rem; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figcaption { margin-top: .4rem; font-size: .875rem; position: sticky; left: 0; }
 figure img { display: block; border-radius: 8px; border: 1px solid var(--line); }
 button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -335,7 +333,7 @@ dd, .number { font-variant-numeric: tabular-nums; }
 .summary div, .scroll, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .summary { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .summary div { padding: .9rem 1.1rem; } .summary dt { font-size: .85rem; }
-.summary dd { font-size: 1.9rem; line-height: 1.25; font-weight: 650; overflow-wrap: anywhere; }
+.summary dd { font-size: clamp(1.35rem, 6vw, 1.9rem); line-height: 1.25; font-weight: 650; overflow-wrap: anywhere; }
 .summary .note { font-size: .8rem; font-weight: 400; }
 .scroll { overflow-x: auto; margin: 1rem 0; width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; font-size: .9rem; }
@@ -355,7 +353,8 @@ th { font-weight: 600; } .number { text-align: right; } tr:last-child td { borde
 .cards { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, calc(var(--panels) * 8rem + 4rem)), 1fr)); }
 .card { padding: .9rem 1rem; min-width: 0; break-inside: avoid; }
-h3 { display: flex; justify-content: space-between; gap: .75rem; align-items: start; margin: 0 0 .6rem; font-size: .875rem; }
+h3 { display: flex; justify-content: space-between; gap: .75rem; align-items: start; margin: 0 0 .6rem;
+  font-size: .875rem; }
 h3 small { padding: 0 .55rem; font-weight: 400; font-size: .75rem; white-space: nowrap; }
 .panels { display: grid; grid-template-columns: repeat(var(--panels), 1fr); gap: .5rem; }
 .panel { min-width: 0; cursor: zoom-in; font-size: .75rem; } .pixel { image-rendering: pixelated; }

@@ -1,0 +1,258 @@
+"""Pictures by hand on a few pixels; pages checked as a browser reads them: balanced, escaped, asking for nothing."""
+
+import base64
+import csv
+import html.parser
+import json
+import re
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+import report
+
+HOSTILE = "<script>alert(1)</script>\"'&{x} ä"
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects every element with its attributes and holds each end tag to the start tag it closes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.words = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "script" not in self.open and "style" not in self.open:
+            self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def pixels(uri):
+    """The RGB pixels of a data: address, read by OpenCV."""
+    data = base64.b64decode(uri.partition("base64,")[2], validate=True)
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+
+def read_png(path):
+    return cv2.imread(str(path), cv2.IMREAD_COLOR)[..., ::-1]
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def page(tmp_path, picture):
+    """A page with one of everything, in which every text tries to break out of its place."""
+    items = [
+        {"title": HOSTILE, "panels": [(HOSTILE, picture), ("b", picture)], "values": {HOSTILE: 0.5}, "group": HOSTILE},
+        {"title": "second", "panels": [("a", picture[..., 0])], "values": {HOSTILE: np.nan, "n": np.int64(3)}},
+    ]
+    parts = [
+        report.summary([(HOSTILE, HOSTILE, HOSTILE)]),
+        report.table([{HOSTILE: HOSTILE}], caption=HOSTILE),
+        report.legend() + report.legend([HOSTILE, "b"]) + report.paragraph(HOSTILE),
+        report.picture(report.data_uri(picture), HOSTILE),
+        report.gallery(items, [HOSTILE, "n"], note=HOSTILE) + report.gallery([], []),
+    ]
+    path = tmp_path / "page.html"
+    report.write_page(path, HOSTILE, [(HOSTILE, part) for part in parts], subtitle=HOSTILE)
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    return Page(path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- pages
+
+
+def test_hostile_text_stays_text(page):
+    assert len(page.all("script")) == 1
+    assert page.words.count(HOSTILE) >= 12
+    assert all(not name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert page.all("img")[0]["alt"] == HOSTILE
+
+
+def test_page_asks_the_network_for_nothing(page):
+    for _, attributes in page.elements:
+        for name in ("src", "href", "action", "srcset", "data"):
+            assert re.match(r"data:|#", attributes.get(name) or "#")
+    for code in (report.PAGE, report.STYLE, report.SCRIPT):
+        assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(|XMLHttp", code)
+    policies = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1 and policies[0].startswith("default-src 'none'; img-src data:;")
+
+
+def test_page_suits_phones_and_screen_readers(page):
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(button["type"] == "button" for button in page.all("button"))
+    targets = {attributes.get("id") for _, attributes in page.elements}
+    assert len(page.all("a")) == 5 and all(link["href"][1:] in targets for link in page.all("a"))
+
+
+def test_gallery_carries_its_values_and_groups(page):
+    first, second = (card for card in page.all("article"))
+    assert json.loads(first["data-values"]) == {HOSTILE: 0.5}
+    assert json.loads(second["data-values"]) == {HOSTILE: None, "n": 3}  # NaN is no JSON
+    assert (first["data-group"], second["data-group"]) == (HOSTILE, "")
+    assert [button["data-sort"] for button in page.all("button") if "data-sort" in button] == [HOSTILE, "n"]
+    assert [button["data-group"] for button in page.all("button") if "data-group" in button] == ["", HOSTILE]
+
+
+def test_page_that_fails_leaves_the_old_one(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    with pytest.raises(ValueError):
+        report.write_page(path, "title", [("a heading without its html",)])
+    with pytest.raises(RuntimeError), report._atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_page_takes_undecodable_file_names(tmp_path):
+    report.write_page(tmp_path / "page.html", "a\udcffb", [])
+    assert "<h1>a?b</h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.84126, "0.8413"),
+        (np.float32(0.5), "0.5000"),
+        (0.0, "0.0000"),
+        (1e-5, "1e-05"),
+        (12345.67, "12345.7"),
+        (134, "134"),
+        (np.int64(7), "7"),
+        (None, "–"),
+        (float("nan"), "nan"),
+        ("a<b", "a&lt;b"),
+    ],
+)
+def test_text(value, shown):
+    assert report.text(value) == shown
+
+
+def test_table_columns_and_alignment():
+    rows = [{"id": "a", "iou": 0.5}, {"id": "b", "iou": None, "n": 2}]
+    page = Page(report.table(rows))
+    assert page.words == ["id", "iou", "n", "a", "0.5000", "–", "b", "–", "2"]
+    assert [cell.get("class") for cell in page.all("td")] == [None, "number", "number"] * 2
+    assert Page(report.table(rows, {"iou": "IoU (pooled)"})).words == ["IoU (pooled)", "0.5000", "–"]
+    assert Page(report.table(rows, ["n", "id"])).words == ["n", "id", "–", "a", "2", "b"]
+    assert Page(report.table([])).all("td") == []
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_data_uri_keeps_the_pixels(picture, tmp_path):
+    uri = report.data_uri(picture)
+    assert uri.startswith("data:image/png;base64,")
+    assert np.array_equal(pixels(uri), picture)
+    for grey in (picture[..., 0], picture[..., :1]):
+        assert np.array_equal(pixels(report.data_uri(grey)), picture[..., :1].repeat(3, axis=2))
+    large = np.full((300, 20, 3), (200, 40, 90), np.uint8)
+    assert report.data_uri(large).startswith("data:image/jpeg;base64,")
+    assert np.abs(pixels(report.data_uri(large)).astype(int) - large).max() <= 3
+    cv2.imwrite(str(tmp_path / "a.png"), picture[..., ::-1])
+    assert np.array_equal(pixels(report.file_uri(tmp_path / "a.png")), picture)
+
+
+def test_label_overlay_by_hand():
+    """One pixel of each outcome on grey 100: 0.7 * 100 + 0.3 * green, and 0.05 * 100 + 0.95 * the error's colour."""
+    truth = np.array([[True, True], [False, False]])
+    prediction = np.array([[True, False], [True, False]])
+    expected = [[[70, 117, 104], [207, 94, 5]], [[87, 176, 226], [100, 100, 100]]]
+    for image in (np.full((2, 2), 100, np.uint8), np.full((2, 2, 3), 100, np.uint8)):
+        assert report.label_overlay(image, truth, prediction).tolist() == expected
+        assert report.label_overlay(image, truth[None], prediction[None]).tolist() == expected
+        assert (image == 100).all()
+
+
+def test_label_overlay_compares_class_by_class():
+    truth = np.array([[[True, True]], [[False, False]]])  # both pixels are of class 0
+    prediction = np.array([[[False, True]], [[True, False]]])  # the first was called class 1
+    overlay = report.label_overlay(np.zeros((1, 2), np.uint8), truth, prediction)
+    assert overlay.tolist() == [[[202, 89, 0], [0, 47, 34]]]  # missed, found
+
+
+def test_mask_picture():
+    one = np.array([[True, False]])
+    assert report.mask_picture(one).tolist() == report.mask_picture(one[None]).tolist() == [[[255] * 3, [0] * 3]]
+    several = report.mask_picture(np.eye(9, dtype=bool)[:, None])  # pixel c is of class c; the ninth colour is reused
+    assert several.shape == (1, 9, 3) and len({tuple(colour) for colour in several[0].tolist()}) == 7
+
+
+def test_brighten():
+    dim = np.repeat(np.array([0, 10, 20], np.uint8), 100).reshape(10, 30)
+    assert np.unique(report.brighten(dim)).tolist() == [0, 128, 255]
+    bright = np.array([[0, 255]] * 2, np.uint8)
+    assert np.array_equal(report.brighten(bright), bright)
+    assert not report.brighten(np.zeros((2, 2), np.uint8)).any()
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_contact_sheet_is_crisp(tmp_path, picture):
+    path = tmp_path / "sheet.png"
+    report.contact_sheet([[picture, picture[::-1]], [picture]], path, size=40)
+    sheet, crisp = read_png(path), picture.repeat(3, axis=0).repeat(3, axis=1)  # 12 x 9 grows to 36 x 27
+    assert sheet.shape == (8 + 2 * (36 + 8), 8 + 2 * (27 + 8), 3)
+    assert np.array_equal(sheet[8:44, 8:35], crisp)
+    assert np.array_equal(sheet[8:44, 43:70], crisp[::-1])
+    assert np.array_equal(sheet[52:88, 8:35], crisp)
+    assert (sheet[52:88, 43:70] == 255).all()
+
+
+def test_contact_sheet_captions(tmp_path, picture):
+    path = tmp_path / "sheet.png"
+    for captions, extra in [(["one", "$two"], 20), ([["a", "b"], ["c" * 99]], 40)]:
+        report.contact_sheet([[picture, picture], [np.zeros((90, 60), np.uint8)]], path, captions, size=60)
+        sheet = read_png(path)
+        assert sheet.shape == (8 + 2 * (60 + 8) + extra, 8 + 2 * (45 + 8), 3)
+        assert (sheet[8:26] < 128).any()  # there is writing above the first row
+
+
+@pytest.mark.parametrize("epochs", [1, 40])
+def test_plot_curves(tmp_path, epochs):
+    names = ("epoch", "lr", "loss", "iou", "val_loss", "val_iou", "seconds")
+    rows = [dict(zip(names, (e, 10.0**-e, 1 / e, 0.5, 2 / e, e / 99, 0.1), strict=True)) for e in range(1, epochs + 1)]
+    path = tmp_path / "curves.png"
+    report.plot_curves(rows, path, "a_run_$with_dollars")
+    first = read_png(path)
+    assert first.std() > 5
+    report.plot_curves(pd.DataFrame(rows), path, "a_run_$with_dollars")
+    assert np.array_equal(read_png(path), first)  # the same from a DataFrame
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_plot_curves_marks_the_best_epoch_of_a_log_with_gaps(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    (tmp_path / "log.csv").write_text("epoch,acc,val_acc,note\n1,0.5,0.6,x\n2,0.6,0.9,y\n3,0.7,0.9,\n4,0.8,,z\n")
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    with open(tmp_path / "log.csv", newline="") as file:
+        report.plot_curves(list(csv.DictReader(file)), tmp_path / "curves.png")
+    (axis,) = drawn[0].axes
+    assert axis.get_title() == "accuracy"
+    assert axis.get_legend().get_texts()[-1].get_text() == "best 0.9000, epoch 2"

@@ -1,0 +1,151 @@
+"""The two networks, UNet and NestedUNet (U-Net++), and what a model returns.
+
+    model = NestedUNet(num_classes=1, input_channels=3, deep_supervision=True)
+    heads = as_heads(model(images))  # logits of [X^{0,1}, X^{0,2}, X^{0,3}, X^{0,4}], each (N, num_classes, H, W)
+
+Layers carry the paper's names, X^{i,j} = `conv{i}_{j}`: i counts the downsamplings, j the steps along a skip pathway.
+U-Net: Ronneberger, Fischer, Brox, MICCAI 2015, https://arxiv.org/abs/1505.04597
+U-Net++: Zhou et al., DLMIA 2018, https://arxiv.org/abs/1807.10165, and IEEE TMI 2020, https://arxiv.org/abs/1912.05074
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+DEPTH = 4  # downsamplings, as in both papers
+DEEPEST = f"L{DEPTH}"  # the name of the head of X^{0,4}
+
+
+class VGGBlock(nn.Module):
+    """Twice (3x3 convolution, batch norm, ReLU): (N, in_channels, H, W) -> (N, out_channels, H, W)."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)), inplace=True)
+
+
+class SkipNetwork(nn.Module):
+    """What both networks share: nodes X^{i,j} joined by pooling, bilinear upsampling and skips.
+
+    X^{i,0} sees the pooled X^{i-1,0}; any other X^{i,j} sees X^{i,k} for k in `skips(j)` and the upsampled X^{i+1,j-1}.
+    A subclass says which nodes and skips there are.
+    """
+
+    nodes = ()  # (i, j) pairs, each after the nodes that feed it
+
+    def __init__(self, num_classes=1, input_channels=3, width=32):
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("input_channels", input_channels), ("width", width)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        filters = [width * 2**i for i in range(DEPTH + 1)]
+        for i, j in self.nodes:
+            if j:
+                in_channels = filters[i] * len(self.skips(j)) + filters[i + 1]
+            else:
+                in_channels = filters[i - 1] if i else input_channels
+            self.add_module(f"conv{i}_{j}", VGGBlock(in_channels, filters[i]))
+        self.pool = nn.MaxPool2d(2, 2)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+
+    @staticmethod
+    def skips(j):
+        raise NotImplementedError
+
+    def forward_nodes(self, images):
+        """(N, input_channels, H, W), H and W multiples of 16 -> {(i, j): X^{i,j}, (N, width 2^i, H / 2^i, W / 2^i)}."""
+        x = {}
+        for i, j in self.nodes:
+            if j:
+                inputs = torch.cat([x[i, k] for k in self.skips(j)] + [self.up(x[i + 1, j - 1])], dim=1)
+            else:
+                inputs = self.pool(x[i - 1, 0]) if i else images
+            x[i, j] = getattr(self, f"conv{i}_{j}")(inputs)
+        return x
+
+    def pad(self, images):
+        """Pad right and bottom by replication to multiples of 16; in training to at least 32.
+
+        32 pixels leave 2 x 2 at the bottom, so that batch norm sees more than one value a channel even in a batch of 1.
+        """
+        multiple, least = 2**DEPTH, 2 ** (DEPTH + 1) if self.training else 1
+        height, width = (-max(side, least) // multiple * -multiple for side in images.shape[-2:])
+        return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]), mode="replicate")
+
+
+class UNet(SkipNetwork):
+    """U-Net built of the same blocks as NestedUNet, so that the two compare. 7,852,545 parameters by default.
+
+    images (N, input_channels, H, W) float, any H and W -> logits (N, num_classes, H, W).
+    """
+
+    nodes = tuple((i, 0) for i in range(DEPTH + 1)) + tuple((i, DEPTH - i) for i in reversed(range(DEPTH)))
+
+    def __init__(self, num_classes=1, input_channels=3, deep_supervision=False, width=32):
+        if deep_supervision:
+            raise ValueError("UNet has one head; deep supervision needs NestedUNet")
+        super().__init__(num_classes, input_channels, width)
+        self.final = nn.Conv2d(width, num_classes, 1)
+
+    @staticmethod
+    def skips(j):
+        return (0,)
+
+    def forward(self, images):
+        height, width = images.shape[-2:]
+        return self.final(self.forward_nodes(self.pad(images))[0, DEPTH])[..., :height, :width]
+
+
+class NestedUNet(SkipNetwork):
+    """U-Net++: every X^{i,j}, j > 0, sees all earlier nodes of its row. 9,163,329 parameters by default.
+
+    images (N, input_channels, H, W) float, any H and W -> logits (N, num_classes, H, W) of X^{0,4}; with
+    deep_supervision a list of the logits of X^{0,1} ... X^{0,4}, each from a 1x1 convolution of its own (`final1` ...).
+    """
+
+    nodes = tuple((d - j, j) for d in range(DEPTH + 1) for j in range(d + 1))  # diagonal by diagonal: L0, L1 ... L4
+
+    def __init__(self, num_classes=1, input_channels=3, deep_supervision=False, width=32):
+        super().__init__(num_classes, input_channels, width)
+        self.deep_supervision = deep_supervision
+        for name in [f"final{j}" for j in range(1, DEPTH + 1)] if deep_supervision else ["final"]:
+            self.add_module(name, nn.Conv2d(width, num_classes, 1))
+
+    @staticmethod
+    def skips(j):
+        return range(j)
+
+    def forward(self, images):
+        height, width = images.shape[-2:]
+        x = self.forward_nodes(self.pad(images))
+        if not self.deep_supervision:
+            return self.final(x[0, DEPTH])[..., :height, :width]
+        return [getattr(self, f"final{j}")(x[0, j])[..., :height, :width] for j in range(1, DEPTH + 1)]
+
+
+ARCHS = {"UNet": UNet, "NestedUNet": NestedUNet}
+
+
+def build_model(config):
+    """The network that a run's config describes (arch, num_classes, input_channels, deep_supervision, width)."""
+    if config["arch"] not in ARCHS:
+        raise ValueError(f"arch {config['arch']!r} is unknown; expected one of {', '.join(ARCHS)}")
+    keys = ("num_classes", "input_channels", "deep_supervision", "width")
+    return ARCHS[config["arch"]](**{key: config[key] for key in keys})
+
+
+def as_heads(output):
+    """What a model returned, as a list of logits, the deepest head last; one head is a list of one."""
+    return list(output) if isinstance(output, (list, tuple)) else [output]
+
+
+def head_names(count):
+    """Names for as_heads' list: L1 ... L4 for a deeply supervised model, L4 for the single head."""
+    return [f"L{DEPTH - count + 1 + k}" for k in range(count)]

@@ -1,0 +1,333 @@
+"""Everything between a file and a tensor: ids, split, checks, augmentation, standardisation, loaders.
+
+inputs/<dataset>/images/<id><img_ext>  and  inputs/<dataset>/masks/<class>/<id><mask_ext>   (0, 1 ... one a class)
+
+dataset = Dataset(ids, "inputs/demo_96/images", "inputs/demo_96/masks", ".png", ".png", num_classes=1)
+image, mask, info = dataset[0]   # (3, H, W) float32, (1, H, W) float32 of 0 and 1, {"img_id": ...}
+"""
+
+import hashlib
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest is counted
+
+
+# ---------------------------------------------------------------- ids and split
+
+
+def list_ids(img_dir, img_ext):
+    """The ids of a folder of images, sorted, because the order of a directory differs between machines."""
+    if not Path(img_dir).is_dir():
+        raise FileNotFoundError(f"{img_dir}: no such folder; expected the images of a prepared data set there")
+    ids = sorted(path.name.removesuffix(img_ext) for path in Path(img_dir).glob(f"*{img_ext}") if path.is_file())
+    if not ids:
+        raise ValueError(f"{img_dir} holds no *{img_ext} file; check --dataset and --img_ext")
+    return ids
+
+
+def split_ids(ids, split_seed=41):
+    """{"train": 80 %, "val": 20 %} of the ids, as scikit-learn's train_test_split of the sorted ids draws them."""
+    from sklearn.model_selection import train_test_split
+
+    if len(ids) < 2:
+        raise ValueError(f"a split needs at least 2 images, found {len(ids)}")
+    train, val = train_test_split(sorted(ids), test_size=0.2, random_state=split_seed)
+    return {"train": train, "val": val}
+
+
+def check_split(content, source):
+    """The mapping in a split.yml -> {"train": [...], "val": [...]} and "test" where it has one; else ValueError.
+
+    Every list holds ids as text and no id stands twice.
+    """
+    split = {part: content[part] for part in ("train", "val", "test") if content.get(part)}
+    if "train" not in split or "val" not in split:
+        raise ValueError(f"{source}: expected the lists `train:` and `val:` (and, if wanted, `test:`) of image ids")
+    seen = {}
+    for part, ids in split.items():
+        if not isinstance(ids, list) or not all(isinstance(img_id, str) for img_id in ids):
+            raise ValueError(f"{source}: `{part}` must be a list of texts; put ids that look like numbers in quotes")
+        for img_id in ids:
+            if img_id in seen:
+                raise ValueError(f"{source}: {img_id} stands in {seen[img_id]} and again in {part}")
+            seen[img_id] = part
+    return split
+
+
+# ---------------------------------------------------------------- files to arrays
+
+
+def _decode(data):
+    """(H, W) or (H, W, 3 or 4) as OpenCV keeps it (blue first), uint8 or uint16; None when it is no such picture."""
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # empty, or larger than OpenCV's own limit of 2^30 pixels
+        return None
+    return array if array is not None and array.dtype in (np.uint8, np.uint16) else None
+
+
+def decode_image(data, channels):
+    """The bytes of a PNG, JPEG, TIFF or BMP -> (H, W, channels) uint8, RGB(A) or grey; None when unreadable.
+
+    Grey becomes RGB and back as `channels` asks; 16-bit values are scaled by the smallest of 10, 12, 14 or 16 bits that
+    holds the brightest pixel, because cameras store their 12 bits in 16.
+    """
+    image = _decode(data)
+    if image is None:
+        return None
+    if image.dtype == np.uint16:
+        full_scale = next(2**bits - 1 for bits in (10, 12, 14, 16) if image.max() < 2**bits)
+        image = np.round(image * (255 / full_scale)).astype(np.uint8)
+    found = 1 if image.ndim == 2 else image.shape[2]
+    conversions = {
+        (1, 3): cv2.COLOR_GRAY2RGB,
+        (1, 4): cv2.COLOR_GRAY2RGBA,
+        (3, 1): cv2.COLOR_BGR2GRAY,
+        (3, 3): cv2.COLOR_BGR2RGB,
+        (3, 4): cv2.COLOR_BGR2RGBA,
+        (4, 1): cv2.COLOR_BGRA2GRAY,
+        (4, 3): cv2.COLOR_BGRA2RGB,
+        (4, 4): cv2.COLOR_BGRA2RGBA,
+    }
+    if (found, channels) in conversions:
+        image = cv2.cvtColor(image, conversions[found, channels])
+    return image.reshape(*image.shape[:2], channels)
+
+
+def decode_mask(data):
+    """The bytes of a mask file -> (H, W) bool; None when unreadable; ValueError unless its values are 0/1 or 0/255."""
+    mask = _decode(data)
+    if mask is None:
+        return None
+    if mask.ndim == 3:
+        mask = mask[..., :3].max(axis=2)  # a grey mask saved in colour; alpha says nothing
+    highest = int(mask.max())
+    if highest not in (0, 1, 255) or not np.isin(mask, (0, highest)).all():
+        raise ValueError("mask values other than 0 and 255, or 0 and 1")
+    return mask > 0
+
+
+def resize(image, mask, size):
+    """Squeeze an (H, W, C) uint8 image and an (H, W, K) bool mask to `size` = (height, width).
+
+    Area averages when shrinking, bilinear when enlarging; a mask pixel is foreground when half of it is covered.
+    """
+    if image.shape[:2] == tuple(size):
+        return image, mask
+    height, width = size
+    shrinking = height < image.shape[0] or width < image.shape[1]
+    how = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+    image = cv2.resize(image, (width, height), interpolation=how).reshape(height, width, image.shape[2])
+    planes = [
+        cv2.resize(mask[..., k].astype(np.float32), (width, height), interpolation=how) for k in range(mask.shape[2])
+    ]
+    return image, np.stack(planes, axis=2) >= 0.5
+
+
+def standardise(images, mean, std):
+    """uint8 (..., C, H, W) in [0, 255] -> float32, divided by 255, minus mean, over std (sequences of C floats).
+
+    The one place where a pixel becomes a number that a network sees: training, validation, prediction and export.
+    """
+    mean = torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    std = torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+# ---------------------------------------------------------------- augmentation and data set
+
+
+def train_transform(input_h, input_w, input_channels):
+    """albumentations: the eight flips and rotations by 90 degrees, mild brightness, contrast and (RGB only) hue."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for its newest version at import
+    import albumentations as A  # noqa: N812, and late: validation does without its three seconds
+
+    flips = [A.D4(p=1)] if input_h == input_w else [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
+    colour = [A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)]
+    if input_channels == 3:  # the hue transform raises on any other number of channels
+        colour.append(A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=15, val_shift_limit=10, p=0.5))
+    return A.Compose(flips + colour)
+
+
+def _memory():
+    """Bytes of memory of this machine, as far as Python's standard library knows it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8 * 2**30
+
+
+def _named(problem, ids):
+    more = f" and {len(ids) - NAMED_AT_MOST} more" if len(ids) > NAMED_AT_MOST else ""
+    return f"{problem}, {len(ids)} of the ids: {', '.join(ids[:NAMED_AT_MOST])}{more}"
+
+
+class Dataset(torch.utils.data.Dataset):
+    """Images and masks of a prepared data set.
+
+    Args:
+        img_ids: ids, in the order of the items.
+        img_dir, mask_dir: folders; images are `img_dir/<id><img_ext>`, masks `mask_dir/<class>/<id><mask_ext>`.
+        num_classes: folders 0 ... num_classes - 1 of mask_dir.
+        transform: an albumentations Compose or None. It draws from a stream of its own for each (seed, epoch, item),
+            so that neither workers nor processes nor a resumed run change it; see set_epoch.
+        input_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        size: (height, width) that everything is resized to, or None.
+        mean, std: for standardise, a float a channel; by default the image is only divided by 255.
+
+    An item is image (C, H, W) float32, mask (num_classes, H, W) float32 of 0 and 1, {"img_id": id}.
+    """
+
+    def __init__(
+        self,
+        img_ids,
+        img_dir,
+        mask_dir,
+        img_ext,
+        mask_ext,
+        num_classes,
+        transform=None,
+        *,
+        input_channels=3,
+        size=None,
+        mean=None,
+        std=None,
+        seed=0,
+    ):
+        if input_channels not in (1, 3, 4):
+            raise ValueError(f"input_channels {input_channels}: expected 1 (grey), 3 (RGB) or 4 (RGBA)")
+        self.img_ids = list(img_ids)
+        self.img_dir, self.mask_dir = Path(img_dir), Path(mask_dir)
+        self.img_ext, self.mask_ext, self.num_classes = img_ext, mask_ext, num_classes
+        self.transform, self.input_channels, self.size, self.seed = transform, input_channels, size, seed
+        self.mean = mean or [0.0] * input_channels
+        self.std = std or [1.0] * input_channels
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        self._cache = None
+
+    def __len__(self):
+        return len(self.img_ids)
+
+    def set_epoch(self, epoch):
+        """Every epoch gets its own augmentations."""
+        self.epoch.fill_(epoch)
+
+    def __getitem__(self, index):
+        image, mask = self._cache[index] if self._cache else self._read(self.img_ids[index])[:2]
+        if self.transform is not None:
+            stream = np.random.default_rng((self.seed, int(self.epoch), index))
+            self.transform.set_random_state(stream, random.Random(int(stream.integers(2**62))))
+            augmented = self.transform(image=image, mask=mask)
+            image, mask = augmented["image"], augmented["mask"]
+        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        mask = torch.from_numpy(np.ascontiguousarray(mask.transpose(2, 0, 1)))
+        return standardise(image, self.mean, self.std), mask.float(), {"img_id": self.img_ids[index]}
+
+    def check(self, cache="auto"):
+        """Read every file once, before the first step: raises ValueError naming all that is wrong with any of them.
+
+        cache: True keeps the decoded arrays in memory, False does not, "auto" does when they take less than a quarter
+        of the machine's memory (or of 8 GB where that is not known).
+        Returns {"fingerprint", "mean", "std", "foreground", "bytes", "cached"}: a hash of ids and files, the channels'
+        statistics in [0, 1], the foreground fraction of each class, the decoded size and whether it is kept.
+        """
+        problems, kept, sums, digests = {}, [], [], []
+        keep = cache is not False
+
+        def read(img_id):
+            try:
+                return self._read(img_id)
+            except ValueError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV decodes outside Python's global lock
+            for img_id, item in zip(self.img_ids, pool.map(read, self.img_ids), strict=True):
+                if isinstance(item, str):
+                    problems.setdefault(item, []).append(img_id)
+                    continue
+                image, mask, digest = item
+                pixels = image.reshape(-1, image.shape[2]) / 255.0
+                sums.append((len(pixels), pixels.sum(0), (pixels**2).sum(0), mask.sum((0, 1), dtype=np.int64)))
+                digests.append(digest)
+                size = (image.nbytes + mask.nbytes) * len(self)
+                keep = keep and (cache is True or size < _memory() / 4)
+                if keep:
+                    kept.append((image, mask))
+                else:
+                    kept.clear()
+        if problems:
+            raise ValueError(f"{self.img_dir.parent}: " + "; ".join(map(_named, *zip(*problems.items(), strict=True))))
+        count, total, squares, foreground = (sum(column) for column in zip(*sums, strict=True))
+        self._cache = kept
+        mean = total / count
+        return {
+            "fingerprint": hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
+            "mean": [round(float(value), 6) for value in mean],
+            "std": [round(float(value), 6) for value in np.sqrt(np.maximum(squares / count - mean**2, 1e-6))],
+            "foreground": [float(value) for value in foreground / count],
+            "bytes": size,
+            "cached": bool(kept),
+        }
+
+    def _read(self, img_id):
+        """-> image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1, digest of the files; ValueError."""
+        digest = hashlib.blake2b(img_id.encode(), digest_size=16)
+
+        def content(path, what):
+            if not path.is_file():
+                raise ValueError(f"no {what} ({path.parent})")
+            data = path.read_bytes()
+            digest.update(data)
+            return data
+
+        image = decode_image(content(self.img_dir / f"{img_id}{self.img_ext}", "image"), self.input_channels)
+        if image is None:
+            raise ValueError(f"unreadable image ({self.img_dir})")
+        planes = []
+        for k in range(self.num_classes):
+            folder = self.mask_dir / str(k)
+            plane = decode_mask(content(folder / f"{img_id}{self.mask_ext}", "mask"))
+            if plane is None:
+                raise ValueError(f"unreadable mask ({folder})")
+            if plane.shape != image.shape[:2]:
+                raise ValueError(f"mask of another size than its image ({folder})")
+            planes.append(plane)
+        mask = np.stack(planes, axis=2)
+        if self.size:
+            image, mask = resize(image, mask, self.size)
+        return image, mask.astype(np.uint8), digest.digest()
+
+
+def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_memory=False):
+    """Batches in order, or, with shuffle, in an order of each epoch's own drawn from (seed, epoch).
+
+    The last batch may be smaller: no image is left out, however few there are. Call set_epoch(loader, epoch) first.
+    """
+    sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed) if shuffle else None
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator().manual_seed(seed),  # leaves the global random stream alone
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(worker_id):
+    cv2.setNumThreads(0)  # the processes are the parallelism
+
+
+def set_epoch(loader, epoch):
+    loader.dataset.set_epoch(epoch)
+    loader.sampler.set_epoch(epoch)

@@ -1,0 +1,72 @@
+"""Losses on logits, and how the losses of several heads become one number.
+
+    criterion = LOSSES["BCEDiceLoss"]()
+    loss = mean_over_heads(criterion, heads, masks)
+
+Every criterion takes logits (N, C, H, W), any float dtype, and masks (N, C, H, W) of 0 and 1, and returns a float32
+(or float64) scalar. The classes are binary problems of their own: masks may overlap.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def _at_least_float32(logits):
+    """Sums over thousands of pixels need more than the eight bits of a bfloat16."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class BCEDiceLoss(nn.Module):
+    """bce_weight x binary cross entropy + (1 - soft Dice), Dice per image and class, then averaged.
+
+    soft Dice = (2 sum(p y) + smooth) / (sum(p) + sum(y) + smooth) with p the sigmoid of the logits, as in Milletari et
+    al., V-Net, https://arxiv.org/abs/1606.04797 (with plain sums below the line); `smooth` defines an empty mask.
+    """
+
+    def __init__(self, bce_weight=0.5, smooth=1e-5):
+        super().__init__()
+        self.bce_weight, self.smooth = bce_weight, smooth
+
+    def forward(self, logits, masks):
+        logits = _at_least_float32(logits)
+        masks = masks.to(logits.dtype)
+        bce = F.binary_cross_entropy_with_logits(logits, masks)
+        probabilities = torch.sigmoid(logits).flatten(2)  # (N, C, P)
+        masks = masks.flatten(2)
+        overlap = (probabilities * masks).sum(-1)  # (N, C)
+        dice = (2 * overlap + self.smooth) / (probabilities.sum(-1) + masks.sum(-1) + self.smooth)
+        return self.bce_weight * bce + (1 - dice).mean()
+
+
+class LovaszHingeLoss(nn.Module):
+    """The Lovász extension of the Jaccard loss on hinge errors, per image and class, then averaged.
+
+    Berman, Triki, Blaschko, CVPR 2018, https://arxiv.org/abs/1705.08790. With errors m = max(0, 1 - logit x sign) in
+    falling order and Δ(k) the Jaccard loss of mispredicting the k largest, the loss is sum_k m_k (Δ(k) - Δ(k - 1)).
+    All images and classes are sorted in one call.
+    """
+
+    def forward(self, logits, masks):
+        logits = _at_least_float32(logits).flatten(2)  # (N, C, P)
+        masks = masks.to(logits.dtype).flatten(2)
+        errors, order = torch.sort(1 - logits * (2 * masks - 1), dim=-1, descending=True)
+        wrong_foreground = masks.gather(-1, order).cumsum(-1)
+        rank = torch.arange(1, errors.shape[-1] + 1, device=errors.device, dtype=errors.dtype)
+        foreground = masks.sum(-1, keepdim=True)
+        union = foreground + (rank - wrong_foreground)  # foreground and the background pixels mispredicted so far
+        jaccard_loss = 1 - (foreground - wrong_foreground) / union
+        steps = torch.diff(jaccard_loss, dim=-1, prepend=torch.zeros_like(jaccard_loss[..., :1]))
+        return (F.relu(errors) * steps).sum(-1).mean()
+
+
+LOSSES = {
+    "BCEDiceLoss": BCEDiceLoss,
+    "LovaszHingeLoss": LovaszHingeLoss,
+    "BCEWithLogitsLoss": nn.BCEWithLogitsLoss,
+}
+
+
+def mean_over_heads(criterion, heads, masks):
+    """Deep supervision as in the U-Net++ paper: the plain mean of the criterion over a list of heads' logits."""
+    return sum(criterion(logits.float(), masks) for logits in heads) / len(heads)

@@ -1,0 +1,466 @@
+"""Train UNet or NestedUNet (U-Net++) on a prepared data set; the result is a folder models/<name>.
+
+python train.py --arch NestedUNet --deep_supervision True --name run1
+python train.py --name run1 --resume                 # go on with a stopped run
+python train.py --dataset my_cells --num_classes 2   # inputs/my_cells/{images,masks/0,masks/1}
+"""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from archs import ARCHS, DEEPEST, as_heads, build_model
+from cli import Parser, number, parse_options, run_script
+from dataset import Dataset, check_split, list_ids, make_loader, set_epoch, split_ids, train_transform
+from losses import LOSSES, mean_over_heads
+from metrics import PixelCounts, summarise
+from report import plot_curves
+from utils import (
+    atomic_path,
+    count_params,
+    device_name,
+    environment,
+    load_checkpoint,
+    pick_amp,
+    pick_device,
+    read_yaml,
+    save_checkpoint,
+    seed_everything,
+    str2bool,
+    write_yaml,
+)
+from val import evaluate
+
+RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
+ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
+FOUND_IN_DATA = ("mean", "std", "scale", "environment")  # what config.yml keeps beside the options
+FREE_ON_RESUME = {"name", "device", "num_workers", "cache", *ABOUT_THE_COMMAND}  # the result does not depend on them
+
+
+def build_parser():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    natural = number(int, 1)
+    size = number(int, 1, 4096)
+    a = parser.add_argument_group("run").add_argument
+    a("--name", help="models/<name>; default <dataset>_<arch>_wDS or _woDS")
+    a("--config", help="YAML file of options; the command line comes after it")
+    a("--resume", action="store_true", help="continue models/<name> after its last whole epoch")
+    a("--overwrite", action="store_true", help="replace an existing models/<name>")
+    a("--weights", help="start from the weights of a run (its name) or a file")
+    a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="initial weights, order, augmentation (default 0)")
+    a("--epochs", type=natural, default=60, help="default 60")
+    a("-b", "--batch_size", type=natural, default=16, help="default 16")
+    a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better val_iou; 0: never")
+
+    a = parser.add_argument_group("model").add_argument
+    a("-a", "--arch", choices=sorted(ARCHS), default="NestedUNet", help="default NestedUNet")
+    a("--deep_supervision", type=str2bool, default=False, help="NestedUNet: a loss on each of four heads")
+    a("--input_channels", type=int, choices=(1, 3, 4), default=3, help="grey, RGB or RGBA; default 3")
+    a("--num_classes", type=natural, default=1, help="folders masks/0, masks/1 ...; default 1")
+    a("--width", type=natural, default=32, help="filters of the first level, doubled at each of four more; default 32")
+    a("--input_w", type=size, default=96, help="default 96")
+    a("--input_h", type=size, default=96, help="default 96")
+
+    a = parser.add_argument_group("data").add_argument
+    a("--dataset", default="dsb2018_96", help="a folder of inputs/; default dsb2018_96")
+    a("--img_ext", default=".png", help="default .png")
+    a("--mask_ext", default=".png", help="default .png")
+    a("--split", help="a split.yml of your own instead of the seeded 80/20 split")
+    a("--split_seed", type=number(int, 0, 2**32 - 1), default=41, help="default 41")
+
+    a = parser.add_argument_group("optimisation").add_argument
+    positive = number(float, 0)
+    a("--loss", choices=sorted(LOSSES), default="BCEDiceLoss", help="default BCEDiceLoss")
+    a("--optimizer", choices=sorted(OPTIMIZERS), default="AdamW", help="default AdamW")
+    a("--lr", "--learning_rate", type=positive, default=2e-3, help="default 2e-3")
+    a("--momentum", type=number(float, 0, 1), default=0.9, help="SGD; default 0.9")
+    a("--weight_decay", type=positive, default=1e-4, help="default 1e-4")
+    a("--nesterov", type=str2bool, default=False, help="SGD; default False")
+    a("--scheduler", choices=sorted(SCHEDULERS), default="OneCycleLR", help="default OneCycleLR")
+    a("--min_lr", type=positive, default=1e-5, help="CosineAnnealingLR, ReduceLROnPlateau; default 1e-5")
+    a("--factor", type=number(float, 0, 0.999999), default=0.1, help="ReduceLROnPlateau; default 0.1")
+    a("--patience", type=number(int, 0), default=2, help="ReduceLROnPlateau; default 2")
+    a("--milestones", type=milestones, default="20,40", help="MultiStepLR: epochs, such as 20,40 (the default)")
+    a("--gamma", type=positive, default=2 / 3, help="MultiStepLR; default 2/3")
+    a("--ema", type=number(float, 0, 0.99999), default=0.995, help="decay of averaged weights, 0: off; default 0.995")
+
+    a = parser.add_argument_group("machine").add_argument
+    a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default auto")
+    a("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; default auto")
+    a("--channels_last", type=auto_or_bool, default="auto", help="memory layout; auto: with mixed precision")
+    a("--compile", type=str2bool, default=False, help="torch.compile the model; default False")
+    a("--cache", type=auto_or_bool, default="auto", help="keep decoded images in memory; auto: when they fit")
+    a("--num_workers", type=number(int, -1, 1024), default=-1, help="loader processes; -1: 0 on a CPU, else up to 8")
+    return parser
+
+
+def auto_or_bool(text):
+    return text if text == "auto" else str2bool(text)
+
+
+def milestones(text):
+    """'20,40' or '[20, 40]' -> '20,40', rising whole numbers."""
+    epochs = [number(int, 1)(part) for part in str(text).strip("[] ").split(",")]
+    if epochs != sorted(set(epochs)):
+        raise argparse.ArgumentTypeError(f"{text!r} does not rise")
+    return ",".join(map(str, epochs))
+
+
+OPTIMIZERS = {
+    "Adam": lambda p, c: torch.optim.Adam(p, c["lr"], weight_decay=c["weight_decay"]),
+    "AdamW": lambda p, c: torch.optim.AdamW(p, c["lr"], weight_decay=c["weight_decay"]),
+    "SGD": lambda p, c: torch.optim.SGD(
+        p, c["lr"], momentum=c["momentum"], nesterov=c["nesterov"], weight_decay=c["weight_decay"]
+    ),
+}
+
+SCHEDULERS = {
+    "CosineAnnealingLR": lambda o, c, steps: lr_scheduler.CosineAnnealingLR(o, c["epochs"], eta_min=c["min_lr"]),
+    "ReduceLROnPlateau": lambda o, c, steps: lr_scheduler.ReduceLROnPlateau(
+        o, factor=c["factor"], patience=c["patience"], min_lr=c["min_lr"]
+    ),
+    "MultiStepLR": lambda o, c, steps: lr_scheduler.MultiStepLR(
+        o, [int(epoch) for epoch in c["milestones"].split(",")], gamma=c["gamma"]
+    ),
+    "ConstantLR": lambda o, c, steps: lr_scheduler.ConstantLR(o, factor=1.0),
+    # a step a batch: up to lr over the first fifth, then down to almost nothing
+    "OneCycleLR": lambda o, c, steps: lr_scheduler.OneCycleLR(
+        o, c["lr"], total_steps=max(10, c["epochs"] * steps), pct_start=0.2, cycle_momentum=False
+    ),
+}
+
+
+# ---------------------------------------------------------------- options to a run's config
+
+
+def new_config(options):
+    """The resolved options of a new run, flat, as config.yml keeps them."""
+    config = {key: value for key, value in vars(options).items() if key not in ABOUT_THE_COMMAND}
+    if not config["name"]:
+        supervision = "wDS" if config["deep_supervision"] else "woDS"
+        config["name"] = f"{Path(config['dataset']).name}_{config['arch']}_{supervision}"
+    device = pick_device(config["device"])
+    amp = pick_amp(config["amp"], device)
+    config["device"] = str(device)
+    config["amp"] = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp]
+    if config["channels_last"] == "auto":
+        config["channels_last"] = amp is not None
+    if config["num_workers"] < 0:  # on a CPU the workers would take the cores from the training
+        config["num_workers"] = 0 if device.type == "cpu" else min(8, os.cpu_count())
+    return config
+
+
+def resumed_config(options, given):
+    """The config of the run to resume, with the options that may change; ValueError where others were changed."""
+    if not options.name:
+        raise ValueError("--resume needs --name, the run to go on with")
+    folder = run_folder(options.name)
+    config = read_yaml(folder / "config.yml")
+    if not (folder / "last.pth").is_file():
+        raise FileNotFoundError(
+            f"{folder}/last.pth: no such file; the run has no whole epoch yet, start it again with --overwrite"
+        )
+    asked = {key: getattr(options, key) for key in given - set(ABOUT_THE_COMMAND)}
+    differing = [
+        f"{key} {value} (run: {config.get(key)})"
+        for key, value in asked.items()
+        if key not in FREE_ON_RESUME and value != config.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"--resume goes on with the options of {folder}/config.yml, but these differ: {', '.join(sorted(differing))}; leave them out, or start a new run with --weights {options.name}"
+        )
+    config.update({key: value for key, value in asked.items() if key in FREE_ON_RESUME and value not in ("auto", -1)})
+    return config
+
+
+def run_folder(name):
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"--name {name!r}: expected a plain folder name, the run will be models/<name>")
+    return Path("models") / name
+
+
+# ---------------------------------------------------------------- building
+
+
+def build_data(config, split):
+    """-> train and validation Dataset, checked and cached; adds mean, std (and scale, where known) to the config."""
+    folder = Path("inputs") / config["dataset"]
+    size = (config["input_h"], config["input_w"])
+    common = {"input_channels": config["input_channels"], "size": size, "seed": config["seed"]}
+    where = (folder / "images", folder / "masks", config["img_ext"], config["mask_ext"], config["num_classes"])
+    train_set = Dataset(split["train"], *where, train_transform(*size, config["input_channels"]), **common)
+    val_set = Dataset(split["val"], *where, **common)
+    found, found_val = train_set.check(config["cache"]), val_set.check(config["cache"])
+    if not any(found["foreground"]):
+        raise ValueError(f"{folder / 'masks'}: all {len(train_set)} training masks are empty; nothing could be learned")
+    config.setdefault("mean", found["mean"])
+    config.setdefault("std", found["std"])
+    for dataset in (train_set, val_set):
+        dataset.mean, dataset.std = config["mean"], config["std"]
+    kept = "kept in memory" if found["cached"] and found_val["cached"] else "read again each epoch"
+    print(
+        f"{folder}: {len(train_set)} training and {len(val_set)} validation images, {(found['bytes'] + found_val['bytes']) / 2**20:.0f} MB decoded, {kept}; foreground {', '.join(f'{100 * part:.1f} %' for part in found['foreground'])}"
+    )
+    return train_set, val_set, {"train": found["fingerprint"], "val": found_val["fingerprint"]}
+
+
+def start_from(model, config):
+    """Load config["weights"], a run's name or a file, into model; heads of another size keep their fresh weights.
+
+    A run's weights expect images standardised as that run did, so its mean and std come along.
+    """
+    path = Path(config["weights"])
+    if not path.is_file():
+        path = run_folder(config["weights"]) / "model.pth"
+    if (path.parent / "config.yml").is_file():
+        other = read_yaml(path.parent / "config.yml")
+        config.update(
+            {key: other[key] for key in ("mean", "std") if len(other.get(key, ())) == config["input_channels"]}
+        )
+    state = load_checkpoint(path)
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    own = model.state_dict()
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    fresh = sorted(key for key in own.keys() - fitting.keys())
+    if wrong := [key for key in fresh if not key.startswith("final")]:
+        found = tuple(state[wrong[0]].shape) if wrong[0] in state else "nothing"
+        raise ValueError(
+            f"{path} does not fit this model: {wrong[0]} is {found} there and {tuple(own[wrong[0]].shape)} here ({len(wrong)} such layers); give the --arch, --width and --input_channels it was trained with"
+        )
+    model.load_state_dict(fitting, strict=False)
+    print(f"weights of {path}" + (f"; new heads: {', '.join(fresh)}" if fresh else ""))
+
+
+def averaged(model, decay):
+    """Exponentially averaged weights, Polyak and Juditsky's idea as Mean Teacher, 2017, uses it; a short memory at first."""
+
+    def average(average_value, value, updates):
+        if not value.is_floating_point():
+            return value
+        return average_value.lerp(value, 1 - min(decay, (1 + float(updates)) / (10 + float(updates))))
+
+    return AveragedModel(model, avg_fn=average, use_buffers=True)
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_one_epoch(
+    model, loader, criterion, optimizer, device, *, amp=None, scaler=None, step_scheduler=None, ema=None, label=""
+):
+    """One pass over the loader -> {"loss": mean over images, "iou": pooled IoU of the deepest head}.
+
+    Raises FloatingPointError, with the step, at a loss that is not finite.
+    """
+    model.train()
+    counts, losses, sizes = PixelCounts(thresholds=(0.5,)), [], []
+    look_every = 1 if device.type == "cpu" else 10  # looking at a loss waits for the GPU
+    with tqdm(total=len(loader.sampler), desc=label, unit="img", leave=False, disable=None) as bar:
+        for step, (images, masks, _) in enumerate(loader, 1):
+            images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                heads = as_heads(model(images))
+            loss = mean_over_heads(criterion, heads, masks)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if step_scheduler:
+                step_scheduler.step()
+            if ema:
+                ema.update_parameters(model)
+            losses.append(loss.detach())
+            sizes.append(len(images))
+            counts.update(torch.sigmoid(heads[-1].detach()), masks)
+            bar.update(len(images))
+            if step % look_every == 0 or step == len(loader):
+                values = torch.stack(losses).tolist()
+                if wrong := [k for k, value in enumerate(values, 1) if not math.isfinite(value)]:
+                    raise FloatingPointError(f"the loss is {values[wrong[0] - 1]} at step {wrong[0]}")
+                mean = sum(map(math.prod, zip(values, sizes, strict=True))) / sum(sizes)
+                iou = summarise(counts.table())["iou"]
+                bar.set_postfix(loss=f"{mean:.4f}", iou=f"{iou:.4f}")
+    return {"loss": mean, "iou": iou}
+
+
+class Run:
+    """What a training is made of and how it is kept in last.pth: everything that resuming needs."""
+
+    def __init__(self, config, model, steps_an_epoch, device):
+        self.config, self.device = config, device
+        self.model = model.to(device)
+        if config["channels_last"]:
+            self.model.to(memory_format=torch.channels_last)
+        self.ema = averaged(self.model, config["ema"]) if config["ema"] else None
+        self.optimizer = OPTIMIZERS[config["optimizer"]](self.model.parameters(), config)
+        self.scheduler = SCHEDULERS[config["scheduler"]](self.optimizer, config, steps_an_epoch)
+        self.amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
+        self.epoch, self.best_iou, self.best_epoch = 0, -1.0, 0
+
+    @property
+    def judged(self):
+        """The model that is validated and kept: the averaged weights when averaging is on."""
+        return self.ema.module if self.ema else self.model
+
+    def state(self):
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        if self.ema:
+            parts["ema"] = self.ema
+        progress = {"epoch": self.epoch, "best_iou": self.best_iou, "best_epoch": self.best_epoch}
+        return {**progress, **{name: part.state_dict() for name, part in parts.items()}}
+
+    def load_state(self, state):
+        for name in ("model", "optimizer", "scheduler", "scaler") + (("ema",) if self.ema else ()):
+            getattr(self, name).load_state_dict(state[name])
+        self.epoch, self.best_iou, self.best_epoch = state["epoch"], state["best_iou"], state["best_epoch"]
+
+
+def fit(run, loader, val_loader, criterion, folder, rows):
+    """Train from run.epoch + 1 to the last epoch, writing log.csv, model.pth and last.pth after each."""
+    config, device = run.config, run.device
+    model = torch.compile(run.model) if config["compile"] else run.model
+    each_step = run.scheduler if config["scheduler"] == "OneCycleLR" else None
+    for epoch in range(run.epoch + 1, config["epochs"] + 1):
+        start = time.time()
+        set_epoch(loader, epoch)
+        lr = run.optimizer.param_groups[0]["lr"]
+        label = f"epoch {epoch}/{config['epochs']}"
+        try:
+            trained = train_one_epoch(
+                model,
+                loader,
+                criterion,
+                run.optimizer,
+                device,
+                amp=run.amp,
+                scaler=run.scaler,
+                step_scheduler=each_step,
+                ema=run.ema,
+                label=label,
+            )
+        except FloatingPointError as error:
+            raise ValueError(
+                f"{label}: {error}; stopped, {folder} keeps the weights of the epochs before. A lower --lr or --amp off may help"
+            ) from None
+        result = evaluate(run.judged, val_loader, criterion, device, amp=run.amp)
+        val_iou = summarise(result["tables"][DEEPEST])["iou"]
+        if config["scheduler"] == "ReduceLROnPlateau":
+            run.scheduler.step(result["loss"])
+        elif not each_step:
+            run.scheduler.step()
+        run.epoch = epoch
+        better = val_iou > run.best_iou
+        if better:
+            run.best_iou, run.best_epoch = val_iou, epoch
+        rows.append(
+            {
+                "epoch": epoch,
+                "lr": lr,
+                **trained,
+                "val_loss": result["loss"],
+                "val_iou": val_iou,
+                "seconds": round(time.time() - start, 1),
+            }
+        )
+        write_log(rows, folder / "log.csv")
+        if better:
+            save_checkpoint(folder / "model.pth", run.judged.state_dict())
+        save_checkpoint(folder / "last.pth", run.state())
+        print(
+            f"{label}  lr {lr:.1e}  loss {trained['loss']:.4f}  iou {trained['iou']:.4f}  val_loss {result['loss']:.4f}  val_iou {val_iou:.4f}{'*' if better else ' '}  {rows[-1]['seconds']:.1f} s",
+            flush=True,
+        )
+        if 0 < config["early_stopping"] <= epoch - run.best_epoch:
+            print(f"no better val_iou for {config['early_stopping']} epochs: stopped early")
+            break
+
+
+def write_log(rows, path):
+    with atomic_path(path) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+
+
+def main():
+    options, given = parse_options(build_parser, read_config=read_recipe)
+    config = resumed_config(options, given) if options.resume else new_config(options)
+    folder = run_folder(config["name"])
+    earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if earlier and not (options.resume or options.overwrite):
+        raise FileExistsError(
+            f"{folder} exists; --resume goes on with it, --overwrite replaces it, --name takes another"
+        )
+
+    device = pick_device(config["device"])
+    seed_everything(config["seed"])
+    model = build_model(config)
+    split = chosen_split(config, folder if options.resume else None)
+    if config["weights"] and not options.resume:
+        start_from(model, config)
+    train_set, val_set, fingerprint = build_data(config, split)
+    loader_options = {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
+    loader = make_loader(train_set, config["batch_size"], shuffle=True, seed=config["seed"], **loader_options)
+    val_loader = make_loader(val_set, config["batch_size"], **loader_options)
+    run = Run(config, model, len(loader), device)
+
+    if options.resume:
+        if fingerprint != read_yaml(folder / "split.yml").get("fingerprint"):
+            raise ValueError(
+                f"the files of inputs/{config['dataset']} have changed since {folder} was trained; a resumed run needs the same data"
+            )
+        run.load_state(load_checkpoint(folder / "last.pth"))
+        rows = pd.read_csv(folder / "log.csv").to_dict("records")[: run.epoch]
+        print(f"resuming {folder} after epoch {run.epoch}")
+    else:
+        rows = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in earlier:
+            path.unlink()
+        write_yaml(folder / "config.yml", {**config, "environment": environment(device)})
+        write_yaml(folder / "split.yml", {**split, "fingerprint": fingerprint})
+
+    layout = "channels_last" if config["channels_last"] else "contiguous"
+    print(
+        f"{config['arch']}, {count_params(model):,} parameters, on {device_name(device)}: {config['amp']} autocast, {layout}".replace(
+            "off autocast", "float32"
+        )
+    )
+    try:
+        fit(run, loader, val_loader, LOSSES[config["loss"]](), folder, rows)
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: python train.py --name {config['name']} --resume")
+        raise
+    finally:
+        if rows:
+            plot_curves(rows, folder / "curves.png", title=config["name"])
+    print(
+        f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {rows[-1]['val_iou']:.4f}; the run is in {folder}"
+    )
+    print(f"python val.py --name {config['name']}")
+
+
+def chosen_split(config, folder):
+    """The ids of a resumed run's split.yml, of the user's --split file, or of the seeded 80/20 split."""
+    if folder or config["split"]:
+        path = folder / "split.yml" if folder else config["split"]
+        return check_split(read_yaml(path), path)
+    return split_ids(list_ids(Path("inputs") / config["dataset"] / "images", config["img_ext"]), config["split_seed"])
+
+
+def read_recipe(path):
+    """A recipe, or the config.yml of another run, whose findings about its data are not options."""
+    return {key: value for key, value in read_yaml(path).items() if key not in FOUND_IN_DATA}
+
+
+if __name__ == "__main__":
+    run_script(main)

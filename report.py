@@ -76,6 +76,7 @@ def label_overlay(image, truth, prediction):
     the wrong class is both missed and a false alarm, and shows as missed. Returns HW3 uint8.
     """
     truth, prediction = (np.asarray(mask, bool).reshape(-1, *np.shape(image)[:2]) for mask in (truth, prediction))
+    assert truth.shape == prediction.shape, f"labels {truth.shape}, predictions {prediction.shape}"
     regions = {"found": truth & prediction, "false alarm": ~truth & prediction, "missed": truth & ~prediction}
     plain = _rgb(image).astype(np.float32)
     overlay = plain.copy()
@@ -331,15 +332,16 @@ button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
 dt, small, figcaption, caption, .subtitle, .note, .panel, .controls span { color: var(--soft); }
 dd, .number { font-variant-numeric: tabular-nums; }
 .summary div, .scroll, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.summary { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
-.summary div { padding: .9rem 1.1rem; } .summary dt { font-size: .85rem; }
+.summary { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; }
+.summary div { padding: .9rem 1.1rem; flex: 1 1 8.5rem; max-width: 18rem; } .summary dt { font-size: .85rem; }
 .summary dd { font-size: clamp(1.35rem, 6vw, 1.9rem); line-height: 1.25; font-weight: 650; overflow-wrap: anywhere; }
 .summary .note { font-size: .8rem; font-weight: 400; }
 .scroll { overflow-x: auto; margin: 1rem 0; width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; padding: .7rem .9rem .3rem; font-size: .85rem; }
-th, td { padding: .45rem .9rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } .number { text-align: right; } tr:last-child td { border-bottom: 0; }
+th, td { padding: .45rem .9rem; text-align: left; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; } th { font-weight: 600; vertical-align: bottom; }
+.number { text-align: right; } tr:last-child td { border-bottom: 0; }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; padding: 0; list-style: none; font-size: .9rem; }
 .legend i { display: inline-block; width: .9em; height: .9em; margin-right: .45em; border-radius: 3px;
   vertical-align: -.08em; print-color-adjust: exact; }
@@ -355,10 +357,12 @@ th { font-weight: 600; } .number { text-align: right; } tr:last-child td { borde
 .card { padding: .9rem 1rem; min-width: 0; break-inside: avoid; }
 h3 { display: flex; justify-content: space-between; gap: .75rem; align-items: start; margin: 0 0 .6rem;
   font-size: .875rem; }
+h3 span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
 h3 small { padding: 0 .55rem; font-weight: 400; font-size: .75rem; white-space: nowrap; }
 .panels { display: grid; grid-template-columns: repeat(var(--panels), 1fr); gap: .5rem; }
 .panel { min-width: 0; cursor: zoom-in; font-size: .75rem; } .pixel { image-rendering: pixelated; }
-.panel img { display: block; width: 100%; border-radius: 4px; margin-bottom: .2rem; }
+.panel img { display: block; width: 100%; border-radius: 4px; margin-bottom: .2rem;
+  box-shadow: 0 0 0 1px var(--line); }
 .card dl { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin-top: .5rem; font-size: .85rem; }
 .card dl div { display: flex; gap: .4rem; }
 dialog { border: 0; max-width: 100vw; max-height: 100vh; background: none; color: #fff; text-align: center; }
@@ -366,9 +370,9 @@ dialog::backdrop { background: rgb(0 0 0 / .88); }
 dialog img { width: min(92vw, 80vh); max-height: 80vh; object-fit: contain; } dialog p { margin: .5rem auto; }
 dialog button { position: fixed; top: .75rem; right: 1rem; font-size: 2rem; line-height: 2.75rem; width: 2.75rem; }
 @media (max-width: 640px) { .panels { grid-template-columns: repeat(min(var(--panels), 2), 1fr); }
-  .summary { grid-template-columns: 1fr 1fr; } .controls { position: static; }
-  figure img { max-width: none; height: 15rem; } }
-@media print { body { padding: 0; background: #fff; } nav, .controls { display: none !important; } }
+  .controls { position: static; } figure img { max-width: none; height: 15rem; } }
+@media print { body { padding: 0; background: #fff; } th, td { padding: .3rem .4rem; }
+  nav, .controls { display: none !important; } }
 """
 
 SCRIPT = """

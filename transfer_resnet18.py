@@ -1,0 +1,665 @@
+"""Fine-tune torchvision's ResNet-18 on ants and bees, or on any folder with one sub-folder of pictures a class.
+
+python transfer_resnet18.py --download                             # the data once, then ImageNet weights, then training
+python transfer_resnet18.py --freeze --name ants_bees_frozen       # features fixed, only the head is trained
+python transfer_resnet18.py --data_dir my_pictures --name mine     # my_pictures/{train,val}/<class>/*.jpg
+python transfer_resnet18.py --name mine --predict a.jpg holiday/   # class and probability of new pictures
+python transfer_resnet18.py --demo                                 # generated pictures, offline, a minute
+"""
+
+import argparse
+import copy
+import csv
+import math
+import os
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.models import ResNet18_Weights
+from tqdm import tqdm
+
+import download
+import folders
+import report
+from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
+from cli import Parser, number, parse_options, run_script
+from folders import set_epoch, to_device
+from resnet18 import ResNet18, fill_body, grad_cam
+from utils import (
+    atomic_path,
+    count_params,
+    device_name,
+    environment,
+    load_checkpoint,
+    pick_amp,
+    pick_device,
+    read_yaml,
+    save_checkpoint,
+    seed_everything,
+    str2bool,
+    write_yaml,
+)
+
+DATA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
+DATA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
+RUN_FILES = ("config.yml", "log.csv", "curves.png", "model.pth", "last.pth")
+ABOUT_THE_COMMAND = ("resume", "overwrite", "predict", "demo", "download", "raw")  # config.yml does not keep these
+FREE_ON_RESUME = {"name", "device", "num_workers", *ABOUT_THE_COMMAND}  # the result does not depend on them
+
+# What an option that nobody gave becomes, by the kind of training (kind_of_training).
+RECIPES = {
+    # Features and batch-norm statistics fixed. In training mode batch norm would see statistics of tiny batches.
+    "frozen": {"epochs": 25, "lr": 3e-3, "body_lr": 0.0, "layer_decay": 0.0, "freeze_bn": True},
+    # The known recipe moves everything by 1e-3 and breaks the features before the head knows what it wants. Here the
+    # head learns fast, layer4 slowly, each stage below it at layer_decay of the rate of the stage above.
+    "thawed": {"epochs": 25, "lr": 3e-3, "body_lr": 5e-4, "layer_decay": 0.0, "freeze_bn": True},
+    # Nothing to protect: one rate for all, and statistics that have to be learned.
+    "scratch": {"epochs": 60, "lr": 0.02, "body_lr": 0.02, "layer_decay": 1.0, "freeze_bn": False},
+}
+DEMO = {"data_dir": "inputs/two_classes", "weights": "none", "img_size": 64, "epochs": 12}
+
+
+def build_parser():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    natural, fraction, positive = number(int, 1), number(float, 0, 1), number(float, 0)
+    a = parser.add_argument_group("run").add_argument
+    a("--name", help="models/<name>; default <folder of the data>_resnet18, with --predict the newest run")
+    a("--predict", nargs="+", type=Path, metavar="PATH", help="classify files and folders with a trained run")
+    a("--demo", action="store_true", help="train on generated pictures of two classes, offline")
+    a("--resume", action="store_true", help="continue models/<name> after its last whole epoch")
+    a("--overwrite", action="store_true", help="replace an existing models/<name>")
+    a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="order, augmentation, initial weights (default 0)")
+    a("--epochs", type=natural, help=f"default {_by_recipe('epochs')}")
+    a("-b", "--batch_size", type=natural, default=16, help="default 16")
+
+    a = parser.add_argument_group("data").add_argument
+    a("--data_dir", default="inputs/hymenoptera_data", help="{train,val}/<class>/; default inputs/hymenoptera_data")
+    a("--download", action="store_true", help="fetch the ants and bees into inputs/ (47 MB)")
+    a("--raw", type=Path, metavar="ZIP", help="unpack this zip to data_dir first")
+    a("--val_fraction", type=number(float, 0.01, 0.9), default=0.2, help="without a val folder; default 0.2")
+    a("--img_size", type=number(int, 32, 1024), default=224, help="side of the square the network sees; default 224")
+    a("--augment", type=str2bool, default=True, help="random crop, mirror and colour in training; default True")
+    a("--min_scale", type=number(float, 0.01, 1), default=0.5, help="smallest crop, part of the area; default 0.5")
+    a("--jitter", type=fraction, default=0.2, help="brightness, contrast and saturation; default 0.2")
+    a("--mirror", type=str2bool, default=True, help="validate and predict on picture and mirror image; default True")
+
+    a = parser.add_argument_group("model").add_argument
+    a("--weights", default="imagenet", help="imagenet (torchvision's, fetched once), none, or a ResNet-18 state_dict")
+    a("--freeze", action="store_true", help="train the head only, on fixed features")
+    a("--freeze_bn", type=str2bool, help="fixed batch-norm statistics; default True with weights")
+    a("--thaw", type=number(int, 0), default=0, help="epochs in which only the head learns; default 0")
+
+    a = parser.add_argument_group("optimisation").add_argument
+    a("--optimizer", choices=sorted(OPTIMIZERS), default="SGD", help="default SGD")
+    a("--lr", type=positive, help=f"of the head; default {_by_recipe('lr')}")
+    a("--body_lr", type=positive, help=f"of layer4; default {_by_recipe('body_lr')}")
+    a("--layer_decay", type=fraction, help=f"rate of a stage / of the one above; default {_by_recipe('layer_decay')}")
+    a("--momentum", type=fraction, default=0.9, help="SGD; default 0.9")
+    a("--weight_decay", type=positive, default=1e-4, help="default 1e-4")
+    a("--scheduler", choices=sorted(SCHEDULERS), default="CosineAnnealingLR", help="default CosineAnnealingLR")
+    a("--step_size", type=natural, default=7, help="StepLR: epochs between steps; default 7")
+    a("--gamma", type=positive, default=0.1, help="StepLR: factor of a step; default 0.1")
+    a("--label_smoothing", type=fraction, default=0.0, help="default 0")
+
+    a = parser.add_argument_group("machine").add_argument
+    a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default auto")
+    a("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; default auto")
+    a("--num_workers", type=number(int, -1, 1024), default=-1, help="loader processes; -1: 0 on a CPU, else up to 8")
+    return parser
+
+
+def _by_recipe(key):
+    return ", ".join(f"{recipe[key]:g} {kind}" for kind, recipe in RECIPES.items())
+
+
+OPTIMIZERS = {
+    "SGD": lambda groups, c: torch.optim.SGD(groups, momentum=c["momentum"], weight_decay=c["weight_decay"]),
+    "AdamW": lambda groups, c: torch.optim.AdamW(groups, weight_decay=c["weight_decay"]),
+}
+SCHEDULERS = {  # the factor of the learning rate in epoch 0, 1, 2 ...
+    "CosineAnnealingLR": lambda epoch, c: (1 + math.cos(math.pi * epoch / c["epochs"])) / 2,
+    "StepLR": lambda epoch, c: c["gamma"] ** (epoch // c["step_size"]),
+    "ConstantLR": lambda epoch, c: 1.0,
+}
+
+
+# ---------------------------------------------------------------- options to a run's config
+
+
+def kind_of_training(options):
+    return "frozen" if options.freeze else "scratch" if options.weights == "none" else "thawed"
+
+
+def new_config(options, given):
+    """The resolved options of a new run, flat, as config.yml keeps them."""
+    config = {key: value for key, value in vars(options).items() if key not in ABOUT_THE_COMMAND}
+    if options.demo:
+        config.update({key: value for key, value in DEMO.items() if key not in given})
+    recipe = RECIPES[kind_of_training(argparse.Namespace(**config))]
+    config.update({key: value for key, value in recipe.items() if config[key] is None})
+    config["name"] = config["name"] or default_name(config["data_dir"])
+    device = pick_device(config["device"])
+    amp = pick_amp(config["amp"], device)
+    config["device"] = str(device)
+    config["amp"] = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp]
+    if config["num_workers"] < 0:  # on a CPU the workers would take the cores from the training
+        config["num_workers"] = 0 if device.type == "cpu" else min(8, os.cpu_count())
+    return config
+
+
+def default_name(data_dir):
+    return f"{Path(data_dir).resolve().name}_resnet18"
+
+
+def resumed_config(options, given):
+    """The config of the run to resume; ValueError where other options were given than it began with."""
+    name = options.name or default_name(DEMO["data_dir"] if options.demo else options.data_dir)
+    folder = run_folder(name)
+    config = read_yaml(folder / "config.yml")
+    if "classes" not in config:
+        raise ValueError(f"{folder} is no run of this script (its config.yml has no `classes`); --name another one")
+    if not (folder / "last.pth").is_file():
+        raise FileNotFoundError(f"{folder}/last.pth: no such file; the run has no whole epoch yet, --overwrite it")
+    asked = {key: getattr(options, key) for key in given - set(ABOUT_THE_COMMAND)}
+    differing = [
+        f"--{key} {value} (the run has {config.get(key)})"
+        for key, value in sorted(asked.items())
+        if key not in FREE_ON_RESUME and value not in (config.get(key), "auto")
+    ]
+    if differing:
+        raise ValueError(f"--resume goes on with the options of {folder}/config.yml; leave out {', '.join(differing)}")
+    config.update({key: value for key, value in asked.items() if key in FREE_ON_RESUME and value not in ("auto", -1)})
+    return config
+
+
+def run_folder(name):
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"--name {name!r}: expected a plain folder name, the run will be models/<name>")
+    return Path("models") / name
+
+
+# ---------------------------------------------------------------- data
+
+
+def provide_data(options, data_dir):
+    """Make data_dir exist where --download, --raw or --demo say how; FileNotFoundError that names them otherwise."""
+    data_dir = Path(data_dir)
+    if options.raw:
+        download.safe_extract(options.raw, data_dir)
+    elif options.download and not data_dir.exists():
+        archive = Path("inputs") / Path(DATA_URL).name
+        if not archive.is_file():
+            download.fetch(DATA_URL, archive, sha256=DATA_SHA256)
+        download.safe_extract(archive, data_dir)
+    elif options.demo and not data_dir.exists():
+        write_demo(data_dir)
+    elif not data_dir.is_dir():
+        raise FileNotFoundError(
+            f"{data_dir}: no such folder; --download fetches the ants and bees, --raw ZIP unpacks a zip that is here "
+            "already, --demo trains on generated pictures"
+        )
+
+
+def write_demo(folder, counts=(("train", 60), ("val", 20)), size=96):
+    """Generated ants and bees as <folder>/{train,val}/{ants,bees}/*.png, in place only when all are written."""
+    import cv2
+
+    from synthetic import two_classes
+
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    seed = 0
+    for part, count in counts:
+        for label in ("ants", "bees"):
+            target = scratch / part / label
+            target.mkdir(parents=True)
+            for index in range(count):
+                cv2.imwrite(str(target / f"{index:03d}.png"), two_classes(seed, label, size)[..., ::-1])
+                seed += 1
+    scratch.rename(folder)
+
+
+def build_data(config):
+    """-> {"train": Pictures, "val": Pictures}, classes and a fingerprint of the lists."""
+    classes, samples, notes = folders.list_pictures(config["data_dir"], config["val_fraction"], config["seed"])
+    for note in notes:
+        print(f"note: {note}")
+    augmentation = folders.augmentation(config["img_size"], config["min_scale"], config["jitter"])
+    datasets = {
+        "train": folders.Pictures(
+            samples["train"], config["img_size"], augmentation if config["augment"] else None, config["seed"]
+        ),
+        "val": folders.Pictures(samples["val"], config["img_size"]),
+    }
+    for part, dataset in datasets.items():
+        counts = np.bincount([label for _, label in dataset.samples], minlength=len(classes))
+        print(f"{part}: {len(dataset)} pictures, {', '.join(f'{n} {c}' for n, c in zip(counts, classes, strict=True))}")
+    names = "\n".join(f"{part} {label} {path.name}" for part in samples for path, label in samples[part])
+    sizes = " + ".join(f"{len(dataset)} {part}" for part, dataset in datasets.items())
+    return datasets, classes, f"{sizes}, crc {zlib.crc32(names.encode()):08x}"
+
+
+def build_loaders(config, datasets, model, device, amp):
+    """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
+    workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
+    workers["pin_memory"] = device.type == "cuda"
+    if not config["freeze"]:
+        order = folders.EpochSampler(len(datasets["train"]), config["seed"])
+        alone = len(order) % config["batch_size"] == 1 and len(order) > 1  # one small picture has no batch statistics
+        workers["drop_last"] = alone and not config["freeze_bn"]
+        train = DataLoader(datasets["train"], config["batch_size"], sampler=order, **workers)
+        return {"train": train, "val": DataLoader(datasets["val"], 64, **{**workers, "drop_last": False})}
+    model.eval()
+    order = folders.EpochSampler(len(datasets["train"]), config["seed"])
+    each_in_turn = folders.EpochSampler(len(datasets["train"]), shuffle=False)
+    train = DataLoader(datasets["train"], 64, sampler=each_in_turn, **workers)
+    val = DataLoader(datasets["val"], 64, **workers)
+
+    def body(images):
+        return model.pool(model.maps(images))
+
+    return {
+        "train": folders.Features(body, train, config["batch_size"], device, amp, order, once=not config["augment"]),
+        "val": folders.Features(model.features, val, 64, device, amp, once=True),
+    }
+
+
+# ---------------------------------------------------------------- model and weights
+
+
+def load_weights(model, weights):
+    """Fill the body from "imagenet" or a file, and say from which; the head stays new."""
+    path = imagenet_file() if weights == "imagenet" else Path(weights)
+    fill_body(model, load_checkpoint(path), path)
+    print(f"weights of {path}; the head is new")
+
+
+def imagenet_file():
+    """torchvision's IMAGENET1K_V1 file, downloaded through torchvision at the first use; OSError says what to do."""
+    url = ResNet18_Weights.IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not path.is_file():
+        print(f"downloading torchvision's ImageNet weights (44.7 MB) to {path}")
+        try:
+            ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"cannot download {url} ({getattr(error, 'reason', error)}); put the file {path.name} into "
+                f"{path.parent}, or give --weights PATH, or --weights none"
+            ) from None
+    return path
+
+
+def parameter_groups(model, config):
+    """Learning rates: the head lr, layer4 body_lr, each stage below layer_decay times the one above.
+
+    A stage whose rate is 0 needs no gradient and is left out.
+    """
+    groups = [{"params": list(model.fc.parameters()), "lr": config["lr"], "body": False}]
+    stages = [model.layer4, model.layer3, model.layer2, model.layer1, nn.ModuleList([model.conv1, model.bn1])]
+    for depth, stage in enumerate(stages):
+        rate = 0.0 if config["freeze"] else config["body_lr"] * config["layer_decay"] ** depth
+        stage.requires_grad_(rate > 0)
+        if rate > 0:
+            groups.append({"params": list(stage.parameters()), "lr": rate, "body": True})
+    return groups
+
+
+def build_optimizer(model, config):
+    """-> optimizer, scheduler; the body's rates are 0 during the first `thaw` epochs."""
+    groups = parameter_groups(model, config)
+    optimizer = OPTIMIZERS[config["optimizer"]](groups, config)
+    factor = SCHEDULERS[config["scheduler"]]
+
+    def body_factor(epoch):
+        return 0.0 if epoch < config["thaw"] else factor(epoch, config)
+
+    factors = [body_factor if group["body"] else (lambda epoch: factor(epoch, config)) for group in groups]
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+# ---------------------------------------------------------------- training
+
+
+def run_epoch(model, loader, criterion, device, *, optimizer=None, scaler=None, amp=None, label=""):
+    """One pass over (images, labels) batches, learning when there is an optimizer -> loss, accuracy, (N, C) logits."""
+    training = optimizer is not None
+    model.train(training)
+    losses, correct, logits_of_all = [], [], []
+    for images, labels in tqdm(loader, label, leave=False, disable=None):
+        images, labels = to_device(images, device, amp), labels.to(device, non_blocking=True)
+        with torch.set_grad_enabled(training):
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                logits = model(images)
+            loss = criterion(logits.float(), labels)
+        if training:
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        losses.append(loss.detach() * len(labels))
+        correct.append((logits.detach().argmax(1) == labels).sum())
+        logits_of_all.append(logits.detach().float())
+    logits = torch.cat(logits_of_all)
+    return torch.stack(losses).sum().item() / len(logits), torch.stack(correct).sum().item() / len(logits), logits
+
+
+def train_model(
+    model,
+    dataloaders,
+    criterion,
+    optimizer,
+    scheduler,
+    num_epochs,
+    *,
+    device=None,
+    amp=None,
+    after_epoch=None,
+    resume=None,
+):
+    """Train, validate after every epoch, and return (model with its best epoch's weights, rows of the log).
+
+    dataloaders: {"train": ..., "val": ...} of (images, labels) batches; one with set_epoch, or whose sampler has it,
+    is told the epoch, 1, 2 ...  after_epoch(progress, better): called with everything that resuming needs, a dict that
+    can be given back as `resume`, together with the best weights so far as resume["best"].
+    A loss that is not finite raises ValueError, before anything of that epoch is kept. Best: the highest validation
+    accuracy, the first of equals.
+    """
+    device = device or next(model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    progress, best = {"epoch": 0, "best_acc": -1.0, "best_epoch": 0, "rows": []}, None
+    if resume:
+        for name, part in parts.items():
+            part.load_state_dict(resume[name])
+        progress, best = {key: resume[key] for key in progress}, resume["best"]
+    for epoch in range(progress["epoch"] + 1, num_epochs + 1):
+        start, lr, label = time.perf_counter(), optimizer.param_groups[0]["lr"], f"epoch {epoch}/{num_epochs}"
+        for loader in dataloaders.values():
+            set_epoch(loader, epoch)
+        learn = {"optimizer": optimizer, "scaler": scaler, "amp": amp}
+        loss, acc, _ = run_epoch(model, dataloaders["train"], criterion, device, label=label, **learn)
+        val_loss, val_acc, _ = run_epoch(model, dataloaders["val"], criterion, device, amp=amp, label=f"{label} val")
+        if not (math.isfinite(loss) and math.isfinite(val_loss)):
+            raise ValueError(
+                f"{label}: the loss is {loss}, in validation {val_loss}; stopped, the best weights so far are kept. "
+                "A lower --lr, --body_lr or --amp off may help"
+            )
+        scheduler.step()
+        better = val_acc > progress["best_acc"]
+        if better:
+            best = copy.deepcopy(model.state_dict())
+            progress.update(best_acc=val_acc, best_epoch=epoch)
+        row = {"epoch": epoch, "lr": lr, "loss": loss, "acc": acc, "val_loss": val_loss, "val_acc": val_acc}
+        row["seconds"] = round(time.perf_counter() - start, 2)
+        progress.update(epoch=epoch, rows=[*progress["rows"], row])
+        print(
+            f"{label}  lr {lr:.1e}  loss {loss:.4f}  acc {acc:.4f}  val_loss {val_loss:.4f}  val_acc {val_acc:.4f}"
+            f"{'*' if better else ' '}  {row['seconds']:.1f} s",
+            flush=True,
+        )
+        if after_epoch:
+            after_epoch({**progress, **{name: part.state_dict() for name, part in parts.items()}}, better)
+    model.load_state_dict(best)
+    return model, progress["rows"]
+
+
+def fit(config, model, datasets, folder, resume):
+    """Train the model as the config says, keeping the run's files -> rows; the model ends with its best weights."""
+    device = pick_device(config["device"])
+    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]]
+    loaders = build_loaders(config, datasets, model, device, amp)
+    criterion = nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
+    optimizer, scheduler = build_optimizer(model, config)
+    trained = model.fc if config["freeze"] else model  # a frozen body is a fixed function: its features are the data
+    print(
+        f"ResNet-18, {count_params(model):,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, on "
+        f"{device_name(device)}: {'float32' if amp is None else config['amp'] + ' autocast, channels last'}"
+    )
+    if resume:
+        best = load_checkpoint(folder / "model.pth")
+        if config["freeze"]:
+            best = {key.removeprefix("fc."): value for key, value in best.items() if key.startswith("fc.")}
+        resume = {**resume, "best": best}
+
+    def keep(progress, better):
+        write_log(progress["rows"], folder / "log.csv")
+        if better:
+            save_checkpoint(folder / "model.pth", model.state_dict())
+        save_checkpoint(folder / "last.pth", progress)
+
+    try:
+        _, rows = train_model(
+            trained,
+            loaders,
+            criterion,
+            optimizer,
+            scheduler,
+            config["epochs"],
+            device=device,
+            amp=amp,
+            after_epoch=keep,
+            resume=resume,
+        )
+    except KeyboardInterrupt:
+        go_on = "--resume" if (folder / "last.pth").is_file() else "--overwrite (there was no whole epoch yet)"
+        print(f"\nstopped; python transfer_resnet18.py --name {config['name']} {go_on}", file=sys.stderr)
+        raise SystemExit(130) from None
+    report.plot_curves(rows, folder / "curves.png", title=config["name"])
+    return rows
+
+
+def write_log(rows, path):
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def conclude(config, model, datasets, rows, folder):
+    """Print accuracy and confusion of the finished run and write outputs/<name>/report.html."""
+    device, classes, dataset = pick_device(config["device"]), config["classes"], datasets["val"]
+    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]]
+    loader = DataLoader(dataset, 64)
+    _, _, logits = run_epoch(model, loader, nn.CrossEntropyLoss(), device, amp=amp, label="best weights")
+    probabilities = logits.softmax(1).cpu().numpy()
+    labels = np.array([label for _, label in dataset.samples])
+    best = max(rows, key=lambda row: row["val_acc"])
+    headline = []
+    for which, row in (("best", best), ("last", rows[-1])):
+        low, high = wilson(round(row["val_acc"] * len(labels)), len(labels))
+        interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+        headline.append((f"{which} epoch", f"{100 * row['val_acc']:.1f} %", f"epoch {row['epoch']}; {interval}"))
+        print(f"{which} accuracy {100 * row['val_acc']:.2f} % ({interval}) at epoch {row['epoch']}")
+    counts = confusion_matrix(labels, probabilities.argmax(1), len(classes))
+    print(format_confusion(counts, classes))
+    page = Path("outputs") / config["name"] / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    table_rows = [
+        {"label": name, **dict(zip(classes, map(int, row), strict=True))}
+        for name, row in zip(classes, counts, strict=True)
+    ]
+    sections = [
+        ("Accuracy", report.summary([*headline, ("pictures", len(labels), "of the validation folder")])),
+        (
+            "Curves",
+            report.picture(report.file_uri(folder / "curves.png"), "loss, accuracy and learning rate of each epoch"),
+        ),
+        (
+            "Confusion",
+            report.table(table_rows, {"label": "label, predicted:", **{c: c for c in classes}}, "Counts, best epoch"),
+        ),
+        (
+            "Pictures",
+            report.gallery(
+                gallery_items(model, dataset, probabilities, labels, classes, device), ["probability"], GALLERY_NOTE
+            ),
+        ),
+    ]
+    report.write_page(page, config["name"], sections, f"ResNet-18, weights {config['weights']}; {', '.join(classes)}")
+    print(f"the run is in {folder}, the report in {page}")
+    print(f"python transfer_resnet18.py --name {config['name']} --predict PATH")
+
+
+GALLERY_NOTE = (
+    "Best epoch. Each card: the part of the picture that the network sees, and in bright colours what spoke for its "
+    "answer (Grad-CAM). Probability is that of the answer."
+)
+
+
+def gallery_items(model, dataset, probabilities, labels, classes, device):
+    """Cards of the pictures that were wrong, and of the least and the most certain right ones."""
+    items = []
+    for group, indices in notable(probabilities, labels).items():
+        for index in indices:
+            answer, picture = int(probabilities[index].argmax()), dataset.seen(index)
+            heat = grad_cam(model, dataset[index][0].to(device), answer)
+            said = f"{classes[answer]}, is {classes[labels[index]]}" if group == "wrong" else classes[answer]
+            items.append(
+                {
+                    "title": f"{dataset.samples[index][0].name}: {said}",
+                    "panels": [("picture", picture), ("where it looked", heat_overlay(picture, heat))],
+                    "values": {"probability": float(probabilities[index, answer])},
+                    "group": group,
+                }
+            )
+    return items
+
+
+# ---------------------------------------------------------------- predict
+
+
+def newest_run():
+    """The name of the run of this script that was trained last."""
+    candidates = [path.parent for path in Path("models").glob("*/model.pth") if (path.parent / "config.yml").is_file()]
+    for folder in sorted(candidates, key=lambda folder: (folder / "model.pth").stat().st_mtime, reverse=True):
+        if "classes" in read_yaml(folder / "config.yml"):
+            return folder.name
+    raise FileNotFoundError("models/ holds no run of this script; train one first, --demo is the quickest")
+
+
+def load_run(name, device):
+    """-> model in eval mode with the best weights of models/<name>, its config."""
+    folder = run_folder(name)
+    config = read_yaml(folder / "config.yml")
+    if not isinstance(config.get("classes"), list):
+        raise ValueError(f"{folder} is no run of this script (its config.yml has no `classes`); --name another one")
+    model = ResNet18(len(config["classes"]), mirror=config["mirror"])
+    try:
+        model.load_state_dict(load_checkpoint(folder / "model.pth"))
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"{folder}/model.pth does not fit {folder}/config.yml") from None
+    return model.to(device).eval(), config
+
+
+def list_files(paths):
+    """Files as given, and every picture in folders, sorted, once each -> (files, [(path, what is wrong)])."""
+    files, failed = [], []
+    for path in paths:
+        found = sorted(p for p in path.rglob("*") if p.is_file() and folders.is_picture(p)) if path.is_dir() else [path]
+        if not found or not found[0].exists():
+            failed.append((path, "holds no picture" if path.is_dir() else "no such file"))
+        else:
+            files += found
+    return list(dict.fromkeys(files)), failed
+
+
+def predict(options):
+    """Classify files and folders -> outputs/<name>/predictions.csv; 1 when some could not be read, else 0."""
+    device = pick_device(options.device)
+    amp = pick_amp(options.amp, device)
+    name = options.name or newest_run()
+    model, config = load_run(name, device)
+    print(f"models/{name}: {', '.join(config['classes'])}")
+    files, failed = list_files(options.predict)
+    rows = []
+    for start in tqdm(range(0, len(files), 32), "predict", unit="batch", leave=False, disable=None):
+        images, read = [], []
+        for path in files[start : start + 32]:
+            try:
+                picture = folders.read_picture(path, round(folders.KEEP * config["img_size"]))
+            except ValueError as error:
+                failed.append((path, str(error)))
+                continue
+            images.append(folders.standardise(folders.middle(picture, config["img_size"])))
+            read.append(path)
+        if images:
+            with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
+                probabilities = model(to_device(torch.stack(images), device, amp)).softmax(1).cpu().tolist()
+            rows += zip(read, probabilities, strict=True)
+    if rows:
+        write_predictions(rows, config["classes"], Path("outputs") / name / "predictions.csv")
+    for path, reason in failed:
+        print(f"skipped {reason if str(path) in reason else f'{path}: {reason}'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def write_predictions(rows, classes, target, shown=40):
+    """rows: (path, probabilities) -> a CSV file, and the first lines of it on the screen."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "probability", *classes])
+        for path, values in rows:
+            best = int(np.argmax(values))
+            writer.writerow([path, classes[best], f"{values[best]:.6f}", *(f"{value:.6f}" for value in values)])
+            if (shown := shown - 1) >= 0:
+                print(f"{classes[best]:<{max(map(len, classes))}}  {values[best]:.4f}  {path}")
+    more = f"; all {len(rows)} are" if shown < 0 else ""
+    print(f"{len(rows)} pictures{more} in {target}")
+
+
+# ---------------------------------------------------------------- main
+
+
+def main():
+    options, given = parse_options(build_parser)
+    if options.predict:
+        return predict(options)
+    config = resumed_config(options, given) if options.resume else new_config(options, given)
+    folder = run_folder(config["name"])
+    earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if earlier and not (options.resume or options.overwrite):
+        raise FileExistsError(
+            f"{folder} exists; --resume goes on with it, --overwrite replaces it, --name takes another"
+        )
+    provide_data(options, config["data_dir"])
+    datasets, classes, fingerprint = build_data(config)
+
+    seed_everything(config["seed"])
+    model = ResNet18(len(classes), config["freeze_bn"] or config["freeze"], config["mirror"])
+    resume = load_checkpoint(folder / "last.pth") if options.resume else None
+    if resume and fingerprint != config["data"]:
+        raise ValueError(
+            f"{config['data_dir']} has changed since {folder} was trained ({config['data']}, now {fingerprint})"
+        )
+    if config["weights"] != "none":
+        load_weights(model, config["weights"])
+    device = pick_device(config["device"])
+    model.to(device)
+    if config["amp"] != "off":
+        model.to(memory_format=torch.channels_last)
+    if resume:
+        print(f"resuming {folder} after epoch {resume['epoch']}")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in earlier:
+            path.unlink()
+        found = {"classes": classes, "mean": list(folders.MEAN), "std": list(folders.STD), "data": fingerprint}
+        config.update(found)
+        write_yaml(folder / "config.yml", {**config, "environment": environment(device)})
+    rows = fit(config, model, datasets, folder, resume)
+    conclude(config, model, datasets, rows, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

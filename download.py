@@ -14,6 +14,7 @@ import lzma
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 import urllib.error
@@ -87,7 +88,7 @@ def _receive_all(url, part, notes):
             if failures > len(RETRY_WAITS):
                 kept = f"; {size:,} bytes are kept in {part}, run the same again to resume" if size else ""
                 raise OSError(f"cannot download {url}: {cut}{kept}") from None
-            tqdm.write(f"{cut}; trying again")
+            tqdm.write(f"{cut}; trying again", file=sys.stderr)
             time.sleep(RETRY_WAITS[max(failures - 1, 0)])
 
 
@@ -159,7 +160,8 @@ def _validator(response):
 
 def _save(response, part, begins, size):
     """Appends the response to `part`, or writes it anew when it begins at 0."""
-    bar = tqdm(total=size, initial=begins, unit="B", unit_scale=True, desc=part.name.removesuffix(".part"))
+    name = part.name.removesuffix(".part")
+    bar = tqdm(total=size, initial=begins, unit="B", unit_scale=True, desc=name, disable=None)
     with bar, open(part, "ab" if begins else "wb") as file:
         while chunk := _read(response):
             file.write(chunk)
@@ -223,7 +225,7 @@ def safe_extract(path, folder, max_bytes=MAX_UNPACKED_BYTES):
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, scratch, ignore_errors=True)
             try:
-                for info in tqdm(entries, desc=f"unzip {path.name}", unit="file"):
+                for info in tqdm(entries, desc=f"unzip {path.name}", unit="file", disable=None):
                     archive.extract(info, scratch / "new")
             except ZIP_ERRORS as error:
                 raise ValueError(f"{path} is damaged ({error})") from None

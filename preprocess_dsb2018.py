@@ -171,7 +171,8 @@ def download_raw(url):
 
 def raw_or_default(raw):
     """What --raw names, or the usual place; when nothing is there, one line that says what can be done."""
-    if raw is None and not (any(RAW.glob("**/images")) or (RAW / "stage1_train.zip").is_file()):
+    places = ("*/images", "stage1_train", "stage1_train.zip")
+    if raw is None and not any(any(RAW.glob(place)) for place in places):
         raise FileNotFoundError(
             f"no raw data in {RAW / 'stage1_train'}; give --download to fetch it (83 MB), --demo for generated nuclei "
             "without a download, or --raw PATH (a folder, or the zip)"

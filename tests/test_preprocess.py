@@ -235,6 +235,10 @@ def test_the_default_place_is_a_folder_or_a_zip(run, tmp_path):
     write_tree(default / "stage1_train", {name: data for name, data in stage1_files().items() if "a1" in name})
     folder, _ = run("--overwrite")
     assert content(folder) == {name: data for name, data in expected.items() if "a1" in name}
+    (default / "stage1_train").rename(tmp_path / "elsewhere")
+    (default / "stage1_train.zip").unlink()
+    (default / "stage1_train").symlink_to(tmp_path / "elsewhere")
+    assert len(content(run("--overwrite")[0])) == 2
 
 
 @pytest.mark.parametrize(

@@ -248,17 +248,15 @@ def build_loaders(config, datasets, model, device, amp):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
     workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
     workers["pin_memory"] = device.type == "cuda"
+    count, val = len(datasets["train"]), DataLoader(datasets["val"], 64, **workers)
+    order = folders.EpochSampler(count, config["seed"])
     if not config["freeze"]:
-        order = folders.EpochSampler(len(datasets["train"]), config["seed"])
-        alone = len(order) % config["batch_size"] == 1 and len(order) > 1  # one small picture has no batch statistics
-        workers["drop_last"] = alone and not config["freeze_bn"]
-        train = DataLoader(datasets["train"], config["batch_size"], sampler=order, **workers)
-        return {"train": train, "val": DataLoader(datasets["val"], 64, **{**workers, "drop_last": False})}
+        # batch norm that learns its statistics cannot do so from one small picture at the end
+        drop_last = count % config["batch_size"] == 1 and count > 1 and not config["freeze_bn"]
+        train = DataLoader(datasets["train"], config["batch_size"], sampler=order, drop_last=drop_last, **workers)
+        return {"train": train, "val": val}
     model.eval()
-    order = folders.EpochSampler(len(datasets["train"]), config["seed"])
-    each_in_turn = folders.EpochSampler(len(datasets["train"]), shuffle=False)
-    train = DataLoader(datasets["train"], 64, sampler=each_in_turn, **workers)
-    val = DataLoader(datasets["val"], 64, **workers)
+    train = DataLoader(datasets["train"], 64, sampler=folders.EpochSampler(count, shuffle=False), **workers)
 
     def body(images):
         return model.pool(model.maps(images))

@@ -42,6 +42,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if "cut once" in manners and len(server.log) == 1 or "cut always" in manners:
             body = body[: len(body) // 2]
+        if "cut often" in manners:
+            body = body[:200_000]
         if "only first half" in manners:
             body = body[: max(0, total // 2 - (total - len(body)))]
         self.wfile.write(body)
@@ -92,6 +94,13 @@ def test_a_cut_download_is_resumed_by_the_next_run(server, tmp_path):
     assert (tmp_path / "data.zip").read_bytes() == DATA
     assert [asked for _, asked in server.log] == ["bytes=640000-"]
     assert left_over(tmp_path) == ["data.zip"]
+
+
+def test_a_line_that_breaks_often_gets_there_as_long_as_bytes_come(server, tmp_path):
+    server.manners = {"cut often"}
+    fetch(server.url, tmp_path / "data.zip")
+    assert (tmp_path / "data.zip").read_bytes() == DATA
+    assert len(server.log) == 7 > len(download.RETRY_WAITS) + 1
 
 
 @pytest.mark.parametrize("manners", [{"no range"}, {"no etag"}, {"no range", "no etag"}])

@@ -396,13 +396,13 @@ def train_model(
         row = {"epoch": epoch, "lr": lr, "loss": loss, "acc": acc, "val_loss": val_loss, "val_acc": val_acc}
         row["seconds"] = round(time.perf_counter() - start, 2)
         progress.update(epoch=epoch, rows=[*progress["rows"], row])
+        if after_epoch:
+            after_epoch({**progress, **{name: part.state_dict() for name, part in parts.items()}}, better)
         print(
             f"{label}  lr {lr:.1e}  loss {loss:.4f}  acc {acc:.4f}  val_loss {val_loss:.4f}  val_acc {val_acc:.4f}"
             f"{'*' if better else ' '}  {row['seconds']:.1f} s",
             flush=True,
         )
-        if after_epoch:
-            after_epoch({**progress, **{name: part.state_dict() for name, part in parts.items()}}, better)
     model.load_state_dict(best)
     return model, progress["rows"]
 

@@ -1,0 +1,70 @@
+"""What several test files share: running a script as its user does, and a tiny data set on disk.
+
+from conftest import run_script, write_data_set
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def run_script(script, *args, cwd, ok=True, env=None, timeout=300):
+    """Run `script` (such as "train.py") of the repository in the folder `cwd` -> CompletedProcess, output as text.
+
+    ok=True asserts status 0; ok=False asserts a user's mistake: status 2, and one line on stderr that names the script,
+    after any progress, and no traceback; ok=None asserts nothing. Deprecated calls are errors, one thread is used.
+    `env` is added to the environment.
+    """
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "error::DeprecationWarning,error::FutureWarning",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        **(env or {}),
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "DEBUG"} | settings
+    command = [sys.executable, str(REPOSITORY / script), *map(str, args)]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    said = f"{' '.join(command)}\nstatus {result.returncode}\n{result.stdout}\n{result.stderr}"
+    if ok:
+        assert result.returncode == 0, said
+    elif ok is not None:
+        assert result.returncode == 2 and "Traceback" not in result.stderr, said
+        assert result.stderr.strip().split("\n")[-1].startswith(f"{Path(script).name}: error: "), said
+    return result
+
+
+def write_data_set(folder, count=6, size=(32, 32), num_classes=1, channels=3, seed=0):
+    """folder/images/<id>.png and folder/masks/<class>/<id>.png, ids img00, img01 ...; -> the ids.
+
+    Bright discs, one mask of 0 and 255 a class, on dark noise: a network can learn it. `size` is (height, width);
+    `channels` 1, 3 or 4.
+    """
+    folder, (height, width) = Path(folder), size
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    ids = [f"img{number:02d}" for number in range(count)]
+    for img_id in ids:
+        image = rng.integers(0, 60, (height, width, channels), np.uint8)
+        for k in range(num_classes):
+            mask = np.zeros((height, width), np.uint8)
+            centre = int(rng.integers(width // 4, width - width // 4)), int(rng.integers(height // 4, height * 3 // 4))
+            cv2.circle(mask, centre, max(2, min(size) // 5), 255, -1)
+            image[mask > 0, k % channels] = 230
+            (folder / "masks" / str(k)).mkdir(parents=True, exist_ok=True)
+            assert cv2.imwrite(str(folder / "masks" / str(k) / f"{img_id}.png"), mask)
+        assert cv2.imwrite(str(folder / "images" / f"{img_id}.png"), image)
+    return ids
+
+
+@pytest.fixture
+def tiny_data(tmp_path):
+    """Six 32 x 32 RGB images and masks of one class in tmp_path/inputs/tiny -> that folder."""
+    write_data_set(tmp_path / "inputs" / "tiny")
+    return tmp_path / "inputs" / "tiny"

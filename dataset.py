@@ -9,6 +9,7 @@ image, mask, info = dataset[0]   # (3, H, W) float32, (1, H, W) float32 of 0 and
 import hashlib
 import os
 import random
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
+
+from images import decode, foreground, squeeze, squeeze_mask, to_channels
 
 NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest is counted
 
@@ -62,74 +65,7 @@ def check_split(content, source):
     return split
 
 
-# ---------------------------------------------------------------- files to arrays
-
-
-def _decode(data):
-    """(H, W) or (H, W, 3 or 4) as OpenCV keeps it (blue first), uint8 or uint16; None when it is no such picture."""
-    try:
-        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # empty, or larger than OpenCV's own limit of 2^30 pixels
-        return None
-    return array if array is not None and array.dtype in (np.uint8, np.uint16) else None
-
-
-def decode_image(data, channels):
-    """The bytes of a PNG, JPEG, TIFF or BMP -> (H, W, channels) uint8, RGB(A) or grey; None when unreadable.
-
-    Grey becomes RGB and back as `channels` asks; 16-bit values are scaled by the smallest of 10, 12, 14 or 16 bits that
-    holds the brightest pixel, because cameras store their 12 bits in 16.
-    """
-    image = _decode(data)
-    if image is None:
-        return None
-    if image.dtype == np.uint16:
-        full_scale = next(2**bits - 1 for bits in (10, 12, 14, 16) if image.max() < 2**bits)
-        image = np.round(image * (255 / full_scale)).astype(np.uint8)
-    found = 1 if image.ndim == 2 else image.shape[2]
-    conversions = {
-        (1, 3): cv2.COLOR_GRAY2RGB,
-        (1, 4): cv2.COLOR_GRAY2RGBA,
-        (3, 1): cv2.COLOR_BGR2GRAY,
-        (3, 3): cv2.COLOR_BGR2RGB,
-        (3, 4): cv2.COLOR_BGR2RGBA,
-        (4, 1): cv2.COLOR_BGRA2GRAY,
-        (4, 3): cv2.COLOR_BGRA2RGB,
-        (4, 4): cv2.COLOR_BGRA2RGBA,
-    }
-    if (found, channels) in conversions:
-        image = cv2.cvtColor(image, conversions[found, channels])
-    return image.reshape(*image.shape[:2], channels)
-
-
-def decode_mask(data):
-    """The bytes of a mask file -> (H, W) bool; None when unreadable; ValueError unless its values are 0/1 or 0/255."""
-    mask = _decode(data)
-    if mask is None:
-        return None
-    if mask.ndim == 3:
-        mask = mask[..., :3].max(axis=2)  # a grey mask saved in colour; alpha says nothing
-    highest = int(mask.max())
-    if highest not in (0, 1, 255) or not np.isin(mask, (0, highest)).all():
-        raise ValueError("mask values other than 0 and 255, or 0 and 1")
-    return mask > 0
-
-
-def resize(image, mask, size):
-    """Squeeze an (H, W, C) uint8 image and an (H, W, K) bool mask to `size` = (height, width).
-
-    Area averages when shrinking, bilinear when enlarging; a mask pixel is foreground when half of it is covered.
-    """
-    if image.shape[:2] == tuple(size):
-        return image, mask
-    height, width = size
-    shrinking = height < image.shape[0] or width < image.shape[1]
-    how = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-    image = cv2.resize(image, (width, height), interpolation=how).reshape(height, width, image.shape[2])
-    planes = [
-        cv2.resize(mask[..., k].astype(np.float32), (width, height), interpolation=how) for k in range(mask.shape[2])
-    ]
-    return image, np.stack(planes, axis=2) >= 0.5
+# ---------------------------------------------------------------- what a network sees
 
 
 def standardise(images, mean, std):
@@ -142,13 +78,10 @@ def standardise(images, mean, std):
     return (images.float() / 255 - mean) / std
 
 
-# ---------------------------------------------------------------- augmentation and data set
-
-
-def train_transform(input_h, input_w, input_channels):
+def augmentation(input_h, input_w, input_channels):
     """albumentations: the eight flips and rotations by 90 degrees, mild brightness, contrast and (RGB only) hue."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for its newest version at import
-    import albumentations as A  # noqa: N812, and late: validation does without its three seconds
+    import albumentations as A  # late: validation does without its three seconds
 
     flips = [A.D4(p=1)] if input_h == input_w else [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
     colour = [A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)]
@@ -221,7 +154,7 @@ class Dataset(torch.utils.data.Dataset):
         self.epoch.fill_(epoch)
 
     def __getitem__(self, index):
-        image, mask = self._cache[index] if self._cache else self._read(self.img_ids[index])[:2]
+        image, mask = self.arrays(index)
         if self.transform is not None:
             stream = np.random.default_rng((self.seed, int(self.epoch), index))
             self.transform.set_random_state(stream, random.Random(int(stream.integers(2**62))))
@@ -230,6 +163,10 @@ class Dataset(torch.utils.data.Dataset):
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         mask = torch.from_numpy(np.ascontiguousarray(mask.transpose(2, 0, 1)))
         return standardise(image, self.mean, self.std), mask.float(), {"img_id": self.img_ids[index]}
+
+    def arrays(self, index):
+        """The item before augmentation: image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1."""
+        return self._cache[index] if self._cache else self._read(self.img_ids[index])[:2]
 
     def check(self, cache="auto"):
         """Read every file once, before the first step: raises ValueError naming all that is wrong with any of them.
@@ -265,14 +202,14 @@ class Dataset(torch.utils.data.Dataset):
                     kept.clear()
         if problems:
             raise ValueError(f"{self.img_dir.parent}: " + "; ".join(map(_named, *zip(*problems.items(), strict=True))))
-        count, total, squares, foreground = (sum(column) for column in zip(*sums, strict=True))
+        count, total, squares, covered = (sum(column) for column in zip(*sums, strict=True))
         self._cache = kept
         mean = total / count
         return {
             "fingerprint": hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
             "mean": [round(float(value), 6) for value in mean],
             "std": [round(float(value), 6) for value in np.sqrt(np.maximum(squares / count - mean**2, 1e-6))],
-            "foreground": [float(value) for value in foreground / count],
+            "foreground": [float(value) for value in covered / count],
             "bytes": size,
             "cached": bool(kept),
         }
@@ -286,24 +223,44 @@ class Dataset(torch.utils.data.Dataset):
                 raise ValueError(f"no {what} ({path.parent})")
             data = path.read_bytes()
             digest.update(data)
-            return data
+            try:
+                return decode(data)
+            except ValueError as error:
+                raise ValueError(f"{what} {error} ({path.parent})") from None
 
-        image = decode_image(content(self.img_dir / f"{img_id}{self.img_ext}", "image"), self.input_channels)
-        if image is None:
-            raise ValueError(f"unreadable image ({self.img_dir})")
+        image = to_channels(content(self.img_dir / f"{img_id}{self.img_ext}", "image"), self.input_channels)
         planes = []
         for k in range(self.num_classes):
-            folder = self.mask_dir / str(k)
-            plane = decode_mask(content(folder / f"{img_id}{self.mask_ext}", "mask"))
-            if plane is None:
-                raise ValueError(f"unreadable mask ({folder})")
-            if plane.shape != image.shape[:2]:
-                raise ValueError(f"mask of another size than its image ({folder})")
-            planes.append(plane)
+            plane = content(self.mask_dir / str(k) / f"{img_id}{self.mask_ext}", "mask")
+            if plane.shape[:2] != image.shape[:2]:
+                raise ValueError(f"mask of another size than its image ({self.mask_dir / str(k)})")
+            if not any(np.isin(plane[..., :3], values).all() for values in ((0, 255), (0, 1))):
+                raise ValueError(f"mask values other than 0 and 255, or 0 and 1 ({self.mask_dir / str(k)})")
+            planes.append(foreground(plane))
+        if self.size and image.shape[:2] != tuple(self.size):
+            image = squeeze(image, self.size).reshape(*self.size, self.input_channels)
+            planes = [squeeze_mask(plane, self.size) for plane in planes]
         mask = np.stack(planes, axis=2)
-        if self.size:
-            image, mask = resize(image, mask, self.size)
         return image, mask.astype(np.uint8), digest.digest()
+
+
+def build_dataset(config, ids, augment=False):
+    """The Dataset that a run's config describes (dataset, extensions, channels, size, seed; mean and std if known)."""
+    folder, size = Path("inputs") / config["dataset"], (config["input_h"], config["input_w"])
+    return Dataset(
+        ids,
+        folder / "images",
+        folder / "masks",
+        config["img_ext"],
+        config["mask_ext"],
+        config["num_classes"],
+        augmentation(*size, config["input_channels"]) if augment else None,
+        input_channels=config["input_channels"],
+        size=size,
+        mean=config.get("mean"),
+        std=config.get("std"),
+        seed=config["seed"],
+    )
 
 
 def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_memory=False):
@@ -320,12 +277,13 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_m
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(seed),  # leaves the global random stream alone
-        worker_init_fn=_one_thread,
+        worker_init_fn=_quiet_worker,
     )
 
 
-def _one_thread(worker_id):
+def _quiet_worker(worker_id):
     cv2.setNumThreads(0)  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
 
 
 def set_epoch(loader, epoch):

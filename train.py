@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from archs import ARCHS, DEEPEST, as_heads, build_model
 from cli import Parser, number, parse_options, run_script
-from dataset import Dataset, check_split, list_ids, make_loader, set_epoch, split_ids, train_transform
+from dataset import build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
@@ -165,21 +165,16 @@ def resumed_config(options, given):
     folder = run_folder(options.name)
     config = read_yaml(folder / "config.yml")
     if not (folder / "last.pth").is_file():
-        raise FileNotFoundError(
-            f"{folder}/last.pth: no such file; the run has no whole epoch yet, start it again with --overwrite"
-        )
+        raise FileNotFoundError(f"{folder}/last.pth: no such file, no epoch was finished; start again with --overwrite")
     asked = {key: getattr(options, key) for key in given - set(ABOUT_THE_COMMAND)}
-    differing = [
-        f"{key} {value} (run: {config.get(key)})"
-        for key, value in asked.items()
-        if key not in FREE_ON_RESUME and value != config.get(key)
-    ]
+    free = {key: value for key, value in asked.items() if key in FREE_ON_RESUME}
+    differing = sorted(f"{k} {v} (run: {config.get(k)})" for k, v in asked.items() - free.items() if v != config.get(k))
     if differing:
         raise ValueError(
-            f"--resume goes on with the options of {folder}/config.yml, but these differ: {', '.join(sorted(differing))}; leave them out, or start a new run with --weights {options.name}"
+            f"--resume goes on with the options of {folder}/config.yml, but these differ: {', '.join(differing)}; "
+            f"leave them out, or start a new run with --weights {options.name}"
         )
-    config.update({key: value for key, value in asked.items() if key in FREE_ON_RESUME and value not in ("auto", -1)})
-    return config
+    return config | {key: value for key, value in free.items() if value not in ("auto", -1)}
 
 
 def run_folder(name):
@@ -192,13 +187,13 @@ def run_folder(name):
 
 
 def build_data(config, split):
-    """-> train and validation Dataset, checked and cached; adds mean, std (and scale, where known) to the config."""
+    """-> training and validation Dataset, checked and cached, and their fingerprints.
+
+    Adds what was found in the data to config: mean, std and, where dataset.yml tells it, scale (pixels of the input
+    for a pixel of the raw image).
+    """
     folder = Path("inputs") / config["dataset"]
-    size = (config["input_h"], config["input_w"])
-    common = {"input_channels": config["input_channels"], "size": size, "seed": config["seed"]}
-    where = (folder / "images", folder / "masks", config["img_ext"], config["mask_ext"], config["num_classes"])
-    train_set = Dataset(split["train"], *where, train_transform(*size, config["input_channels"]), **common)
-    val_set = Dataset(split["val"], *where, **common)
+    train_set, val_set = build_dataset(config, split["train"], augment=True), build_dataset(config, split["val"])
     found, found_val = train_set.check(config["cache"]), val_set.check(config["cache"])
     if not any(found["foreground"]):
         raise ValueError(f"{folder / 'masks'}: all {len(train_set)} training masks are empty; nothing could be learned")
@@ -206,10 +201,16 @@ def build_data(config, split):
     config.setdefault("std", found["std"])
     for dataset in (train_set, val_set):
         dataset.mean, dataset.std = config["mean"], config["std"]
-    kept = "kept in memory" if found["cached"] and found_val["cached"] else "read again each epoch"
-    print(
-        f"{folder}: {len(train_set)} training and {len(val_set)} validation images, {(found['bytes'] + found_val['bytes']) / 2**20:.0f} MB decoded, {kept}; foreground {', '.join(f'{100 * part:.1f} %' for part in found['foreground'])}"
-    )
+    if (folder / "dataset.yml").is_file():
+        about = read_yaml(folder / "dataset.yml")
+        if about.get("scale") and about.get("img_size"):
+            side = math.sqrt(config["input_h"] * config["input_w"])
+            config["scale"] = round(about["scale"] * side / about["img_size"], 6)
+    size = (found["bytes"] + found_val["bytes"]) / 2**20
+    kept = "kept in memory" if found["cached"] and found_val["cached"] else "read anew each epoch"
+    foreground = ", ".join(f"{part:.1%}" for part in found["foreground"])
+    print(f"{folder}: {len(train_set)} training and {len(val_set)} validation images, {size:.0f} MB, {kept}")
+    print(f"foreground of the training masks {foreground}; mean {config['mean']}, std {config['std']}")
     return train_set, val_set, {"train": found["fingerprint"], "val": found_val["fingerprint"]}
 
 
@@ -233,16 +234,20 @@ def start_from(model, config):
     fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     fresh = sorted(key for key in own.keys() - fitting.keys())
     if wrong := [key for key in fresh if not key.startswith("final")]:
-        found = tuple(state[wrong[0]].shape) if wrong[0] in state else "nothing"
+        found = tuple(state[wrong[0]].shape) if wrong[0] in state else "missing"
         raise ValueError(
-            f"{path} does not fit this model: {wrong[0]} is {found} there and {tuple(own[wrong[0]].shape)} here ({len(wrong)} such layers); give the --arch, --width and --input_channels it was trained with"
+            f"{path} does not fit: {wrong[0]} is {found} there, {tuple(own[wrong[0]].shape)} here, and so on for "
+            f"{len(wrong)} of {len(own)} entries; give the --arch, --width and --input_channels it was trained with"
         )
     model.load_state_dict(fitting, strict=False)
     print(f"weights of {path}" + (f"; new heads: {', '.join(fresh)}" if fresh else ""))
 
 
 def averaged(model, decay):
-    """Exponentially averaged weights, Polyak and Juditsky's idea as Mean Teacher, 2017, uses it; a short memory at first."""
+    """An exponential moving average of the weights (Polyak averaging, as in Tarvainen and Valpola, NeurIPS 2017).
+
+    Its memory is short at first, min(decay, (1 + t) / (10 + t)) after t steps, so that short trainings profit too.
+    """
 
     def average(average_value, value, updates):
         if not value.is_floating_point():
@@ -304,7 +309,7 @@ class Run:
         self.ema = averaged(self.model, config["ema"]) if config["ema"] else None
         self.optimizer = OPTIMIZERS[config["optimizer"]](self.model.parameters(), config)
         self.scheduler = SCHEDULERS[config["scheduler"]](self.optimizer, config, steps_an_epoch)
-        self.amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]]
+        self.amp = pick_amp(config["amp"], device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         self.epoch, self.best_iou, self.best_epoch = 0, -1.0, 0
 
@@ -312,6 +317,13 @@ class Run:
     def judged(self):
         """The model that is validated and kept: the averaged weights when averaging is on."""
         return self.ema.module if self.ema else self.model
+
+    def finish_epoch(self, epoch, val_iou):
+        """Note the epoch; returns whether it is the best so far."""
+        self.epoch = epoch
+        if better := val_iou > self.best_iou:
+            self.best_iou, self.best_epoch = val_iou, epoch
+        return better
 
     def state(self):
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
@@ -336,59 +348,34 @@ def fit(run, loader, val_loader, criterion, folder, rows):
         set_epoch(loader, epoch)
         lr = run.optimizer.param_groups[0]["lr"]
         label = f"epoch {epoch}/{config['epochs']}"
+        parts = {"amp": run.amp, "scaler": run.scaler, "step_scheduler": each_step, "ema": run.ema, "label": label}
         try:
-            trained = train_one_epoch(
-                model,
-                loader,
-                criterion,
-                run.optimizer,
-                device,
-                amp=run.amp,
-                scaler=run.scaler,
-                step_scheduler=each_step,
-                ema=run.ema,
-                label=label,
-            )
+            trained = train_one_epoch(model, loader, criterion, run.optimizer, device, **parts)
         except FloatingPointError as error:
+            advice = "a lower --lr or --amp off may help"
+            raise ValueError(f"{label}: {error}; stopped, {folder} keeps the epochs before; {advice}") from None
+        judged = evaluate(run.judged, val_loader, criterion, device, amp=run.amp)
+        if not math.isfinite(judged["loss"]):
             raise ValueError(
-                f"{label}: {error}; stopped, {folder} keeps the weights of the epochs before. A lower --lr or --amp off may help"
-            ) from None
-        result = evaluate(run.judged, val_loader, criterion, device, amp=run.amp)
-        val_iou = summarise(result["tables"][DEEPEST])["iou"]
+                f"{label}: the validation loss is {judged['loss']}; stopped, {folder} keeps the epochs before"
+            )
+        scores = {**trained, "val_loss": judged["loss"], "val_iou": summarise(judged["tables"][DEEPEST])["iou"]}
         if config["scheduler"] == "ReduceLROnPlateau":
-            run.scheduler.step(result["loss"])
+            run.scheduler.step(scores["val_loss"])
         elif not each_step:
             run.scheduler.step()
-        run.epoch = epoch
-        better = val_iou > run.best_iou
-        if better:
-            run.best_iou, run.best_epoch = val_iou, epoch
-        rows.append(
-            {
-                "epoch": epoch,
-                "lr": lr,
-                **trained,
-                "val_loss": result["loss"],
-                "val_iou": val_iou,
-                "seconds": round(time.time() - start, 1),
-            }
-        )
-        write_log(rows, folder / "log.csv")
+        better = run.finish_epoch(epoch, scores["val_iou"])
+        rows.append({"epoch": epoch, "lr": lr, **scores, "seconds": round(time.time() - start, 1)})
+        with atomic_path(folder / "log.csv") as temporary:
+            pd.DataFrame(rows).to_csv(temporary, index=False)
         if better:
             save_checkpoint(folder / "model.pth", run.judged.state_dict())
         save_checkpoint(folder / "last.pth", run.state())
-        print(
-            f"{label}  lr {lr:.1e}  loss {trained['loss']:.4f}  iou {trained['iou']:.4f}  val_loss {result['loss']:.4f}  val_iou {val_iou:.4f}{'*' if better else ' '}  {rows[-1]['seconds']:.1f} s",
-            flush=True,
-        )
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        print(f"{label}  lr {lr:.1e}  {shown}{'*' if better else ' '} {rows[-1]['seconds']:.1f} s", flush=True)
         if 0 < config["early_stopping"] <= epoch - run.best_epoch:
             print(f"no better val_iou for {config['early_stopping']} epochs: stopped early")
             break
-
-
-def write_log(rows, path):
-    with atomic_path(path) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
 
 
 def main():
@@ -402,6 +389,7 @@ def main():
         )
 
     device = pick_device(config["device"])
+    torch.backends.cudnn.benchmark = True  # all batches have one size: let cuDNN find its fastest convolutions
     seed_everything(config["seed"])
     model = build_model(config)
     split = chosen_split(config, folder if options.resume else None)
@@ -415,9 +403,7 @@ def main():
 
     if options.resume:
         if fingerprint != read_yaml(folder / "split.yml").get("fingerprint"):
-            raise ValueError(
-                f"the files of inputs/{config['dataset']} have changed since {folder} was trained; a resumed run needs the same data"
-            )
+            raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
         run.load_state(load_checkpoint(folder / "last.pth"))
         rows = pd.read_csv(folder / "log.csv").to_dict("records")[: run.epoch]
         print(f"resuming {folder} after epoch {run.epoch}")
@@ -429,24 +415,20 @@ def main():
         write_yaml(folder / "config.yml", {**config, "environment": environment(device)})
         write_yaml(folder / "split.yml", {**split, "fingerprint": fingerprint})
 
+    precision = "float32" if run.amp is None else f"{config['amp']} autocast"
     layout = "channels_last" if config["channels_last"] else "contiguous"
-    print(
-        f"{config['arch']}, {count_params(model):,} parameters, on {device_name(device)}: {config['amp']} autocast, {layout}".replace(
-            "off autocast", "float32"
-        )
-    )
+    print(f"{config['arch']}, {count_params(model):,} parameters, {device_name(device)}, {precision}, {layout}")
     try:
         fit(run, loader, val_loader, LOSSES[config["loss"]](), folder, rows)
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python train.py --name {config['name']} --resume")
+        again = f"--name {config['name']} --resume" if rows else "the same options and --overwrite"
+        print(f"\nstopped after {run.epoch} whole epochs; go on with: python train.py {again}")
         raise
     finally:
         if rows:
             plot_curves(rows, folder / "curves.png", title=config["name"])
-    print(
-        f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {rows[-1]['val_iou']:.4f}; the run is in {folder}"
-    )
-    print(f"python val.py --name {config['name']}")
+    best = f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {rows[-1]['val_iou']:.4f}"
+    print(f"{best}; the run is in {folder}\npython val.py --name {config['name']}")
 
 
 def chosen_split(config, folder):

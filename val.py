@@ -1,42 +1,304 @@
 """Evaluate a trained run: every definition of IoU and Dice, masks, a table of the images and a report.
 
 python val.py --name run1
-python val.py --name run1 --dataset other_nuclei          # all images of another data set
-python val.py --name run1 --split split.yml               # the `test:` ids of a split of your own
+python val.py --name run1 --dataset other_nuclei    # all images of another data set
+python val.py --name run1 --split my_split.yml      # the `test:` ids of a split of your own
 """
 
+import argparse
+import shutil
+import sys
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
+from tqdm import tqdm
 
-from archs import as_heads, head_names
-from losses import mean_over_heads
-from metrics import PixelCounts
+import report
+from archs import DEEPEST, as_heads, build_model, head_names
+from cli import Parser, number, parse_options, run_script
+from dataset import build_dataset, check_split, list_ids, make_loader
+from images import write_png
+from losses import LOSSES, mean_over_heads
+from metrics import (
+    DEFINITIONS,
+    INTERSECTION,
+    PREDICTED,
+    THRESHOLDS,
+    TRUE,
+    PixelCounts,
+    bootstrap_interval,
+    dice,
+    iou,
+    per_class,
+    summarise,
+)
+from utils import atomic_path, load_checkpoint, pick_amp, pick_device, read_yaml
+
+HEADINGS = {  # of the printed table; the definitions follow it
+    "iou": "IoU",
+    "dice": "Dice",
+    "iou_per_image": "IoU/image",
+    "dice_per_image": "Dice/image",
+    "iou_per_batch": "IoU/batch16",
+    "miou": "mIoU",
+    "miou_ten": "mIoU10",
+}
+SHOWN = 12  # images in each group of the report's gallery
+
+
+def build_parser():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    a("--name", help="models/<name>; default: the newest run")
+    a("--dataset", help="evaluate all images of this folder of inputs/ (default: the run's validation images)")
+    a("--split", help="evaluate the `test:` ids of this split.yml")
+    a("-b", "--batch_size", type=number(int, 1), default=16, help="default 16; no figure depends on it")
+    a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default auto")
+    a("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; default auto")
+    a("--num_workers", type=number(int, 0, 1024), default=0, help="loader processes; default 0")
+    return parser
+
+
+# ---------------------------------------------------------------- a trained run
+
+
+def newest_run(models="models"):
+    """The name of the segmentation run whose weights are newest."""
+    weights = sorted(Path(models).glob("*/model.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in weights:
+        if (path.parent / "config.yml").is_file() and "arch" in read_yaml(path.parent / "config.yml"):
+            return path.parent.name
+    raise FileNotFoundError(f"no trained run in {models}/; train one first: python train.py --name run1")
+
+
+def read_config(folder):
+    """The config.yml of a run; ValueError when it describes no run of train.py."""
+    if not (folder / "config.yml").is_file():
+        known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/config.yml"))) or "none"
+        raise FileNotFoundError(f"{folder}/config.yml: no such file; the runs are: {known}")
+    config = read_yaml(folder / "config.yml")
+    needed = ("arch", "num_classes", "input_channels", "deep_supervision", "width", "input_h", "input_w", "mean", "std")
+    if missing := [key for key in needed if key not in config]:
+        raise ValueError(f"{folder}/config.yml is of no run of train.py: {', '.join(missing)} missing")
+    return config
+
+
+def load_trained(name, device, which="best"):
+    """The model of models/<name>, built from its config.yml alone, in eval mode, and the config.
+
+    which: "best" takes model.pth, "last" the weights of last.pth that a validation would have judged (the averaged
+    ones when averaging was on).
+    """
+    folder = Path("models") / name
+    config = read_config(folder)
+    path = folder / ("model.pth" if which == "best" else "last.pth")
+    state = load_checkpoint(path)
+    if which == "last":
+        average = {k.removeprefix("module."): v for k, v in state.get("ema", {}).items() if k != "n_averaged"}
+        state = average or state["model"]
+    model = build_model(config)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path} does not hold the weights of the {config['arch']} that config.yml describes"
+        ) from None
+    model = model.to(device).eval()
+    return (model.to(memory_format=torch.channels_last) if config.get("channels_last") else model), config
 
 
 @torch.inference_mode()
-def evaluate(model, loader, criterion, device, *, amp=None, thresholds=(0.5,), on_batch=None, progress=None):
+def evaluate(model, loader, criterion, device, *, amp=None, thresholds=(0.5,), on_batch=None, label=None):
     """Loss and pixel counts of every head over all images of a loader.
 
-    amp: the autocast dtype, or None for float32. on_batch(img_ids, {head: probabilities}, masks) sees every batch.
-    progress: wraps the loader (tqdm). Returns {"loss": the training criterion, mean over images, "tables": {head:
+    amp: the autocast dtype, or None for float32. on_batch(img_ids, {head: probabilities}, masks) sees every batch;
+    label: of a progress bar, or None. Returns {"loss": the criterion, mean over heads and images, "tables": {head:
     int64 (images, classes, thresholds, 4)}} with the heads L1 ... L4, L4 always the deepest, and, for more than one
     head, "mean", the mean of their probabilities.
     """
     model.eval()
-    counts, losses, images_seen = {}, [], 0
-    for images, masks, info in progress(loader) if progress else loader:
+    counts, losses = {}, []
+    for images, masks, info in tqdm(loader, desc=label, leave=False, disable=None if label else True):
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             heads = as_heads(model(images))
         losses.append(mean_over_heads(criterion, heads, masks) * len(images))
-        images_seen += len(images)
-        probabilities = {
-            name: torch.sigmoid(head.float()) for name, head in zip(head_names(len(heads)), heads, strict=True)
-        }
+        probabilities = {k: torch.sigmoid(head.float()) for k, head in zip(head_names(len(heads)), heads, strict=True)}
         if len(heads) > 1:
             probabilities["mean"] = torch.stack(list(probabilities.values())).mean(0)
         for name, values in probabilities.items():
             counts.setdefault(name, PixelCounts(thresholds)).update(values, masks)
         if on_batch:
             on_batch(info["img_id"], probabilities, masks)
-    return {"loss": torch.stack(losses).sum().item() / images_seen, "tables": {n: c.table() for n, c in counts.items()}}
+    tables = {name: count.table() for name, count in counts.items()}
+    return {"loss": torch.stack(losses).sum().item() / len(tables[DEEPEST]), "tables": tables}
+
+
+# ---------------------------------------------------------------- what to evaluate
+
+
+def chosen_images(options, config, folder):
+    """-> Dataset of the run's validation images, of another data set, or of a split's test ids; and what to call it."""
+    name = options.dataset or config["dataset"]
+    root = Path("inputs") / name
+    run_split = read_yaml(folder / "split.yml") if not (options.dataset or options.split) else {}
+    if options.split:
+        ids, part = check_split(read_yaml(options.split), options.split).get("test"), f"test ids of {options.split}"
+        if not ids:
+            raise ValueError(f"{options.split} has no `test:` ids; list the ids to evaluate there")
+    elif options.dataset:
+        ids, part = list_ids(root / "images", config["img_ext"]), "all images"
+    else:
+        ids, part = check_split(run_split, folder / "split.yml")["val"], "validation images of the run"
+    dataset = build_dataset({**config, "dataset": name}, ids)
+    fingerprint = dataset.check()["fingerprint"]
+    if run_split and fingerprint != run_split.get("fingerprint", {}).get("val"):
+        print(f"val.py: warning: the files of {root} have changed since {folder} was trained", file=sys.stderr)
+    return dataset, f"{name}, {part}"
+
+
+# ---------------------------------------------------------------- results
+
+
+class Predictions:
+    """Collects the thresholded masks of one head as `evaluate` goes, and writes each as <folder>/<class>/<id>.png."""
+
+    def __init__(self, head):
+        self.head, self.masks = head, {}
+
+    def __call__(self, img_ids, probabilities, masks):
+        predicted = (probabilities[self.head] > THRESHOLDS[0]).cpu().numpy()
+        self.masks.update(zip(img_ids, predicted, strict=True))  # (classes, H, W) bool
+
+    def write(self, folder):
+        for old in folder.glob("[0-9]*"):
+            if old.name.isdigit():
+                shutil.rmtree(old)
+        for img_id, planes in self.masks.items():
+            for k, plane in enumerate(planes):
+                path = folder / str(k) / f"{img_id}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_png(path, plane.astype(np.uint8) * 255)
+
+
+def rows_of_heads(tables):
+    """-> [{"head": "L1", "iou": ..., ...}, ...], the mean over classes of every metric."""
+    return [{"head": head, **summarise(table)} for head, table in tables.items()]
+
+
+def rows_of_images(img_ids, table):
+    """-> a row an image at threshold 0.5: IoU and Dice, the mean over classes, and each class's pixel counts."""
+    at_half = table[:, :, 0]  # (images, classes, 4)
+    rows = []
+    for img_id, counts in zip(img_ids, at_half, strict=True):
+        row = {"img_id": img_id, "iou": float(iou(counts).mean()), "dice": float(dice(counts).mean())}
+        for k, of_class in enumerate(counts):
+            numbers = {"predicted": of_class[PREDICTED], "true": of_class[TRUE], "intersection": of_class[INTERSECTION]}
+            row |= {f"{key}_{k}": int(value) for key, value in numbers.items()}
+        rows.append(row)
+    return rows
+
+
+def print_table(rows, first):
+    """Aligned columns: `first` (head or class), then the metrics."""
+    print("".join([f"{first:<8}", *(f"{heading:>12}" for heading in HEADINGS.values())]))
+    for row in rows:
+        print("".join([f"{row[first]:<8}", *(f"{row[key]:>12.4f}" for key in HEADINGS)]))
+
+
+def gallery_items(dataset, rows, masks):
+    """The images with the lowest, middle and highest IoU, for report.gallery."""
+    order = sorted(range(len(rows)), key=lambda k: (rows[k]["iou"], rows[k]["img_id"]))
+    shown = min(SHOWN, -(-len(order) // 3))
+    middle = (len(order) - shown) // 2
+    groups = {"best": order[-shown:], "median": order[middle : middle + shown], "worst": order[:shown]}
+    group_of = {k: group for group, members in groups.items() for k in members}  # on a tiny set the worst win
+    items = []
+    for k in sorted(group_of, key=order.index):
+        image, truth, img_id = *dataset.arrays(k), rows[k]["img_id"]
+        truth, prediction = truth.transpose(2, 0, 1) > 0, masks[img_id]
+        panels = [
+            ("image", image),
+            ("truth", report.mask_picture(truth)),
+            ("prediction", report.mask_picture(prediction)),
+            ("errors", report.label_overlay(report.brighten(image), truth, prediction)),
+        ]
+        values = {"IoU": rows[k]["iou"], "Dice": rows[k]["dice"], "foreground": float(truth.mean())}
+        items.append({"title": img_id, "panels": panels, "values": values, "group": group_of[k]})
+    return items
+
+
+def write_report(path, config, what, headline, by_epoch, by_class, items, curves):
+    """The self-contained page: headline, all definitions, curves, gallery, configuration."""
+    columns = {"head": "head", **HEADINGS}
+    metrics = "".join(report.table(rows, columns, caption=epoch) for epoch, rows in by_epoch.items())
+    if len(by_class) > 1:
+        metrics += report.table(by_class, {"class": "class", **HEADINGS}, caption=f"each class, {DEEPEST}, best epoch")
+    defined = [{"metric": HEADINGS[key], "definition": text} for key, text in DEFINITIONS.items()]
+    sections = [
+        ("Summary", report.summary(headline)),
+        ("Metrics", metrics + report.table(defined)),
+        ("Images", report.legend() + report.gallery(items, ("IoU", "Dice", "foreground"))),
+        ("Configuration", report.table([{"option": k, "value": str(v)} for k, v in config.items()])),
+    ]
+    if curves.is_file():
+        sections.insert(
+            2, ("Training", report.picture(report.file_uri(curves), "Loss, IoU and learning rate by epoch"))
+        )
+    report.write_page(path, f"{config['name']}: {config['arch']}", sections, subtitle=what)
+
+
+def main():
+    options, _ = parse_options(build_parser)
+    name = options.name or newest_run()
+    folder, output = Path("models") / name, Path("outputs") / name
+    device = pick_device(options.device)
+    amp = pick_amp(options.amp, device)
+    model, config = load_trained(name, device)
+    criterion = LOSSES[config["loss"]]()
+    dataset, what = chosen_images(options, config, folder)
+    loader = make_loader(dataset, options.batch_size, num_workers=options.num_workers)
+    print(f"{folder}: {what}, {len(dataset)} images, {str(amp or 'float32').removeprefix('torch.')}")
+
+    predictions = Predictions(DEEPEST)
+    found = evaluate(model, loader, criterion, device, amp=amp, thresholds=THRESHOLDS, on_batch=predictions, label=name)
+    by_epoch = {"best epoch (model.pth)": rows_of_heads(found["tables"])}
+    if (folder / "last.pth").is_file():
+        last, _ = load_trained(name, device, "last")
+        of_last = evaluate(last, loader, criterion, device, amp=amp, thresholds=THRESHOLDS, label=name)
+        by_epoch["last epoch (last.pth)"] = rows_of_heads(of_last["tables"])
+    table = found["tables"][DEEPEST]
+    classes = per_class(table)
+    by_class = [{"class": str(k), **{key: float(v[k]) for key, v in classes.items()}} for k in range(table.shape[1])]
+    rows = rows_of_images(dataset.img_ids, table)
+
+    for epoch, heads in by_epoch.items():
+        print(f"\n{epoch}")
+        print_table(heads, "head")
+    if len(by_class) > 1:
+        print(f"\neach class, {DEEPEST}, best epoch")
+        print_table(by_class, "class")
+    print()
+    for key, text in DEFINITIONS.items():
+        print(f"{HEADINGS[key]:<12}{text}")
+    scores, (low, high) = summarise(table), bootstrap_interval(table)
+    print(f"\nIoU {scores['iou']:.4f} ({low:.4f} to {high:.4f}, 95 % bootstrap over images), Dice {scores['dice']:.4f}")
+
+    predictions.write(output)
+    with atomic_path(output / "metrics.csv") as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    headline = [
+        ("IoU", f"{scores['iou']:.4f}", f"pooled, {DEEPEST}, best epoch; 95 % {low:.4f} to {high:.4f} over images"),
+        ("Dice", f"{scores['dice']:.4f}", "pooled"),
+        ("mIoU", f"{scores['miou']:.4f}", "two classes"),
+        ("images", f"{len(dataset)}", what),
+    ]
+    items = gallery_items(dataset, rows, predictions.masks)
+    write_report(output / "report.html", config, what, headline, by_epoch, by_class, items, folder / "curves.png")
+    print(f"masks, metrics.csv and report.html are in {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,79 @@
+"""Picture files and their pixels: read, convert, squeeze, write. The one place that knows how a file becomes an array.
+
+image = to_channels(decode(Path("cells.tif").read_bytes()), 3)    # (H, W, 3) uint8, RGB
+small = squeeze(image, (96, 96))
+"""
+
+import cv2
+import numpy as np
+
+
+def decode(data):
+    """The bytes of a PNG, JPEG, TIFF or BMP -> (H, W) or (H, W, 3 or 4) as stored, uint8 or uint16, RGB(A).
+
+    Raises ValueError when they are no whole picture of 8 or 16 bits.
+    """
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # an empty file, or more pixels than OpenCV accepts (2^30)
+        array = None
+    if array is None or array.dtype not in (np.uint8, np.uint16):
+        raise ValueError("unreadable: no whole picture of 8 or 16 bits")
+    if array.ndim == 3:  # OpenCV keeps blue first
+        array = cv2.cvtColor(array, cv2.COLOR_BGR2RGB if array.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+    return array
+
+
+def to_channels(array, channels):
+    """What decode gives -> (H, W, channels) uint8 in [0, 255]: 1 grey, 3 RGB or 4 RGBA; missing alpha is opaque.
+
+    16-bit values are scaled by the smallest of 10, 12, 14 and 16 bits that holds the brightest pixel, because cameras
+    keep their 12 bits in 16; a full-scale picture keeps its brightness, unlike with scaling by its own maximum.
+    """
+    if array.dtype == np.uint16:
+        full_scale = next(2**bits - 1 for bits in (10, 12, 14, 16) if array.max() < 2**bits)
+        array = np.round(array * (255 / full_scale)).astype(np.uint8)
+    conversions = {
+        (1, 3): cv2.COLOR_GRAY2RGB,
+        (1, 4): cv2.COLOR_GRAY2RGBA,
+        (3, 1): cv2.COLOR_RGB2GRAY,
+        (3, 4): cv2.COLOR_RGB2RGBA,
+        (4, 1): cv2.COLOR_RGBA2GRAY,
+        (4, 3): cv2.COLOR_RGBA2RGB,
+    }
+    found = 1 if array.ndim == 2 else array.shape[2]
+    if found != channels:
+        array = cv2.cvtColor(array, conversions[found, channels])
+    return array.reshape(*array.shape[:2], channels)
+
+
+def foreground(array):
+    """What decode gives for a mask -> (H, W) bool, everything that is not 0; alpha says nothing."""
+    return (array if array.ndim == 2 else array[..., :3].max(axis=2)) > 0
+
+
+def squeeze(array, size):
+    """(H, W[, C]) -> (height, width[, C]) = size: area average where a side shrinks, linear where it grows."""
+    (height, width), (old_height, old_width) = size, array.shape[:2]
+    for shape, shrinks in (((width, old_height), width < old_width), ((width, height), height < old_height)):
+        array = cv2.resize(array, shape, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return array
+
+
+def squeeze_mask(mask, size):
+    """(H, W) bool -> (height, width) bool whose number of foreground pixels is that of the area average, rounded.
+
+    The k pixels with the highest coverage are foreground, k = round(sum of the coverage). Equal coverage is settled by
+    the neighbourhood's, then in raster order.
+    """
+    coverage = squeeze(mask.astype(np.float32), size)
+    k = round(float(coverage.sum(dtype=np.float64)))
+    rank = np.round(coverage + 1e-3 * cv2.blur(coverage, (3, 3)), 5)
+    small = np.zeros(rank.size, bool)
+    small[np.argsort(-rank, axis=None, kind="stable")[:k]] = True
+    return small.reshape(rank.shape)
+
+
+def write_png(path, array):
+    """(H, W) or (H, W, 3) RGB, uint8 or uint16 -> a PNG; through Python's own file, which tells of a full disk."""
+    path.write_bytes(cv2.imencode(".png", array if array.ndim == 2 else array[..., ::-1])[1])

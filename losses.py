@@ -48,6 +48,8 @@ class LovaszHingeLoss(nn.Module):
     """
 
     def forward(self, logits, masks):
+        if logits.shape != masks.shape:  # as the cross entropy says of itself; broadcasting would hide it
+            raise ValueError(f"logits {tuple(logits.shape)} and masks {tuple(masks.shape)} differ in shape")
         logits = _at_least_float32(logits).flatten(2)  # (N, C, P)
         masks = masks.to(logits.dtype).flatten(2)
         errors, order = torch.sort(1 - logits * (2 * masks - 1), dim=-1, descending=True)

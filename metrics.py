@@ -36,10 +36,7 @@ class PixelCounts:
 
     def update(self, probabilities, masks):
         """probabilities (N, C, H, W) float in [0, 1], masks (N, C, H, W) of 0 and 1; foreground is > threshold."""
-        if probabilities.shape != masks.shape:
-            raise ValueError(
-                f"probabilities {tuple(probabilities.shape)} and masks {tuple(masks.shape)} differ in shape"
-            )
+        _check_shapes(probabilities, masks)
         true = masks.flatten(2) > 0.5  # (N, C, P)
         probabilities = probabilities.flatten(2)
         counts = []
@@ -54,6 +51,12 @@ class PixelCounts:
         if not self._batches:
             return np.zeros((0, 1, len(self.thresholds), 4), np.int64)
         return torch.cat(self._batches).cpu().numpy()
+
+
+def _check_shapes(output, masks):
+    """Broadcasting would count something, and it would be wrong."""
+    if output.shape != masks.shape:
+        raise ValueError(f"output {tuple(output.shape)} and masks {tuple(masks.shape)} differ in shape")
 
 
 def _ratio(numerator, denominator):
@@ -126,13 +129,14 @@ def iou_score(output, target, smooth=1e-5):
     Foreground is a probability (a mask value) above 0.5; `smooth` makes two empty masks 1.
     """
     predicted, true = torch.as_tensor(output) > 0, torch.as_tensor(target) > 0.5  # logit > 0 is probability > 0.5
+    _check_shapes(predicted, true)
     intersection, union = (predicted & true).sum().item(), (predicted | true).sum().item()
     return (intersection + smooth) / (union + smooth)
 
 
 def dice_coef(output, target, smooth=1e-5):
     """Soft Dice of one batch, pooled over its pixels, without a threshold: logits and masks of equal shape -> float."""
-    probabilities = torch.sigmoid(torch.as_tensor(output).double()).flatten()
-    true = torch.as_tensor(target).double().flatten()
+    probabilities, true = torch.as_tensor(output).double().sigmoid(), torch.as_tensor(target).double()
+    _check_shapes(probabilities, true)
     overlap = (probabilities * true).sum().item()
     return (2 * overlap + smooth) / (probabilities.sum().item() + true.sum().item() + smooth)

@@ -1,0 +1,264 @@
+"""archs.py against the papers' formulas, written a second time, and against the names others' weights have."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from archs import ARCHS, DEEPEST, DEPTH, NestedUNet, UNet, as_heads, build_model, head_names
+from utils import count_params
+
+VARIANTS = [("UNet", False), ("NestedUNet", False), ("NestedUNet", True)]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def model_of(arch, deep, **options):
+    return ARCHS[arch](deep_supervision=deep, **{"width": 2} | options)
+
+
+def settle(model, size=(32, 48), channels=3):
+    """Batch norm statistics and scales unlike their initial 0 and 1, then eval: a swapped layer changes the output."""
+    for name, parameter in model.named_parameters():
+        if ".bn" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(2, channels, *size))
+    return model.eval()
+
+
+# ---------------------------------------------------------------- layers
+
+
+def test_parameter_counts():
+    assert count_params(UNet()) == 7_852_545
+    assert count_params(NestedUNet()) == 9_163_329
+    assert count_params(NestedUNet(deep_supervision=True)) == 9_163_329 + 3 * (32 + 1)  # three more 1x1 convolutions
+
+
+def block(name, in_channels, out_channels):
+    shapes = {}
+    for layer, channels in (("1", in_channels), ("2", out_channels)):
+        shapes[f"{name}.conv{layer}.weight"] = (out_channels, channels, 3, 3)
+        shapes[f"{name}.conv{layer}.bias"] = (out_channels,)
+        for entry in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.bn{layer}.{entry}"] = (out_channels,)
+        shapes[f"{name}.bn{layer}.num_batches_tracked"] = ()
+    return shapes
+
+
+ENCODER = {"conv0_0": (3, 32), "conv1_0": (32, 64), "conv2_0": (64, 128), "conv3_0": (128, 256), "conv4_0": (256, 512)}
+UNET = ENCODER | {"conv3_1": (768, 256), "conv2_2": (384, 128), "conv1_3": (192, 64), "conv0_4": (96, 32)}
+NESTED = ENCODER | {
+    "conv0_1": (32 + 64, 32),
+    "conv1_1": (64 + 128, 64),
+    "conv2_1": (128 + 256, 128),
+    "conv3_1": (256 + 512, 256),
+    "conv0_2": (2 * 32 + 64, 32),
+    "conv1_2": (2 * 64 + 128, 64),
+    "conv2_2": (2 * 128 + 256, 128),
+    "conv0_3": (3 * 32 + 64, 32),
+    "conv1_3": (3 * 64 + 128, 64),
+    "conv0_4": (4 * 32 + 64, 32),
+}
+
+
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+def test_names_and_shapes_are_those_of_pytorch_nested_unet(arch, deep):
+    expected = {}
+    for name, channels in (UNET if arch == "UNet" else NESTED).items():
+        expected |= block(name, *channels)
+    for head in ("final1", "final2", "final3", "final4") if deep else ("final",):
+        expected |= {f"{head}.weight": (5, 32, 1, 1), f"{head}.bias": (5,)}
+    state = model_of(arch, deep, width=32, num_classes=5).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
+
+
+# ---------------------------------------------------------------- the formula of the papers, a second time
+
+
+def twice_convolved(x, state, name):
+    for layer in "12":
+        conv, bn = f"{name}.conv{layer}", f"{name}.bn{layer}"
+        x = F.conv2d(x, state[f"{conv}.weight"], state[f"{conv}.bias"], padding=1)
+        x = x - state[f"{bn}.running_mean"].view(-1, 1, 1)
+        x = x / (state[f"{bn}.running_var"].view(-1, 1, 1) + 1e-5).sqrt()
+        x = (x * state[f"{bn}.weight"].view(-1, 1, 1) + state[f"{bn}.bias"].view(-1, 1, 1)).clamp(min=0)
+    return x
+
+
+def doubled(x):
+    """Bilinear, corners aligned: output pixel o of 2n lies at o (n - 1) / (2n - 1) of the n input pixels."""
+    for axis in (-2, -1):
+        n = x.shape[axis]
+        weights = torch.zeros(2 * n, n, dtype=x.dtype)
+        for o in range(2 * n):
+            place = o * (n - 1) / (2 * n - 1)
+            for i in range(n):
+                weights[o, i] = max(0.0, 1 - abs(place - i))
+        x = torch.einsum("oi,nchi->ncho" if axis == -1 else "oi,nciw->ncow", weights, x)
+    return x
+
+
+def halved(x):
+    return torch.stack([x[..., a::2, b::2] for a in (0, 1) for b in (0, 1)]).amax(0)
+
+
+def slow_nested(state, images):
+    """X^{i,j} = H([X^{i,0} ... X^{i,j-1}, U(X^{i+1,j-1})]), equation 1 of Zhou et al. 2020, asked for recursively."""
+
+    def node(i, j):
+        if (i, j) not in known:
+            if j == 0:
+                inputs = halved(node(i - 1, 0)) if i else images
+            else:
+                inputs = torch.cat([node(i, k) for k in range(j)] + [doubled(node(i + 1, j - 1))], dim=1)
+            known[i, j] = twice_convolved(inputs, state, f"conv{i}_{j}")
+        return known[i, j]
+
+    known = {}
+    return [node(0, j) for j in (1, 2, 3, 4)]
+
+
+def slow_unet(state, images):
+    down = [twice_convolved(images, state, "conv0_0")]
+    for i in (1, 2, 3, 4):
+        down.append(twice_convolved(halved(down[-1]), state, f"conv{i}_0"))
+    x = down[4]
+    for i, name in ((3, "conv3_1"), (2, "conv2_2"), (1, "conv1_3"), (0, "conv0_4")):
+        x = twice_convolved(torch.cat([down[i], doubled(x)], dim=1), state, name)
+    return x
+
+
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+def test_the_output_is_the_papers_formula(arch, deep):
+    model = settle(model_of(arch, deep, num_classes=2, width=3)).double()
+    images, state = torch.randn(2, 3, 32, 48, dtype=torch.float64), model.state_dict()
+    columns = [slow_unet(state, images)] if arch == "UNet" else slow_nested(state, images)
+    names = ["final1", "final2", "final3", "final4"] if deep else ["final"]
+    expected = [
+        torch.einsum("kc,nchw->nkhw", state[f"{name}.weight"][..., 0, 0], x) + state[f"{name}.bias"].view(-1, 1, 1)
+        for name, x in zip(names, columns[-len(names) :], strict=True)
+    ]
+    with torch.no_grad():
+        heads = as_heads(model(images))
+    assert len(heads) == len(expected)
+    for head, wanted in zip(heads, expected, strict=True):
+        torch.testing.assert_close(head, wanted)
+        assert wanted.std() > 1e-3
+
+
+def test_heads_and_their_names():
+    images = torch.randn(2, 3, 32, 32)
+    heads = NestedUNet(width=2, deep_supervision=True)(images)
+    assert isinstance(heads, list) and len(heads) == 4 and as_heads(heads) == heads
+    assert head_names(4) == ["L1", "L2", "L3", "L4"] and head_names(1) == ["L4"] == [DEEPEST]
+    output = UNet(width=2)(images)
+    assert isinstance(output, torch.Tensor) and as_heads(output) == [output]
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_every_size_from_1_to_65(arch, deep, training):
+    model = model_of(arch, deep).train(training)
+    with torch.no_grad():
+        for side in range(1, 66):
+            for size in ((side, 20), (20, side)):
+                for head in as_heads(model(torch.rand(1, 3, *size))):
+                    assert head.shape == (1, 1, *size) and head.isfinite().all()
+
+
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 31), (33, 64), (48, 5)])
+def test_padding_is_replication_right_and_bottom_then_cropped(arch, deep, size):
+    model = settle(model_of(arch, deep))
+    images = torch.randn(1, 3, *size)
+    height, width = ((side + 15) // 16 * 16 for side in size)
+    edges = ((0, 0), (0, 0), (0, height - size[0]), (0, width - size[1]))
+    padded = torch.from_numpy(np.pad(images.numpy(), edges, mode="edge"))
+    with torch.no_grad():
+        heads, whole = as_heads(model(images)), as_heads(model(padded))
+        for head, expected in zip(heads, whole, strict=True):
+            torch.testing.assert_close(head, expected[..., : size[0], : size[1]])
+        if size == (height, width):  # nothing was added to what the network sees
+            assert model.pad(images).shape == images.shape
+
+
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+def test_training_sees_at_least_32_pixels(arch, deep):
+    model, seen = model_of(arch, deep), []
+    model.conv0_0.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    for training, size in ((True, (1, 16)), (True, (40, 32)), (False, (1, 16))):
+        model.train(training)(torch.rand(1, 3, *size))
+    assert seen == [(32, 32), (48, 32), (16, 16)]
+
+
+# ---------------------------------------------------------------- training, building, saving
+
+
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+def test_every_parameter_gets_a_gradient(arch, deep):
+    model = model_of(arch, deep, width=4)
+    sum((head**2).sum() for head in as_heads(model(torch.randn(2, 3, 32, 32)))).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # the mean that batch norm subtracts takes a convolution's bias with it: there the gradient is rounding
+        assert ".conv" in f".{name}" and name.endswith("bias") or parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("classes", [1, 2, 7])
+def test_classes_and_channels(arch, deep, channels, classes):
+    model = model_of(arch, deep, num_classes=classes, input_channels=channels)
+    assert model.conv0_0.conv1.weight.shape == (2, channels, 3, 3)
+    heads = as_heads(model(torch.rand(2, channels, 19, 35)))
+    assert [head.shape for head in heads] == [(2, classes, 19, 35)] * (4 if deep else 1)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("wrong", ["num_classes", "input_channels", "width"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_arguments_out_of_range(arch, wrong, value):
+    with pytest.raises(ValueError, match=f"{wrong} must be at least 1, found {value}"):
+        ARCHS[arch](**{wrong: value})
+
+
+def test_unet_has_no_deep_supervision():
+    with pytest.raises(ValueError, match="needs NestedUNet"):
+        UNet(deep_supervision=True)
+
+
+def test_build_model_reads_its_keys_of_a_config():
+    config = {"arch": "NestedUNet", "num_classes": 2, "input_channels": 4, "deep_supervision": True, "width": 5}
+    model = build_model(config | {"lr": 0.1, "dataset": "cells"})
+    assert type(model) is NestedUNet and model.deep_supervision
+    assert model.conv0_0.conv1.weight.shape == (5, 4, 3, 3) and model.final4.weight.shape == (2, 5, 1, 1)
+    assert type(build_model(config | {"arch": "UNet", "deep_supervision": False})) is UNet
+    with pytest.raises(ValueError, match="UNext.*UNet, NestedUNet"):
+        build_model(config | {"arch": "UNext"})
+
+
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+def test_saved_and_loaded_gives_the_same(arch, deep, tmp_path):
+    model, images = settle(model_of(arch, deep)), torch.rand(1, 3, 40, 20)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    other = model_of(arch, deep).eval()
+    with torch.no_grad():
+        expected = as_heads(model(images))
+        assert not torch.equal(as_heads(other(images))[-1], expected[-1])
+        other.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
+        for head, wanted in zip(as_heads(other(images)), expected, strict=True):
+            assert torch.equal(head, wanted)
+
+
+def test_depth_is_what_names_and_sizes_assume():
+    """The names conv4_0, final4 and L4 and the multiple 16 above are those of four downsamplings."""
+    assert DEPTH == 4 and {name for name, _ in NestedUNet(width=1).named_children()} >= {"conv4_0", "conv0_4"}

@@ -2,11 +2,14 @@
 
     model = NestedUNet(num_classes=1, input_channels=3, deep_supervision=True)
     heads = as_heads(model(images))  # logits of [X^{0,1}, X^{0,2}, X^{0,3}, X^{0,4}], each (N, num_classes, H, W)
+    fast = model.prune(2)            # a smaller model: X^{0,2}, its head, and what feeds it
 
 Layers carry the paper's names, X^{i,j} = `conv{i}_{j}`: i counts the downsamplings, j the steps along a skip pathway.
 U-Net: Ronneberger, Fischer, Brox, MICCAI 2015, https://arxiv.org/abs/1505.04597
 U-Net++: Zhou et al., DLMIA 2018, https://arxiv.org/abs/1807.10165, and IEEE TMI 2020, https://arxiv.org/abs/1912.05074
 """
+
+import copy
 
 import torch
 import torch.nn as nn
@@ -35,10 +38,11 @@ class SkipNetwork(nn.Module):
     """What both networks share: nodes X^{i,j} joined by pooling, bilinear upsampling and skips.
 
     X^{i,0} sees the pooled X^{i-1,0}; any other X^{i,j} sees X^{i,k} for k in `skips(j)` and the upsampled X^{i+1,j-1}.
-    A subclass says which nodes and skips there are.
+    A subclass says which nodes and skips there are, and which levels d have a head, on X^{0,d}.
     """
 
     nodes = ()  # (i, j) pairs, each after the nodes that feed it
+    levels = (DEPTH,)
 
     def __init__(self, num_classes=1, input_channels=3, width=32):
         super().__init__()
@@ -58,6 +62,29 @@ class SkipNetwork(nn.Module):
     @staticmethod
     def skips(j):
         raise NotImplementedError
+
+    @property
+    def head_names(self):
+        """What as_heads(model(images)) lists: L1 ... L4 with deep supervision, else L4, or the level pruned to."""
+        return [f"L{level}" for level in self.levels]
+
+    def prune(self, level):
+        """A new model of the nodes with i + j <= level and the head of X^{0,level} alone: forward returns its logits.
+
+        They are those of the same head of this model, which stays as it is. Padding stays at multiples of 16, because
+        upsampling with aligned corners gives other values at another size. ValueError when no head was trained there.
+        """
+        if level not in self.levels:
+            known = f"level {level}: this {type(self).__name__} has no such head, only {', '.join(self.head_names)}"
+            advice = "; a model to prune is a NestedUNet trained with --deep_supervision True"
+            raise ValueError(known + advice * (len(self.levels) == 1))
+        pruned = copy.deepcopy(self)
+        pruned.levels = (level,)
+        pruned.nodes = tuple((i, j) for i, j in self.nodes if i + j <= level)
+        kept = {f"conv{i}_{j}" for i, j in pruned.nodes} | {"final", f"final{level}", "pool", "up"}
+        for name in dict(self.named_children()).keys() - kept:
+            delattr(pruned, name)
+        return pruned
 
     def forward_nodes(self, images):
         """(N, input_channels, H, W), H and W multiples of 16 -> {(i, j): X^{i,j}, (N, width 2^i, H / 2^i, W / 2^i)}."""
@@ -108,6 +135,7 @@ class NestedUNet(SkipNetwork):
 
     images (N, input_channels, H, W) float, any H and W -> logits (N, num_classes, H, W) of X^{0,4}; with
     deep_supervision a list of the logits of X^{0,1} ... X^{0,4}, each from a 1x1 convolution of its own (`final1` ...).
+    Pruned to one of them, it returns that one's logits alone.
     """
 
     nodes = tuple((d - j, j) for d in range(DEPTH + 1) for j in range(d + 1))  # diagonal by diagonal: L0, L1 ... L4
@@ -115,7 +143,8 @@ class NestedUNet(SkipNetwork):
     def __init__(self, num_classes=1, input_channels=3, deep_supervision=False, width=32):
         super().__init__(num_classes, input_channels, width)
         self.deep_supervision = deep_supervision
-        for name in [f"final{j}" for j in range(1, DEPTH + 1)] if deep_supervision else ["final"]:
+        self.levels = tuple(range(1, DEPTH + 1)) if deep_supervision else (DEPTH,)
+        for name in [f"final{level}" for level in self.levels] if deep_supervision else ["final"]:
             self.add_module(name, nn.Conv2d(width, num_classes, 1))
 
     @staticmethod
@@ -127,7 +156,8 @@ class NestedUNet(SkipNetwork):
         x = self.forward_nodes(self.pad(images))
         if not self.deep_supervision:
             return self.final(x[0, DEPTH])[..., :height, :width]
-        return [getattr(self, f"final{j}")(x[0, j])[..., :height, :width] for j in range(1, DEPTH + 1)]
+        heads = [getattr(self, f"final{level}")(x[0, level])[..., :height, :width] for level in self.levels]
+        return heads if len(heads) > 1 else heads[0]
 
 
 ARCHS = {"UNet": UNet, "NestedUNet": NestedUNet}
@@ -146,6 +176,6 @@ def as_heads(output):
     return list(output) if isinstance(output, (list, tuple)) else [output]
 
 
-def head_names(count):
-    """Names for as_heads' list: L1 ... L4 for a deeply supervised model, L4 for the single head."""
-    return [f"L{DEPTH - count + 1 + k}" for k in range(count)]
+def probabilities(output):
+    """What a model returned -> (N, num_classes, H, W) float32 in [0, 1]: the mean over its heads of their sigmoids."""
+    return torch.stack([torch.sigmoid(logits.float()) for logits in as_heads(output)]).mean(0)

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import report
-from archs import DEEPEST, as_heads, build_model, head_names
+from archs import DEEPEST, as_heads, build_model, probabilities
 from cli import Parser, number, parse_options, run_script
 from dataset import build_dataset, check_split, list_ids, make_loader
 from images import write_png
@@ -115,8 +115,8 @@ def evaluate(model, loader, criterion, device, *, amp=None, thresholds=(0.5,), o
 
     amp: the autocast dtype, or None for float32. on_batch(img_ids, {head: probabilities}, masks) sees every batch;
     label: of a progress bar, or None. Returns {"loss": the criterion, mean over heads and images, "tables": {head:
-    int64 (images, classes, thresholds, 4)}} with the heads L1 ... L4, L4 always the deepest, and, for more than one
-    head, "mean", the mean of their probabilities.
+    int64 (images, classes, thresholds, 4)}} with the model's head_names, the deepest last, and, for more than one head,
+    "mean", the mean of their probabilities.
     """
     model.eval()
     counts, losses = {}, []
@@ -125,15 +125,15 @@ def evaluate(model, loader, criterion, device, *, amp=None, thresholds=(0.5,), o
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             heads = as_heads(model(images))
         losses.append(mean_over_heads(criterion, heads, masks) * len(images))
-        probabilities = {k: torch.sigmoid(head.float()) for k, head in zip(head_names(len(heads)), heads, strict=True)}
+        of_head = {name: probabilities(head) for name, head in zip(model.head_names, heads, strict=True)}
         if len(heads) > 1:
-            probabilities["mean"] = torch.stack(list(probabilities.values())).mean(0)
-        for name, values in probabilities.items():
+            of_head["mean"] = probabilities(heads)
+        for name, values in of_head.items():
             counts.setdefault(name, PixelCounts(thresholds)).update(values, masks)
         if on_batch:
-            on_batch(info["img_id"], probabilities, masks)
+            on_batch(info["img_id"], of_head, masks)
     tables = {name: count.table() for name, count in counts.items()}
-    return {"loss": torch.stack(losses).sum().item() / len(tables[DEEPEST]), "tables": tables}
+    return {"loss": torch.stack(losses).sum().item() / len(tables[model.head_names[-1]]), "tables": tables}
 
 
 # ---------------------------------------------------------------- what to evaluate

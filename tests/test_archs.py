@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from archs import ARCHS, DEEPEST, DEPTH, NestedUNet, UNet, as_heads, build_model, head_names
+from archs import ARCHS, DEEPEST, DEPTH, NestedUNet, UNet, as_heads, build_model, probabilities
 from utils import count_params
 
 VARIANTS = [("UNet", False), ("NestedUNet", False), ("NestedUNet", True)]
@@ -154,11 +154,22 @@ def test_the_output_is_the_papers_formula(arch, deep):
 
 def test_heads_and_their_names():
     images = torch.randn(2, 3, 32, 32)
-    heads = NestedUNet(width=2, deep_supervision=True)(images)
+    model = NestedUNet(width=2, deep_supervision=True)
+    heads = model(images)
     assert isinstance(heads, list) and len(heads) == 4 and as_heads(heads) == heads
-    assert head_names(4) == ["L1", "L2", "L3", "L4"] and head_names(1) == ["L4"] == [DEEPEST]
-    output = UNet(width=2)(images)
-    assert isinstance(output, torch.Tensor) and as_heads(output) == [output]
+    assert model.head_names == ["L1", "L2", "L3", "L4"]
+    for single in (UNet(width=2), NestedUNet(width=2)):
+        output = single(images)
+        assert isinstance(output, torch.Tensor) and as_heads(output) == [output]
+        assert single.head_names == ["L4"] == [DEEPEST]
+
+
+def test_probabilities_are_the_mean_over_heads_of_their_sigmoids():
+    logits = [torch.tensor([[[[0.0, 40.0]]]]), torch.tensor([[[[np.log(3), -40.0]]]]).to(torch.bfloat16)]
+    torch.testing.assert_close(probabilities(logits[0]), torch.tensor([[[[0.5, 1.0]]]]))
+    both = probabilities(logits)  # 3 / (1 + 3) = 0.75, as far as bfloat16 holds log 3
+    torch.testing.assert_close(both, torch.tensor([[[[0.625, 0.5]]]]), atol=1e-3, rtol=0)
+    assert both.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- sizes
@@ -198,6 +209,91 @@ def test_training_sees_at_least_32_pixels(arch, deep):
     for training, size in ((True, (1, 16)), (True, (40, 32)), (False, (1, 16))):
         model.train(training)(torch.rand(1, 3, *size))
     assert seen == [(32, 32), (48, 32), (16, 16)]
+
+
+# ---------------------------------------------------------------- pruning
+
+
+def nodes_up_to(level):
+    return {name: channels for name, channels in NESTED.items() if sum(map(int, name[4:].split("_"))) <= level}
+
+
+def counted(level, heads=1, classes=1):
+    """Parameters by formula: 9 weights an in-out pair and a bias, twice; batch norm's two; 1x1 convolutions."""
+    blocks = nodes_up_to(level).values()
+    return sum(9 * (a * b + b * b) + 2 * b + 4 * b for a, b in blocks) + heads * (32 * classes + classes)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_pruned_to_a_level_nothing_else_is_left(level):
+    model = NestedUNet(deep_supervision=True, num_classes=2)
+    pruned, before = model.prune(level), set(model.state_dict())
+    expected = set().union(*(block(name, *channels) for name, channels in nodes_up_to(level).items()))
+    assert set(pruned.state_dict()) == expected | {f"final{level}.weight", f"final{level}.bias"}
+    assert len(nodes_up_to(level)) == (level + 1) * (level + 2) // 2
+    assert count_params(pruned) == counted(level, classes=2)
+    assert count_params(model) == counted(4, heads=4, classes=2) and set(model.state_dict()) == before
+
+
+def test_parameters_of_each_level():
+    """The paper's nuclei table gives 0.1, 0.5, 2.2 and 9.0 million."""
+    counts = [count_params(NestedUNet(deep_supervision=True).prune(level)) for level in (1, 2, 3, 4)]
+    assert counts == [103_041, 519_105, 2_236_161, 9_163_329]
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_a_pruned_model_gives_what_that_head_gave(level):
+    model = settle(model_of("NestedUNet", True, num_classes=2, width=4))
+    pruned = model.prune(level)
+    with torch.no_grad():
+        for size in ((32, 48), (1, 1), (17, 31), (40, 5), (50, 33)):
+            images = torch.randn(2, 3, *size)
+            output, heads = pruned(images), model(images)
+            assert isinstance(output, torch.Tensor) and output.shape == (2, 2, *size)
+            torch.testing.assert_close(output, heads[level - 1])
+            others = [head for k, head in enumerate(heads, 1) if k != level]
+            assert all((output - other).abs().max() > 1e-3 for other in others)
+        for parameter in pruned.parameters():
+            parameter.zero_()
+        assert torch.equal(model(images)[level - 1], heads[level - 1])  # the original shares no weight with it
+    assert pruned.head_names == [f"L{level}"] and model.head_names == ["L1", "L2", "L3", "L4"]
+
+
+def test_pruning_to_smaller_padding_would_change_the_output():
+    """Why L1 pads to multiples of 16 though multiples of 2 would do: aligned corners depend on the size."""
+    model = settle(model_of("NestedUNet", True)).prune(1)
+    images = torch.randn(1, 3, 18, 18)
+    with torch.no_grad():
+        unpadded = model.final1(model.forward_nodes(images)[0, 1])
+        assert (unpadded - model(images)).abs().max() > 1e-3
+
+
+def test_a_pruned_model_keeps_mode_type_and_layout_and_can_be_saved(tmp_path):
+    model = settle(model_of("NestedUNet", True)).double().to(memory_format=torch.channels_last)
+    pruned, images = model.prune(2), torch.randn(1, 3, 20, 20, dtype=torch.float64)
+    assert not pruned.training and model.prune(3).training is False
+    assert pruned.conv0_0.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.save(pruned.state_dict(), tmp_path / "L2.pth")
+    other = model_of("NestedUNet", True).double().eval().prune(2)
+    other.load_state_dict(torch.load(tmp_path / "L2.pth", weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(other(images), pruned(images))
+    assert pruned.prune(2).head_names == ["L2"]
+
+
+def test_pruning_where_no_head_was_trained():
+    with pytest.raises(ValueError, match="level 2: this NestedUNet has no such head, only L4; .*deep_supervision True"):
+        model_of("NestedUNet", False).prune(2)
+    with pytest.raises(ValueError, match="level 1: this UNet has no such head"):
+        model_of("UNet", False).prune(1)
+    model = model_of("NestedUNet", True)
+    for level in (0, 5, -1, "2"):
+        with pytest.raises(ValueError, match=f"level {level}: .*only L1, L2, L3, L4$"):
+            model.prune(level)
+    with pytest.raises(ValueError, match="only L2"):
+        model.prune(2).prune(1)
+    for whole in (model_of("NestedUNet", False), model_of("UNet", False)):
+        assert count_params(whole.prune(4)) == count_params(whole)
 
 
 # ---------------------------------------------------------------- training, building, saving

@@ -13,6 +13,7 @@ def decode(data):
 
     Raises ValueError when they are no whole picture of 8 or 16 bits.
     """
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a microscope's TIFF has tags it warns about
     try:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:  # an empty file, or more pixels than OpenCV accepts (2^30)
@@ -31,8 +32,10 @@ def to_channels(array, channels):
     keep their 12 bits in 16; a full-scale picture keeps its brightness, unlike with scaling by its own maximum.
     """
     if array.dtype == np.uint16:
-        full_scale = next(2**bits - 1 for bits in (10, 12, 14, 16) if array.max() < 2**bits)
-        array = np.round(array * (255 / full_scale)).astype(np.uint8)
+        array = array.reshape(*array.shape[:2], -1)
+        scales = np.full(array.shape[2], 65535.0)  # alpha's, because opaque is 65535 whatever the camera
+        scales[:3] = next(2**bits - 1 for bits in (10, 12, 14, 16) if array[..., :3].max() < 2**bits)
+        array = np.round(array * (255 / scales)).astype(np.uint8)
     conversions = {
         (1, 3): cv2.COLOR_GRAY2RGB,
         (1, 4): cv2.COLOR_GRAY2RGBA,
@@ -54,17 +57,17 @@ def foreground(array):
 
 def squeeze(array, size):
     """(H, W[, C]) -> (height, width[, C]) = size: area average where a side shrinks, linear where it grows."""
-    (height, width), (old_height, old_width) = size, array.shape[:2]
+    (height, width), (old_height, old_width, *channels) = size, array.shape
     for shape, shrinks in (((width, old_height), width < old_width), ((width, height), height < old_height)):
         array = cv2.resize(array, shape, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return array
+    return array.reshape(height, width, *channels)  # OpenCV drops a single channel
 
 
 def squeeze_mask(mask, size):
     """(H, W) bool -> (height, width) bool whose number of foreground pixels is that of the area average, rounded.
 
-    The k pixels with the highest coverage are foreground, k = round(sum of the coverage). Equal coverage is settled by
-    the neighbourhood's, then in raster order.
+    The k pixels with the highest coverage are foreground, k = round(sum of the coverage). Coverage that differs by less
+    than about a thousandth is settled by the neighbourhood's, then in raster order.
     """
     coverage = squeeze(mask.astype(np.float32), size)
     k = round(float(coverage.sum(dtype=np.float64)))

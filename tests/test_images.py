@@ -1,0 +1,246 @@
+"""images.py on files that another library (Pillow) wrote, and squeezing against explicit area averages."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from images import decode, foreground, squeeze, squeeze_mask, to_channels, write_png
+
+UNREADABLE = "unreadable: no whole picture of 8 or 16 bits"
+
+
+def file_of(image, kind="PNG", **options):
+    """A Pillow image or an array -> the bytes of a file."""
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def colours(height=24, width=30):
+    """(H, W, 3) uint8: red, green and blue stripes, unequal in brightness."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[:, :10, 0], image[:, 10:20, 1], image[:, 20:, 2] = 250, 180, 90
+    return image
+
+
+def noise(*shape, dtype=np.uint8, high=256, seed=0):
+    return np.random.default_rng(seed).integers(0, high, shape, dtype)
+
+
+# ---------------------------------------------------------------- files to arrays
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+@pytest.mark.parametrize("shape", [(24, 30), (24, 30, 3), (1, 1, 3)])
+def test_pixels_are_those_of_the_file(kind, shape):
+    image = noise(*shape)
+    found = decode(file_of(image, kind))
+    assert found.dtype == np.uint8 and np.array_equal(found, image)
+
+
+def test_jpeg_keeps_the_order_of_the_colours():
+    found = decode(file_of(colours(), "JPEG", quality=95, subsampling=0))
+    assert found.shape == (24, 30, 3) and np.abs(found.astype(int) - colours()).max() < 12
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_rgba(kind):
+    opaque = kind == "TIFF"  # OpenCV multiplies the colours of a TIFF by its alpha
+    image = np.dstack([colours(), np.full((24, 30), 255, np.uint8) if opaque else noise(24, 30)])
+    found = decode(file_of(image, kind))
+    assert np.array_equal(found, image)
+    assert np.array_equal(to_channels(found, 3), colours()) and np.array_equal(to_channels(found, 4), image)
+
+
+def test_grey_and_alpha():
+    grey, alpha = noise(9, 7), noise(9, 7, seed=1)
+    found = decode(file_of(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])))
+    assert np.array_equal(to_channels(found, 4), np.dstack([grey, grey, grey, alpha]))
+    assert np.array_equal(to_channels(found, 3), np.dstack([grey] * 3))
+    assert np.array_equal(to_channels(found, 1)[..., 0], grey)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+def test_a_palette_is_looked_up(kind):
+    indices = Image.fromarray(noise(9, 7, high=3))
+    indices.putpalette([10, 20, 30, 200, 0, 7, 0, 250, 90])
+    expected = np.array([[10, 20, 30], [200, 0, 7], [0, 250, 90]], np.uint8)[noise(9, 7, high=3)]
+    assert np.array_equal(to_channels(decode(file_of(indices, kind)), 3), expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+def test_one_bit_is_black_and_white(kind):
+    bits = noise(9, 13, high=2)
+    found = decode(file_of(Image.fromarray(bits * 255).convert("1"), kind))
+    assert np.array_equal(to_channels(found, 1)[..., 0], bits * 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(
+    ("brightest", "full_scale"), [(700, 1023), (1024, 4095), (4095, 4095), (4096, 16383), (40000, 65535)]
+)
+def test_sixteen_bits_hold_a_camera_of_fewer(kind, brightest, full_scale):
+    image = noise(9, 7, dtype=np.uint16, high=brightest)
+    image[4, 4] = brightest
+    found = decode(file_of(image, kind))
+    assert found.dtype == np.uint16 and np.array_equal(found, image)
+    expected = np.array([[round(int(value) / full_scale * 255) for value in row] for row in image])
+    assert np.array_equal(to_channels(found, 1)[..., 0], expected)
+    assert np.array_equal(to_channels(found, 3), np.dstack([expected] * 3))
+
+
+def test_sixteen_bits_in_colour():
+    image = np.zeros((2, 2, 3), np.uint16)
+    image[0, 0], image[1, 1] = (4095, 0, 0), (0, 819, 1638)  # red, greenish blue: 1/5 and 2/5 of 12 bits
+    found = decode(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    assert to_channels(found, 3).tolist() == [[[255, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 51, 102]]]
+
+
+def test_sixteen_bit_alpha_does_not_darken_twelve_bit_colours():
+    image = np.full((1, 2, 4), 65535, np.uint16)
+    image[0, :, :3], image[0, 1, 3] = (4095, 819, 1638), 32768
+    assert to_channels(image, 4).tolist() == [[[255, 51, 102, 255], [255, 51, 102, 128]]]
+    assert to_channels(image, 3).tolist() == [[[255, 51, 102]] * 2]
+
+
+def test_grey_to_and_from_colours():
+    grey = noise(5, 4)
+    assert np.array_equal(to_channels(grey, 1), grey[..., None])
+    assert np.array_equal(to_channels(grey, 3), np.dstack([grey] * 3))
+    assert np.array_equal(to_channels(grey, 4), np.dstack([grey] * 3 + [np.full((5, 4), 255)]))
+    luminance = (colours() @ np.array([0.299, 0.587, 0.114]))[..., None]  # ITU-R BT.601
+    assert np.abs(to_channels(colours(), 1) - luminance).max() <= 0.51
+    opaque = np.dstack([colours(), np.full((24, 30), 255, np.uint8)])
+    assert np.array_equal(to_channels(colours(), 4), opaque)
+    assert np.array_equal(to_channels(opaque, 1), to_channels(colours(), 1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
+@pytest.mark.parametrize("part", [0.0, 0.05, 0.5, 0.9, 0.99])
+def test_a_truncated_file_is_no_picture(kind, part):
+    whole = file_of(noise(80, 90, 3), kind)
+    with pytest.raises(ValueError, match=UNREADABLE):
+        decode(whole[: int(len(whole) * part)])
+
+
+def test_what_is_no_picture():
+    broken = bytearray(file_of(noise(80, 90, 3)))
+    broken[len(broken) // 2] ^= 0xFF  # the checksum of a PNG tells
+    for data in (bytes(broken), b"<html>404</html>", b"\0" * 1000, file_of(noise(9, 7).astype(np.float32), "TIFF")):
+        with pytest.raises(ValueError, match=UNREADABLE):
+            decode(data)
+
+
+def test_a_broken_tiff_says_nothing_of_its_own(capfd):
+    whole = file_of(noise(80, 90, 3), "TIFF")
+    with pytest.raises(ValueError, match=UNREADABLE):
+        decode(whole[:-500])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_orientation_tags_are_not_followed():
+    """A mask has none: an image must stay as it is stored, or the two would part."""
+    photo = Image.new("RGB", (6, 4))
+    exif = photo.getexif()
+    exif[0x112] = 6  # turn by 90 degrees
+    assert decode(file_of(photo, "JPEG", exif=exif)).shape == (4, 6, 3)
+
+
+def test_foreground_ignores_alpha():
+    assert foreground(np.array([[0, 1, 255]])).tolist() == [[False, True, True]]
+    assert foreground(np.array([[[0, 0, 0, 255], [0, 0, 1, 0]]])).tolist() == [[False, True]]
+
+
+# ---------------------------------------------------------------- squeezing
+
+
+def overlaps(old, new):
+    """(new, old): the part of output pixel o, [o old / new, (o + 1) old / new), that each input pixel makes up."""
+    parts = np.zeros((new, old))
+    for o, i in np.ndindex(new, old):
+        low, high = o * old / new, (o + 1) * old / new
+        parts[o, i] = max(0.0, min(i + 1, high) - max(i, low)) * new / old
+    return parts
+
+
+def area_average(image, size):
+    rows, columns = overlaps(image.shape[0], size[0]), overlaps(image.shape[1], size[1])
+    return np.einsum("ab,b...->a...", rows, np.einsum("cd,bd...->bc...", columns, image.astype(float)))
+
+
+@pytest.mark.parametrize("old", [(48, 64), (31, 47), (96, 20), (16, 12)])
+@pytest.mark.parametrize("channels", [(), (1,), (3,), (4,)])
+def test_squeeze_is_the_area_average(old, channels):
+    image, size = noise(*old, *channels), (16, 12)
+    found = squeeze(image, size)
+    assert found.shape == (*size, *channels) and found.dtype == np.uint8
+    assert np.abs(found - area_average(image, size)).max() < 1.01  # rounded twice, once a side
+
+
+def test_squeeze_enlarges_linearly_and_one_side_alone():
+    ramp = np.repeat(np.arange(0, 80, 8, dtype=np.uint8)[None], 6, axis=0)  # (6, 10), 8 more a pixel
+    wide = squeeze(ramp, (6, 20))
+    assert np.array_equal(wide[:, 1:-1], np.repeat(np.arange(2, 74, 4, dtype=np.uint8)[None], 6, axis=0))
+    both = squeeze(ramp, (3, 20))
+    assert np.array_equal(both, wide[:3])
+    assert squeeze(ramp, (12, 5)).tolist() == [[4, 20, 36, 52, 68]] * 12
+
+
+def blob(height, width, radius, seed):
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((height, width), np.uint8)
+    for _ in range(12):
+        cv2.circle(mask, (int(rng.integers(width)), int(rng.integers(height))), radius, 1, -1)
+    return mask > 0
+
+
+@pytest.mark.parametrize("old", [(256, 320), (97, 131), (1040, 1388), (96, 96), (40, 200)])
+@pytest.mark.parametrize("radius", [1, 7])
+def test_squeezed_masks_keep_their_area(old, radius):
+    mask = blob(*old, radius, seed=radius)
+    small = squeeze_mask(mask, (32, 24))
+    coverage = area_average(mask, (32, 24))
+    assert small.shape == (32, 24) and small.dtype == bool
+    assert abs(small.sum() - coverage.sum()) <= 0.5 + 1e-3
+    # the pixels chosen are the most covered ones
+    assert coverage[small].min(initial=1) >= coverage[~small].max(initial=0) - 2e-3
+
+
+def test_masks_that_grow_stay_or_are_plain():
+    mask = blob(32, 24, 3, seed=0)
+    assert np.array_equal(squeeze_mask(mask, (32, 24)), mask)
+    large = squeeze_mask(mask, (96, 72))
+    assert large.mean() == pytest.approx(mask.mean(), rel=0.03)
+    assert (large != np.repeat(np.repeat(mask, 3, 0), 3, 1)).mean() < 0.1
+    for value in (False, True):
+        for size in ((5, 9), (64, 64)):
+            assert (squeeze_mask(np.full((32, 24), value), size) == value).all()
+
+
+def test_a_tie_goes_to_the_neighbourhood_then_to_raster_order():
+    mask = np.zeros((8, 8), bool)
+    mask[0, 0] = mask[0, 2] = True  # a quarter of two pixels, and
+    mask[6:, 5:] = True  # half of one beside a whole one: 2 of 16 pixels
+    assert np.argwhere(squeeze_mask(mask, (4, 4))).tolist() == [[3, 2], [3, 3]]
+    alone = np.zeros((4, 4), bool)
+    alone[0, 0] = alone[1, 3] = alone[2, 0] = alone[3, 3] = True  # four quarters: one pixel
+    assert np.argwhere(squeeze_mask(alone, (2, 2))).tolist() == [[0, 0]]
+
+
+# ---------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("array", [noise(9, 7), noise(9, 7, 3), noise(9, 7, dtype=np.uint16, high=60000)])
+def test_written_and_read_back(array, tmp_path):
+    write_png(tmp_path / "image.png", array)
+    assert np.array_equal(decode((tmp_path / "image.png").read_bytes()), array)
+    if array.dtype == np.uint8:
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "image.png")), array)
+
+
+def test_writing_where_one_cannot(tmp_path):
+    with pytest.raises(OSError):
+        write_png(tmp_path / "nowhere" / "image.png", noise(2, 2))

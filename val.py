@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import report
-from archs import DEEPEST, as_heads, build_model, probabilities
+from archs import DEEPEST, DEPTH, as_heads, build_model, probabilities
 from cli import Parser, number, parse_options, run_script
 from dataset import build_dataset, check_split, list_ids, make_loader
 from images import write_png
@@ -46,6 +46,7 @@ HEADINGS = {  # of the printed table; the definitions follow it
     "miou_ten": "mIoU10",
 }
 SHOWN = 12  # images in each group of the report's gallery
+LEVELS = (*(str(level) for level in range(1, DEPTH + 1)), "mean")  # what --level takes
 
 
 def build_parser():
@@ -85,14 +86,18 @@ def read_config(folder):
     return config
 
 
-def load_trained(name, device, which="best"):
+def load_trained(name, device, which="best", level=None):
     """The model of models/<name>, built from its config.yml alone, in eval mode, and the config.
 
     which: "best" takes model.pth, "last" the weights of last.pth that a validation would have judged (the averaged
-    ones when averaging was on).
+    ones when averaging was on). level: "1" ... "4" prunes to that head alone, "mean" keeps all heads (`probabilities`
+    averages them), None keeps what was trained. ValueError when deep supervision would have been needed.
     """
     folder = Path("models") / name
     config = read_config(folder)
+    if level not in (None, str(DEPTH)) and not config["deep_supervision"]:
+        reason = f"it was trained without deep supervision, so that only X^{{0,{DEPTH}}} has a head"
+        raise ValueError(f"{folder} has no --level {level}, only --level {DEPTH}: {reason}")
     path = folder / ("model.pth" if which == "best" else "last.pth")
     state = load_checkpoint(path)
     if which == "last":
@@ -105,6 +110,8 @@ def load_trained(name, device, which="best"):
         raise ValueError(
             f"{path} does not hold the weights of the {config['arch']} that config.yml describes"
         ) from None
+    if level not in (None, "mean"):
+        model = model.prune(int(level))
     model = model.to(device).eval()
     return (model.to(memory_format=torch.channels_last) if config.get("channels_last") else model), config
 

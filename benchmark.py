@@ -109,10 +109,7 @@ def our_epoch(options, words):
     config = script.new_config(
         *parse_options(script.build_parser, ["--data_dir", options.data_dir, "--device", options.device, *words])
     )
-    device, amp = (
-        pick_device(config["device"]),
-        {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]],
-    )
+    device, amp = pick_device(config["device"]), script.PRECISIONS[config["amp"]]
     datasets, classes, _ = script.build_data(config)
     model = script.ResNet18(len(classes), config["freeze_bn"], config["mirror"]).to(device)
     model.to(memory_format=torch.channels_last if amp else torch.contiguous_format)

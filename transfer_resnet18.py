@@ -50,6 +50,7 @@ DATA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 DATA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
 RUN_FILES = ("config.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("resume", "overwrite", "predict", "demo", "download", "raw")  # config.yml does not keep these
+PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FREE_ON_RESUME = {"name", "device", "num_workers", *ABOUT_THE_COMMAND}  # the result does not depend on them
 
 # What an option that nobody gave becomes, by the kind of training (kind_of_training).
@@ -147,7 +148,7 @@ def new_config(options, given):
     device = pick_device(config["device"])
     amp = pick_amp(config["amp"], device)
     config["device"] = str(device)
-    config["amp"] = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp]
+    config["amp"] = next(name for name, dtype in PRECISIONS.items() if dtype == amp)
     if config["num_workers"] < 0:  # on a CPU the workers would take the cores from the training
         config["num_workers"] = 0 if device.type == "cpu" else min(8, os.cpu_count())
     return config
@@ -410,7 +411,7 @@ def train_model(
 def fit(config, model, datasets, folder, resume):
     """Train the model as the config says, keeping the run's files -> rows; the model ends with its best weights."""
     device = pick_device(config["device"])
-    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]]
+    amp = PRECISIONS[config["amp"]]
     loaders = build_loaders(config, datasets, model, device, amp)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
     optimizer, scheduler = build_optimizer(model, config)
@@ -431,19 +432,9 @@ def fit(config, model, datasets, folder, resume):
             save_checkpoint(folder / "model.pth", model.state_dict())
         save_checkpoint(folder / "last.pth", progress)
 
+    keywords = {"device": device, "amp": amp, "after_epoch": keep, "resume": resume}
     try:
-        _, rows = train_model(
-            trained,
-            loaders,
-            criterion,
-            optimizer,
-            scheduler,
-            config["epochs"],
-            device=device,
-            amp=amp,
-            after_epoch=keep,
-            resume=resume,
-        )
+        _, rows = train_model(trained, loaders, criterion, optimizer, scheduler, config["epochs"], **keywords)
     except KeyboardInterrupt:
         go_on = "--resume" if (folder / "last.pth").is_file() else "--overwrite (there was no whole epoch yet)"
         print(f"\nstopped; python transfer_resnet18.py --name {config['name']} {go_on}", file=sys.stderr)
@@ -465,7 +456,7 @@ def write_log(rows, path):
 def conclude(config, model, datasets, rows, folder):
     """Print accuracy and confusion of the finished run and write outputs/<name>/report.html."""
     device, classes, dataset = pick_device(config["device"]), config["classes"], datasets["val"]
-    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]]
+    amp = PRECISIONS[config["amp"]]
     loader = DataLoader(dataset, 64)
     _, _, logits = run_epoch(model, loader, nn.CrossEntropyLoss(), device, amp=amp, label="best weights")
     probabilities = logits.softmax(1).cpu().numpy()
@@ -481,26 +472,17 @@ def conclude(config, model, datasets, rows, folder):
     print(format_confusion(counts, classes))
     page = Path("outputs") / config["name"] / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    table_rows = [
-        {"label": name, **dict(zip(classes, map(int, row), strict=True))}
-        for name, row in zip(classes, counts, strict=True)
+    counted = [
+        {"": name, **dict(zip(classes, row, strict=True))} for name, row in zip(classes, counts.tolist(), strict=True)
     ]
+    headings = {"": "label, predicted:", **{name: name for name in classes}}
+    cards = gallery_items(model, dataset, probabilities, labels, classes, device)
+    curves = report.picture(report.file_uri(folder / "curves.png"), "loss, accuracy and learning rate of each epoch")
     sections = [
-        ("Accuracy", report.summary([*headline, ("pictures", len(labels), "of the validation folder")])),
-        (
-            "Curves",
-            report.picture(report.file_uri(folder / "curves.png"), "loss, accuracy and learning rate of each epoch"),
-        ),
-        (
-            "Confusion",
-            report.table(table_rows, {"label": "label, predicted:", **{c: c for c in classes}}, "Counts, best epoch"),
-        ),
-        (
-            "Pictures",
-            report.gallery(
-                gallery_items(model, dataset, probabilities, labels, classes, device), ["probability"], GALLERY_NOTE
-            ),
-        ),
+        ("Accuracy", report.summary([*headline, ("pictures", len(labels), "in validation")])),
+        ("Curves", curves),
+        ("Confusion", report.table(counted, headings, "Counts, best epoch")),
+        ("Pictures", report.gallery(cards, ["probability"], GALLERY_NOTE)),
     ]
     report.write_page(page, config["name"], sections, f"ResNet-18, weights {config['weights']}; {', '.join(classes)}")
     print(f"the run is in {folder}, the report in {page}")
@@ -634,25 +616,27 @@ def main():
 
     seed_everything(config["seed"])
     model = ResNet18(len(classes), config["freeze_bn"] or config["freeze"], config["mirror"])
-    resume = load_checkpoint(folder / "last.pth") if options.resume else None
-    if resume and fingerprint != config["data"]:
-        raise ValueError(
-            f"{config['data_dir']} has changed since {folder} was trained ({config['data']}, now {fingerprint})"
-        )
-    if config["weights"] != "none":
+    resume = None
+    if options.resume:
+        resume = load_checkpoint(folder / "last.pth")
+        if not isinstance(resume, dict) or "rows" not in resume:
+            raise ValueError(f"{folder}/last.pth is no checkpoint of this script; start the run again with --overwrite")
+        if fingerprint != config["data"]:
+            now = f"{config['data']}, now {fingerprint}"
+            raise ValueError(f"{config['data_dir']} has changed since {folder} was trained ({now})")
+        fill_body(model, load_checkpoint(folder / "model.pth"), folder / "model.pth")
+        print(f"resuming {folder} after epoch {resume['epoch']}")
+    elif config["weights"] != "none":
         load_weights(model, config["weights"])
     device = pick_device(config["device"])
     model.to(device)
     if config["amp"] != "off":
         model.to(memory_format=torch.channels_last)
-    if resume:
-        print(f"resuming {folder} after epoch {resume['epoch']}")
-    else:
+    if not resume:
         folder.mkdir(parents=True, exist_ok=True)
         for path in earlier:
             path.unlink()
-        found = {"classes": classes, "mean": list(folders.MEAN), "std": list(folders.STD), "data": fingerprint}
-        config.update(found)
+        config.update(classes=classes, mean=list(folders.MEAN), std=list(folders.STD), data=fingerprint)
         write_yaml(folder / "config.yml", {**config, "environment": environment(device)})
     rows = fit(config, model, datasets, folder, resume)
     conclude(config, model, datasets, rows, folder)

@@ -103,7 +103,8 @@ class SkipNetwork(nn.Module):
         32 pixels leave 2 x 2 at the bottom, so that batch norm sees more than one value a channel even in a batch of 1.
         """
         multiple, least = 2**DEPTH, 2 ** (DEPTH + 1) if self.training else 1
-        height, width = (-max(side, least) // multiple * -multiple for side in images.shape[-2:])
+        # rounded up without negative numbers: ONNX divides those towards zero, Python downwards
+        height, width = ((max(side, least) + multiple - 1) // multiple * multiple for side in images.shape[-2:])
         return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]), mode="replicate")
 
 

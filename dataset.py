@@ -30,7 +30,8 @@ def list_ids(img_dir, img_ext):
     """The ids of a folder of images, sorted, because the order of a directory differs between machines."""
     if not Path(img_dir).is_dir():
         raise FileNotFoundError(f"{img_dir}: no such folder; expected the images of a prepared data set there")
-    ids = sorted(path.name.removesuffix(img_ext) for path in Path(img_dir).glob(f"*{img_ext}") if path.is_file())
+    names = [path.name for path in Path(img_dir).iterdir() if path.is_file() and not path.name.startswith(".")]
+    ids = sorted(name.removesuffix(img_ext) for name in names if name.endswith(img_ext) and name != img_ext)
     if not ids:
         raise ValueError(f"{img_dir} holds no *{img_ext} file; check --dataset and --img_ext")
     return ids
@@ -179,27 +180,21 @@ class Dataset(torch.utils.data.Dataset):
         problems, kept, sums, digests = {}, [], [], []
         keep = cache is not False
 
-        def read(img_id):
-            try:
-                return self._read(img_id)
-            except ValueError as error:
-                return str(error)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV decodes outside Python's global lock
-            for img_id, item in zip(self.img_ids, pool.map(read, self.img_ids), strict=True):
-                if isinstance(item, str):
-                    problems.setdefault(item, []).append(img_id)
-                    continue
-                image, mask, digest = item
-                pixels = image.reshape(-1, image.shape[2]) / 255.0
-                sums.append((len(pixels), pixels.sum(0), (pixels**2).sum(0), mask.sum((0, 1), dtype=np.int64)))
-                digests.append(digest)
-                size = (image.nbytes + mask.nbytes) * len(self)
-                keep = keep and (cache is True or size < _memory() / 4)
-                if keep:
-                    kept.append((image, mask))
-                else:
-                    kept.clear()
+        for img_id, item in self._read_all():
+            if isinstance(item, ValueError):
+                for problem in item.args:
+                    problems.setdefault(problem, []).append(img_id)
+                continue
+            image, mask, digest = item
+            pixels = image.reshape(-1, image.shape[2]) / 255.0
+            sums.append((len(pixels), pixels.sum(0), (pixels**2).sum(0), mask.sum((0, 1), dtype=np.int64)))
+            digests.append(digest)
+            size = (image.nbytes + mask.nbytes) * len(self)
+            keep = keep and (cache is True or size < _memory() / 4)
+            if keep:
+                kept.append((image, mask))
+            else:
+                kept.clear()
         if problems:
             raise ValueError(f"{self.img_dir.parent}: " + "; ".join(map(_named, *zip(*problems.items(), strict=True))))
         count, total, squares, covered = (sum(column) for column in zip(*sums, strict=True))
@@ -214,34 +209,57 @@ class Dataset(torch.utils.data.Dataset):
             "cached": bool(kept),
         }
 
+    def _read_all(self):
+        """Yields (id, _read's tuple or its ValueError), a few ids at a time: decoded images that wait need memory."""
+
+        def read(img_id):
+            try:
+                return self._read(img_id)
+            except ValueError as error:
+                return error
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV decodes outside Python's global lock
+            for start in range(0, len(self), 64):
+                ids = self.img_ids[start : start + 64]
+                yield from zip(ids, pool.map(read, ids), strict=True)
+
     def _read(self, img_id):
-        """-> image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1, digest of the files; ValueError."""
-        digest = hashlib.blake2b(img_id.encode(), digest_size=16)
+        """-> image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1, digest of the files.
+
+        Raises a ValueError whose args are all that is wrong with this id's files.
+        """
+        digest, problems = hashlib.blake2b(img_id.encode(), digest_size=16), []
 
         def content(path, what):
             if not path.is_file():
-                raise ValueError(f"no {what} ({path.parent})")
+                problems.append(f"no {what} ({path.parent})")
+                return None
             data = path.read_bytes()
             digest.update(data)
             try:
                 return decode(data)
             except ValueError as error:
-                raise ValueError(f"{what} {error} ({path.parent})") from None
+                problems.append(f"{what} {error} ({path.parent})")
+                return None
 
-        image = to_channels(content(self.img_dir / f"{img_id}{self.img_ext}", "image"), self.input_channels)
-        planes = []
+        image, masks = content(self.img_dir / f"{img_id}{self.img_ext}", "image"), []
         for k in range(self.num_classes):
-            plane = content(self.mask_dir / str(k) / f"{img_id}{self.mask_ext}", "mask")
-            if plane.shape[:2] != image.shape[:2]:
-                raise ValueError(f"mask of another size than its image ({self.mask_dir / str(k)})")
-            if not any(np.isin(plane[..., :3], values).all() for values in ((0, 255), (0, 1))):
-                raise ValueError(f"mask values other than 0 and 255, or 0 and 1 ({self.mask_dir / str(k)})")
-            planes.append(foreground(plane))
+            folder = self.mask_dir / str(k)
+            mask = content(folder / f"{img_id}{self.mask_ext}", "mask")
+            if mask is None:
+                continue
+            if image is not None and mask.shape[:2] != image.shape[:2]:
+                problems.append(f"mask of another size than its image ({folder})")
+            values = mask if mask.ndim == 2 else mask[..., :3]  # alpha says nothing
+            if not (np.isin(values, (0, 255)).all() or np.isin(values, (0, 1)).all()):
+                problems.append(f"mask values other than 0 and 255, or 0 and 1 ({folder})")
+            masks.append(foreground(mask))
+        if problems:
+            raise ValueError(*problems)
+        image = to_channels(image, self.input_channels)
         if self.size and image.shape[:2] != tuple(self.size):
-            image = squeeze(image, self.size).reshape(*self.size, self.input_channels)
-            planes = [squeeze_mask(plane, self.size) for plane in planes]
-        mask = np.stack(planes, axis=2)
-        return image, mask.astype(np.uint8), digest.digest()
+            image, masks = squeeze(image, self.size), [squeeze_mask(mask, self.size) for mask in masks]
+        return image, np.stack(masks, axis=2).astype(np.uint8), digest.digest()
 
 
 def build_dataset(config, ids, augment=False):

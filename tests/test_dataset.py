@@ -1,0 +1,447 @@
+"""dataset.py: what is read, what is refused, and that random streams depend on (seed, epoch, index) alone."""
+
+import random
+import shutil
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import write_data_set
+from sklearn.model_selection import train_test_split
+
+from dataset import (
+    NAMED_AT_MOST,
+    Dataset,
+    augmentation,
+    build_dataset,
+    check_split,
+    list_ids,
+    make_loader,
+    set_epoch,
+    split_ids,
+    standardise,
+)
+
+IDS = [f"img{number:02d}" for number in range(6)]
+
+
+def open_dataset(folder, ids=IDS, num_classes=1, transform=None, **options):
+    return Dataset(ids, folder / "images", folder / "masks", ".png", ".png", num_classes, transform, **options)
+
+
+def write(path, array):
+    """(H, W) or RGB(A) (H, W, C)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if array.ndim == 3:
+        array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR if array.shape[2] == 3 else cv2.COLOR_RGBA2BGRA)
+    assert cv2.imwrite(str(path), array)
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Six 8 x 12 RGB images of noise, two classes, numbers that a test can compute with -> (folder, images, masks)."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 8, 12, 3), np.uint8)
+    masks = (rng.random((6, 2, 8, 12)) < 0.3).astype(np.uint8)
+    for number, img_id in enumerate(IDS):
+        write(tmp_path / "images" / f"{img_id}.png", images[number])
+        for k in (0, 1):
+            write(tmp_path / "masks" / str(k) / f"{img_id}.png", masks[number, k] * 255)
+    return tmp_path, images, masks
+
+
+# ---------------------------------------------------------------- ids and split
+
+
+def test_ids_are_sorted_and_odd_extensions_go(tmp_path):
+    for name in ("b_img.png", "a_img.png", "B.2_img.png", "a_mask.png", "notes.txt", "._a_img.png", "_img.png"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "folder_img.png").mkdir()
+    assert list_ids(tmp_path, "_img.png") == ["B.2", "a", "b"]
+    assert list_ids(tmp_path, ".png") == ["B.2_img", "_img", "a_img", "a_mask", "b_img"]
+    with pytest.raises(ValueError, match=r"no \*\.jpg file.*--img_ext"):
+        list_ids(tmp_path, ".jpg")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        list_ids(tmp_path / "nowhere", ".png")
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 670])
+def test_the_split_is_scikit_learns(count):
+    ids = [f"{number * 7919 % 1000:03d}" for number in range(count)]
+    train, val = train_test_split(sorted(ids), test_size=0.2, random_state=41)
+    assert split_ids(ids) == {"train": train, "val": val} == split_ids(ids[::-1])
+    assert len(val) == -(-count // 5)
+    train, val = train_test_split(sorted(ids), test_size=0.2, random_state=5)
+    assert split_ids(ids, split_seed=5) == {"train": train, "val": val}
+
+
+def test_one_image_cannot_be_split():
+    with pytest.raises(ValueError, match="at least 2 images, found 1"):
+        split_ids(["a"])
+
+
+def test_a_split_of_ones_own():
+    split = {"train": ["b", "a"], "val": ["c"], "test": ["d"]}
+    assert check_split(split | {"fingerprint": {"train": "0f"}}, "split.yml") == split
+    assert check_split({"train": ["b"], "val": ["c"], "test": []}, "split.yml") == {"train": ["b"], "val": ["c"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": ["a"]}, "expected the lists"),
+        ({"train": ["a"], "val": []}, "expected the lists"),
+        ({"train": ["a"], "val": "b"}, "`val` must be a list"),
+        ({"train": ["a", 17], "val": ["b"]}, "`train` must be a list of texts.*quotes"),
+        ({"train": {"a": 1}, "val": ["b"]}, "`train` must be a list"),
+        ({"train": ["a", "b"], "val": ["b"]}, "b stands in train and again in val"),
+        ({"train": ["a", "a"], "val": ["b"]}, "a stands in train and again in train"),
+        ({"train": ["a"], "val": ["b"], "test": ["a"]}, "a stands in train and again in test"),
+    ],
+)
+def test_splits_that_are_refused(content, message):
+    with pytest.raises(ValueError, match=f"my.yml: {message}"):
+        check_split(content, "my.yml")
+
+
+# ---------------------------------------------------------------- items
+
+
+def test_standardise_by_hand():
+    image = torch.tensor([[[0, 255]], [[51, 102]]], dtype=torch.uint8)
+    found = standardise(image, [0.5, 0.2], [0.25, 0.1])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor([[[-2.0, 2.0]], [[0.0, 2.0]]]))
+    assert torch.equal(standardise(image[None].repeat(3, 1, 1, 1), [0.5, 0.2], [0.25, 0.1])[2], found)
+
+
+def test_items_by_hand(cells):
+    folder, images, masks = cells
+    dataset = open_dataset(folder, num_classes=2)
+    assert len(dataset) == 6
+    for index in (0, 5):
+        image, mask, info = dataset[index]
+        assert image.dtype == mask.dtype == torch.float32 and image.shape == (3, 8, 12) and mask.shape == (2, 8, 12)
+        torch.testing.assert_close(image, torch.from_numpy(images[index].transpose(2, 0, 1) / 255).float())
+        assert torch.equal(mask, torch.from_numpy(masks[index]).float()) and info == {"img_id": IDS[index]}
+    image = open_dataset(folder, ids=["img03"], mean=[0.1, 0.2, 0.3], std=[0.5, 1.0, 2.0])[0][0]
+    expected = (images[3] / 255 - [0.1, 0.2, 0.3]) / [0.5, 1, 2]
+    torch.testing.assert_close(image, torch.from_numpy(expected.transpose(2, 0, 1)).float())
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("stored", [1, 3, 4])
+def test_channels(tmp_path, channels, stored):
+    grey = np.full((4, 6), 40, np.uint8)  # grey in every form: what each channel must be is plain
+    write(tmp_path / "images" / "a.png", grey if stored == 1 else np.dstack([grey] * 3 + [grey + 160] * (stored - 3)))
+    write(tmp_path / "masks" / "0" / "a.png", grey * 0)
+    dataset = open_dataset(tmp_path, ids=["a"], input_channels=channels, transform=augmentation(4, 6, channels))
+    alpha = {1: [], 3: [], 4: [200 if stored == 4 else 255]}[channels]
+    assert dataset.arrays(0)[0].tolist() == [[[40] * min(channels, 3) + alpha] * 6] * 4
+    image, mask, _ = dataset[0]
+    assert image.shape == (channels, 4, 6) and mask.shape == (1, 4, 6)
+
+
+def test_channels_that_do_not_exist(cells):
+    with pytest.raises(ValueError, match="input_channels 2: expected 1"):
+        open_dataset(cells[0], input_channels=2)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_everything_is_resized_together(tmp_path, channels):
+    image = np.zeros((40, 20, 3), np.uint8)
+    image[:20] = 200
+    write(tmp_path / "images" / "a.png", image)
+    write(tmp_path / "masks" / "0" / "a.png", image[..., 0] // 200 * 255)
+    dataset = open_dataset(tmp_path, ids=["a"], size=(8, 16), input_channels=channels)
+    image, mask = dataset.arrays(0)
+    assert image.shape == (8, 16, channels) and image.dtype == mask.dtype == np.uint8
+    assert (image[:4, :, 0] == 200).all() and (image[4:, :, 0] == 0).all()
+    assert mask[..., 0].tolist() == [[1] * 16] * 4 + [[0] * 16] * 4
+
+
+@pytest.mark.parametrize("form", ["0 and 1", "0 and 255", "RGB", "RGBA", "empty", "full"])
+def test_forms_of_a_mask(tmp_path, form):
+    plane = np.array([[0, 1, 0, 1], [1, 1, 0, 0]], np.uint8)
+    plane = {"empty": plane * 0, "full": plane * 0 + 1}.get(form, plane)
+    stored = plane if form == "0 and 1" else plane * 255
+    if form in ("RGB", "RGBA"):
+        stored = np.dstack([stored] * 3 + [np.full_like(stored, 77)] * (form == "RGBA"))
+    write(tmp_path / "images" / "a.png", np.zeros((2, 4, 3), np.uint8))
+    write(tmp_path / "masks" / "0" / "a.png", stored)
+    dataset = open_dataset(tmp_path, ids=["a"])
+    assert dataset.check()["foreground"] == [plane.mean()]
+    assert dataset[0][1].tolist() == [plane.tolist()]
+
+
+# ---------------------------------------------------------------- the check before the first step
+
+
+def test_all_that_is_wrong_is_in_one_message(cells):
+    folder, _, masks = cells
+    (folder / "images" / "img00.png").unlink()
+    (folder / "masks" / "1" / "img00.png").unlink()
+    (folder / "masks" / "0" / "img01.png").unlink()
+    whole = (folder / "images" / "img02.png").read_bytes()
+    (folder / "images" / "img02.png").write_bytes(whole[:100])
+    (folder / "masks" / "1" / "img02.png").write_bytes(b"")
+    write(folder / "masks" / "0" / "img03.png", np.zeros((12, 8), np.uint8))
+    grey = masks[4, 0] * 255
+    grey[4, 6] = 128  # far from the corner
+    write(folder / "masks" / "0" / "img04.png", grey)
+    mixed = masks[5, 1] * 255
+    mixed[4, 6] = 1
+    write(folder / "masks" / "1" / "img05.png", mixed)
+    dataset = open_dataset(folder, num_classes=2)
+    with pytest.raises(ValueError) as caught:
+        dataset.check(cache=True)
+    said = str(caught.value)
+    assert said.startswith(f"{folder}: ") and "\n" not in said
+    images, zero, one = folder / "images", folder / "masks" / "0", folder / "masks" / "1"
+    assert set(said.removeprefix(f"{folder}: ").split("; ")) == {
+        f"no image ({images}), 1 of the ids: img00",
+        f"no mask ({one}), 1 of the ids: img00",
+        f"no mask ({zero}), 1 of the ids: img01",
+        f"image unreadable: no whole picture of 8 or 16 bits ({images}), 1 of the ids: img02",
+        f"mask unreadable: no whole picture of 8 or 16 bits ({one}), 1 of the ids: img02",
+        f"mask of another size than its image ({zero}), 1 of the ids: img03",
+        f"mask values other than 0 and 255, or 0 and 1 ({zero}), 1 of the ids: img04",
+        f"mask values other than 0 and 255, or 0 and 1 ({one}), 1 of the ids: img05",
+    }
+
+
+def test_many_ids_are_counted(cells):
+    ids = [f"x{number:03d}" for number in range(NAMED_AT_MOST + 3)]
+    with pytest.raises(ValueError) as caught:
+        open_dataset(cells[0], ids=ids).check()
+    said = str(caught.value)
+    assert f"no image ({cells[0] / 'images'}), 23 of the ids: x000, x001" in said and "x019 and 3 more" in said
+    assert "x020" not in said
+
+
+@pytest.mark.parametrize("size", [None, (16, 16)])
+def test_what_check_finds(cells, size):
+    folder, images, masks = cells
+    dataset = open_dataset(folder, num_classes=2, size=size)
+    found = dataset.check()
+    if size:
+        arrays = [dataset.arrays(index) for index in range(6)]
+        images, masks = np.stack([a for a, _ in arrays]), np.stack([b for _, b in arrays]).transpose(0, 3, 1, 2)
+    pixels = images.reshape(-1, 3) / 255
+    assert found["mean"] == pytest.approx(pixels.mean(0), abs=1e-6)
+    assert found["std"] == pytest.approx(pixels.std(0), abs=1e-6)
+    assert found["foreground"] == pytest.approx(masks.mean((0, 2, 3)), rel=1e-12)
+    assert found["bytes"] == images.nbytes + masks.nbytes and found["cached"] is True
+    assert all(type(value) is float for key in ("mean", "std", "foreground") for value in found[key])
+
+
+def test_images_without_any_contrast_have_a_standard_deviation(tmp_path):
+    write(tmp_path / "images" / "a.png", np.full((4, 4, 3), 99, np.uint8))
+    write(tmp_path / "masks" / "0" / "a.png", np.zeros((4, 4), np.uint8))
+    assert open_dataset(tmp_path, ids=["a"]).check()["std"] == [1e-3] * 3
+
+
+def test_the_fingerprint_is_of_ids_order_and_content(cells, tmp_path_factory):
+    folder = cells[0]
+    first = open_dataset(folder).check()["fingerprint"]
+    copy = tmp_path_factory.mktemp("copy") / "elsewhere"
+    shutil.copytree(folder, copy)
+    assert open_dataset(copy).check(cache=False)["fingerprint"] == first
+    others = {first, open_dataset(folder, ids=IDS[::-1]).check()["fingerprint"]}
+    others |= {open_dataset(folder, ids=IDS[:5]).check()["fingerprint"]}
+    others |= {open_dataset(folder, num_classes=2).check()["fingerprint"]}
+    for changed in (copy / "images" / "img03.png", copy / "masks" / "0" / "img05.png"):
+        array = cv2.imread(str(changed), cv2.IMREAD_UNCHANGED)
+        array[0, 0] = 255 - array[0, 0]
+        write(changed, array)
+        others |= {open_dataset(copy).check()["fingerprint"]}
+    assert len(others) == 6
+
+
+@pytest.mark.parametrize("cache", [True, "auto"])
+def test_cached_files_are_not_read_again(cells, cache):
+    folder, images, _ = cells
+    dataset = open_dataset(folder)
+    assert dataset.check(cache)["cached"] is True
+    shutil.rmtree(folder / "images")
+    assert np.array_equal(dataset.arrays(4)[0], images[4]) and dataset[4][2] == {"img_id": "img04"}
+
+
+def test_without_a_cache_files_are_read_again(cells):
+    folder, images, _ = cells
+    dataset = open_dataset(folder)
+    assert dataset.check(cache=False)["cached"] is False
+    write(folder / "images" / "img04.png", 255 - images[4])
+    assert np.array_equal(dataset.arrays(4)[0], 255 - images[4])
+
+
+def test_auto_keeps_what_fits_in_a_quarter_of_the_memory(cells, monkeypatch):
+    needed = 6 * 8 * 12 * (3 + 1)
+    monkeypatch.setattr("dataset._memory", lambda: 4 * needed)
+    assert open_dataset(cells[0]).check() == open_dataset(cells[0]).check(cache=False)
+    assert open_dataset(cells[0]).check(cache=True)["cached"] is True
+    monkeypatch.setattr("dataset._memory", lambda: 4 * needed + 4)
+    assert open_dataset(cells[0]).check()["cached"] is True
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def noisy(tmp_path, count=24, size=(16, 16), num_classes=2):
+    """Red is 200 where mask 0 is 1 and 20 elsewhere; green likewise with mask 1; nothing is symmetric."""
+    rng = np.random.default_rng(1)
+    ids = [f"n{number:02d}" for number in range(count)]
+    for img_id in ids:
+        masks = (rng.random((num_classes, *size)) < 0.4).astype(np.uint8)
+        image = np.full((*size, 3), 20, np.uint8)
+        for k in range(num_classes):
+            image[masks[k] > 0, min(k, 2)] = 200
+            write(tmp_path / "masks" / str(k) / f"{img_id}.png", masks[k] * 255)
+        write(tmp_path / "images" / f"{img_id}.png", image)
+    return ids
+
+
+def epoch_of(loader, epoch):
+    """{id: (image, mask)} of one epoch, and the ids in their order."""
+    set_epoch(loader, epoch)
+    items, order = {}, []
+    for images, masks, info in loader:
+        for image, mask, img_id in zip(images, masks, info["img_id"], strict=True):
+            items[img_id] = (image, mask)
+            order.append(img_id)
+    return items, order
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(a, b) for key in one for a, b in zip(one[key], other[key], strict=True)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")  # more than the cores of a small machine
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+def test_streams_and_order_do_not_depend_on_workers(tmp_path, size):
+    ids = noisy(tmp_path, size=size)
+
+    def loader(workers, seed=3):
+        dataset = open_dataset(tmp_path, ids, num_classes=2, transform=augmentation(*size, 3), seed=seed)
+        dataset.check()
+        return make_loader(dataset, 5, shuffle=True, seed=seed, num_workers=workers)
+
+    plain = loader(0)
+    first, order = epoch_of(plain, 0)
+    second, next_order = epoch_of(plain, 1)
+    assert sorted(order) == sorted(next_order) == ids and order != next_order
+    for workers in (1, 3):
+        with_workers = loader(workers)
+        for epoch in (0, 1):  # the same, persistent, workers
+            found, found_order = epoch_of(with_workers, epoch)
+            assert same(found, (first, second)[epoch]) and found_order == (order, next_order)[epoch]
+    # resumed at epoch 1, with the global streams anywhere
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
+    assert same(epoch_of(loader(0), 1)[0], second)
+    other, other_order = epoch_of(loader(0, seed=4), 0)
+    assert other_order != order
+    for another in (second, other):
+        changed = sum(not torch.equal(first[img_id][1], another[img_id][1]) for img_id in ids)
+        assert changed > len(ids) / 3
+
+
+def test_loading_leaves_the_global_streams_alone(tmp_path):
+    ids = noisy(tmp_path, count=6)
+    loader = make_loader(open_dataset(tmp_path, ids, transform=augmentation(16, 16, 3)), 2, shuffle=True)
+    drawn = []
+    for load in (False, True):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        if load:
+            epoch_of(loader, 0)
+        drawn.append((random.random(), np.random.random(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(("size", "orientations"), [((16, 16), 8), ((16, 24), 4)])
+def test_orientation_and_colours_are_drawn_apart(tmp_path, size, orientations):
+    """One image, many epochs: each orientation comes with and without a change of the colours."""
+    ids = noisy(tmp_path, count=1, size=size)
+    dataset = open_dataset(tmp_path, ids, transform=augmentation(*size, 3))
+    original, seen = dataset.arrays(0), Counter()
+    for epoch in range(40 * orientations):
+        dataset.set_epoch(epoch)
+        image, mask, _ = dataset[0]
+        mask = mask[0].numpy().astype(np.uint8)
+        found = []
+        for turns in range(4):
+            for flip in (False, True):
+                turned = np.rot90(original[1][..., 0], turns)
+                if np.array_equal(turned[:, ::-1] if flip else turned, mask):
+                    found.append((turns, flip))
+        assert len(found) == 1
+        values = {tuple(pixel) for pixel in (image * 255).round().int().flatten(1).T.tolist()}
+        coloured = values != {tuple(pixel) for pixel in original[0].reshape(-1, 3).tolist()}
+        seen[found[0], coloured] += 1
+    for coloured in (False, True):
+        counts = [count for (_, changed), count in seen.items() if changed is coloured]
+        # expected 10 without (both colour transforms skipped: 1/4) and 30 with
+        assert len(counts) == orientations and min(counts) >= (12 if coloured else 2)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 6])
+def test_image_and_masks_move_together(tmp_path, num_classes):
+    ids = noisy(tmp_path, num_classes=num_classes)
+    dataset = open_dataset(tmp_path, ids, num_classes, transform=augmentation(16, 16, 3))
+    moved = 0
+    for index in range(len(ids)):
+        image, mask, _ = dataset[index]
+        assert mask.shape == (num_classes, 16, 16) and set(mask.unique().tolist()) == {0.0, 1.0}
+        moved += not np.array_equal(mask.permute(1, 2, 0).numpy(), dataset.arrays(index)[1])
+        if num_classes == 2:
+            for k in (0, 1):
+                assert torch.equal(image[k] > 85 / 255, mask[k] > 0)
+    assert moved > len(ids) / 2
+
+
+def test_colours_stay_mild_and_change(tmp_path):
+    """Brightness and contrast of at most 15 % each; in grey no hue is drawn."""
+    write(tmp_path / "images" / "a.png", np.full((8, 8), 100, np.uint8))
+    write(tmp_path / "masks" / "0" / "a.png", np.zeros((8, 8), np.uint8))
+    for channels in (1, 3):
+        dataset = open_dataset(tmp_path, ["a"], input_channels=channels, transform=augmentation(8, 8, channels))
+        levels = set()
+        for epoch in range(60):
+            dataset.set_epoch(epoch)
+            levels.add(round(dataset[0][0].mean().item() * 255))
+        assert len(levels) > 15 and min(levels) >= 100 * 0.85 - 0.15 * 255 - 12 and max(levels) <= 115 + 0.15 * 255 + 12
+
+
+# ---------------------------------------------------------------- loaders
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_last_small_batch_is_kept(cells, shuffle):
+    for batch_size, expected in ((4, [4, 2]), (5, [5, 1]), (6, [6]), (100, [6])):
+        loader = make_loader(open_dataset(cells[0]), batch_size, shuffle=shuffle)
+        assert len(loader) == len(expected)
+        sizes = [(len(images), len(masks), len(info["img_id"])) for images, masks, info in loader]
+        assert sizes == [(size, size, size) for size in expected]
+
+
+def test_without_shuffling_the_order_is_that_of_the_ids(cells):
+    ids = IDS[::-1]
+    order = [img_id for batch in make_loader(open_dataset(cells[0], ids), 4) for img_id in batch[2]["img_id"]]
+    assert order == ids
+
+
+def test_build_dataset_reads_a_config(tmp_path, monkeypatch):
+    write_data_set(tmp_path / "inputs" / "cells", count=3, size=(20, 10), num_classes=2)
+    monkeypatch.chdir(tmp_path)
+    config = {"dataset": "cells", "img_ext": ".png", "mask_ext": ".png", "num_classes": 2, "input_channels": 3}
+    config |= {"input_h": 16, "input_w": 32, "seed": 7}
+    plain = build_dataset(config, ["img01", "img00"])
+    image, mask, info = plain[0]
+    assert image.shape == (3, 16, 32) and mask.shape == (2, 16, 32) and info == {"img_id": "img01"}
+    assert plain.transform is None and plain.seed == 7
+    shifted = build_dataset(config | {"mean": [0.5] * 3, "std": [0.5] * 3}, ["img01"])
+    torch.testing.assert_close(shifted[0][0], 2 * image - 1)
+    assert build_dataset(config, ["img01"], augment=True).transform is not None

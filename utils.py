@@ -11,6 +11,7 @@ import platform
 import random
 import re
 import subprocess
+import warnings
 from pathlib import Path
 
 import yaml
@@ -47,12 +48,21 @@ def write_yaml(path, mapping):
         temporary.write_text(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML whose only booleans are true and false, as in YAML 1.2: `amp: off` is text, and so is an id `no`."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not (tag.endswith(":bool") and first in "yYnNoO")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def read_yaml(path):
     """The mapping in a YAML file; ValueError when it is no YAML mapping, FileNotFoundError when it is not there."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        mapping = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no readable YAML file: {error}") from None
     if not isinstance(mapping, dict):
@@ -75,11 +85,12 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler of a broken or hostile file raises whatever it likes
-        reason = str(error).strip().split("\n")[0][:120]
+        with warnings.catch_warnings():  # about pickles of other protocols
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # the unpickler of a broken or hostile file raises whatever it likes, with a page of advice
         raise ValueError(
-            f"{path} is no checkpoint of tensors and plain values ({type(error).__name__}: {reason})"
+            f"{path} is no checkpoint of tensors and plain values: it is broken, or would run code when read"
         ) from None
 
 

@@ -1,0 +1,282 @@
+"""utils.py: small helpers by hand, and files that are whole or not there at all."""
+
+import argparse
+import math
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import utils
+from utils import (
+    AverageMeter,
+    atomic_path,
+    count_params,
+    device_name,
+    environment,
+    load_checkpoint,
+    pick_amp,
+    pick_device,
+    read_yaml,
+    save_checkpoint,
+    seed_everything,
+    str2bool,
+    write_yaml,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------- small helpers
+
+
+@pytest.mark.parametrize("value", [True, 1, "true", "True", "TRUE", "yes", "Yes", "1", " true "])
+def test_what_means_true(value):
+    assert str2bool(value) is True
+
+
+@pytest.mark.parametrize("value", [False, 0, "false", "False", "FALSE", "no", "No", "0", "false\n"])
+def test_what_means_false(value):
+    assert str2bool(value) is False
+
+
+@pytest.mark.parametrize("value", ["", "t", "2", "on", "None", None, "truee", 2, 0.5])
+def test_what_means_neither(value):
+    with pytest.raises(argparse.ArgumentTypeError, match="is neither True nor False"):
+        str2bool(value)
+
+
+def test_average_meter_by_hand():
+    meter = AverageMeter()
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (0, 0, 0, 0)
+    meter.update(2.0)
+    meter.update(5.0, n=3)
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (5.0, 17 / 4, 17.0, 4)
+    meter.update(9.0, n=0)
+    assert (meter.val, meter.avg, meter.count) == (9.0, 17 / 4, 4)
+    meter.reset()
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (0, 0, 0, 0)
+    meter.update(9.0, n=0)
+    assert meter.avg == 0
+
+
+def test_count_params_counts_what_is_trained():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
+    assert count_params(model) == (12 + 4) + (4 + 4) + 8
+    model[0].weight.requires_grad_(False)
+    assert count_params(model) == 4 + 8 + 8
+
+
+def test_a_seed_sets_all_three_streams():
+    def draw(seed):
+        seed_everything(seed)
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    first, again, other = draw(5), draw(5), draw(6)
+    assert first == again and all(a != b for a, b in zip(first, other, strict=True))
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_atomic_path_replaces_a_file_at_the_end(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old" and temporary.parent == tmp_path
+    assert path.read_text() == "new" and names(tmp_path) == ["log.csv"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("existing", [None, "old"])
+def test_atomic_path_leaves_nothing_behind_on_failure(tmp_path, error, existing):
+    path = tmp_path / "log.csv"
+    if existing:
+        path.write_text(existing)
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_text("half of")
+        raise error
+    assert names(tmp_path) == (["log.csv"] if existing else [])
+    assert not existing or path.read_text() == existing
+
+
+def test_yaml_there_and_back(tmp_path):
+    mapping = {"name": "zellen_größe", "lr": 2e-3, "tiny": 1e-10, "amp": "off", "ema": False, "none": None}
+    mapping |= {
+        "milestones": "20,40",
+        "mean": [0.1, 0.2],
+        "environment": {"python": "3.10"},
+        "ids": ["007", "1e5", "no"],
+    }
+    write_yaml(tmp_path / "config.yml", mapping)
+    found = read_yaml(tmp_path / "config.yml")
+    assert found == mapping and list(found) == list(mapping) and names(tmp_path) == ["config.yml"]
+    assert "größe" in (tmp_path / "config.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1, 2", "no readable YAML"),
+        (b"a: b: c", "no readable YAML"),
+        (b"\xff\xfe\x00bad\x81", "no readable YAML"),
+        (b"!!python/object/apply:os.system ['touch pwned']", "no readable YAML"),
+        (b"[" * 2000, "no readable YAML"),
+        (b"- a\n- b\n", "expected `key: value` lines, found list"),
+        (b"just text", "expected `key: value` lines, found str"),
+        (b"", "expected `key: value` lines, found NoneType"),
+    ],
+)
+def test_what_is_no_yaml_mapping(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_yaml("my.yml")
+    assert names(tmp_path) == ["my.yml"]
+
+
+def test_yaml_that_is_not_there(tmp_path):
+    for path in (tmp_path / "nowhere.yml", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            read_yaml(path)
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "no", "Off"])
+def test_words_that_yaml_1_1_takes_for_booleans_stay_words(tmp_path, word):
+    """`amp: off` is what --amp takes, and `no` may be an image's id; str2bool understands yes and no."""
+    (tmp_path / "my.yml").write_text(f"amp: {word}\nids: [{word}]\nnesterov: true\nresume: False\n")
+    assert read_yaml(tmp_path / "my.yml") == {"amp": word, "ids": [word], "nesterov": True, "resume": False}
+    assert yaml.safe_load("amp: off") == {"amp": False}  # nobody else's loader is changed
+
+
+def test_checkpoints_there_and_back(tmp_path):
+    model = nn.Linear(2, 3)
+    state = {"model": model.state_dict(), "epoch": 3, "best": math.inf, "names": ["a", None, True]}
+    save_checkpoint(tmp_path / "last.pth", state)
+    found = load_checkpoint(tmp_path / "last.pth")
+    assert torch.equal(found["model"]["weight"], model.weight) and found["model"].keys() == state["model"].keys()
+    assert {key: found[key] for key in ("epoch", "best", "names")} == {
+        "epoch": 3,
+        "best": math.inf,
+        "names": state["names"],
+    }
+    assert names(tmp_path) == ["last.pth"]
+
+
+class Trap:
+    """A pickle that makes a folder when it is opened."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["pickle", "torch", "noise", "text", "empty", "truncated"])
+def test_checkpoints_that_are_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pth"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"model": Trap()}))
+    elif kind == "torch":
+        torch.save({"model": Trap()}, path)
+    elif kind == "truncated":
+        save_checkpoint(path, {"model": torch.zeros(1000)})
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        path.write_bytes(
+            {"noise": np.random.default_rng(0).bytes(5000), "text": b"<html>404</html>", "empty": b""}[kind]
+        )
+    with pytest.raises(ValueError, match="model.pth is no checkpoint of tensors and plain values") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value) and not (tmp_path / "pwned").exists()
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model.pth: no such file"):
+        load_checkpoint(tmp_path / "model.pth")
+
+
+# ---------------------------------------------------------------- devices
+
+
+def machine(monkeypatch, cuda=0, mps=False, capability=(8, 0), cpuinfo=""):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(utils, "_cpuinfo", lambda: cpuinfo)
+
+
+def test_auto_takes_the_first_gpu(monkeypatch):
+    for options, expected in (({"cuda": 2, "mps": True}, "cuda"), ({"mps": True}, "mps"), ({}, "cpu")):
+        machine(monkeypatch, **options)
+        assert pick_device() == torch.device(expected)
+
+
+def test_a_named_device(monkeypatch):
+    machine(monkeypatch, cuda=2, mps=True)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1", "mps"):
+        assert pick_device(name) == torch.device(name)
+    with pytest.raises(ValueError, match="--device cuda:2 is not there"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cuda:-1", "cpu:0", "mps:0", "CUDA", "cuda:0:1", "meta", "0"])
+def test_devices_that_do_not_exist(monkeypatch, name):
+    machine(monkeypatch, cuda=2, mps=True)
+    with pytest.raises(ValueError, match="expected auto, cpu, cuda, cuda:N or mps"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
+def test_devices_that_are_not_there(monkeypatch, name):
+    machine(monkeypatch)
+    with pytest.raises(ValueError, match=f"--device {name} is not there.*use --device auto or cpu"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("cuda", {"capability": (8, 0)}, torch.bfloat16),
+        ("cuda", {"capability": (9, 0)}, torch.bfloat16),
+        ("cuda", {"capability": (7, 5)}, torch.float16),
+        ("mps", {}, None),
+        ("cpu", {"cpuinfo": "flags : fpu avx2 avx512f"}, None),
+        ("cpu", {"cpuinfo": "flags : fpu avx512_bf16 avx2"}, torch.bfloat16),
+        ("cpu", {"cpuinfo": "flags : amx_bf16"}, torch.bfloat16),
+        ("cpu", {"cpuinfo": "Features : fp asimd i8mm bf16"}, torch.bfloat16),  # ARM's word for it
+        ("cpu", {"cpuinfo": ""}, None),
+    ],
+)
+def test_auto_precision(monkeypatch, kind, options, expected):
+    machine(monkeypatch, cuda=1, **options)
+    assert pick_amp("auto", torch.device(kind)) is expected
+
+
+def test_precision_as_asked(monkeypatch):
+    machine(monkeypatch, cuda=1, capability=(7, 5))
+    for kind in ("cpu", "cuda", "mps"):
+        device = torch.device(kind)
+        assert pick_amp("off", device) is None and pick_amp("bf16", device) is torch.bfloat16
+    assert pick_amp("fp16", torch.device("cuda")) is torch.float16
+    with pytest.raises(ValueError, match="--amp fp16 needs a GPU"):
+        pick_amp("fp16", torch.device("cpu"))
+
+
+def test_environment_is_plain_and_says_what_ran(tmp_path):
+    found = environment(torch.device("cpu"))
+    write_yaml(tmp_path / "environment.yml", found)
+    assert read_yaml(tmp_path / "environment.yml") == found
+    assert torch.__version__.startswith(found["torch"]) and found["numpy"] == np.__version__ and found["git_commit"]
+    assert (
+        found["device"] == device_name(torch.device("cpu")) and f"{torch.get_num_threads()} threads" in found["device"]
+    )

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.ready: requirements.txt requirements-dev.txt
+$(VENV)/.ready: requirements.txt requirements-onnx.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt

@@ -1,11 +1,13 @@
 """archs.py against the papers' formulas, written a second time, and against the names others' weights have."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from archs import ARCHS, DEEPEST, DEPTH, NestedUNet, UNet, as_heads, build_model, probabilities
+from archs import ARCHS, DEPTH, NestedUNet, UNet, as_heads, build_model, probabilities
 from utils import count_params
 
 VARIANTS = [("UNet", False), ("NestedUNet", False), ("NestedUNet", True)]
@@ -154,22 +156,49 @@ def test_the_output_is_the_papers_formula(arch, deep):
 
 def test_heads_and_their_names():
     images = torch.randn(2, 3, 32, 32)
-    model = NestedUNet(width=2, deep_supervision=True)
-    heads = model(images)
+    deep, plain, unet = NestedUNet(width=2, deep_supervision=True), NestedUNet(width=2), UNet(width=2)
+    heads, output = deep(images), unet(images)
     assert isinstance(heads, list) and len(heads) == 4 and as_heads(heads) == heads
-    assert model.head_names == ["L1", "L2", "L3", "L4"]
-    for single in (UNet(width=2), NestedUNet(width=2)):
-        output = single(images)
-        assert isinstance(output, torch.Tensor) and as_heads(output) == [output]
-        assert single.head_names == ["L4"] == [DEEPEST]
+    assert isinstance(output, torch.Tensor) and as_heads(output) == [output]
+    assert deep.head_names == ["L1", "L2", "L3", "L4"] and plain.head_names == unet.head_names == ["L4"]
 
 
-def test_probabilities_are_the_mean_over_heads_of_their_sigmoids():
-    logits = [torch.tensor([[[[0.0, 40.0]]]]), torch.tensor([[[[np.log(3), -40.0]]]]).to(torch.bfloat16)]
-    torch.testing.assert_close(probabilities(logits[0]), torch.tensor([[[[0.5, 1.0]]]]))
-    both = probabilities(logits)  # 3 / (1 + 3) = 0.75, as far as bfloat16 holds log 3
-    torch.testing.assert_close(both, torch.tensor([[[[0.625, 0.5]]]]), atol=1e-3, rtol=0)
-    assert both.dtype == torch.float32
+def test_probabilities_are_the_mean_of_the_heads_probabilities():
+    heads = [torch.full((1, 1, 2, 2), math.log(odds)) for odds in (1, 3)]  # 1/2 and 3/4
+    torch.testing.assert_close(probabilities(heads), torch.full((1, 1, 2, 2), 0.625))
+    torch.testing.assert_close(probabilities(heads[1]), torch.full((1, 1, 2, 2), 0.75))
+    assert probabilities(heads[1].bfloat16()).dtype == torch.float32
+
+
+# What X^{0,level} needs, read off figure 1 of Zhou et al. 2018.
+PRUNED = {
+    1: {"conv0_0", "conv1_0", "conv0_1", "final1"},
+    2: {"conv0_0", "conv1_0", "conv0_1", "conv2_0", "conv1_1", "conv0_2", "final2"},
+    3: set(NESTED) - {"conv4_0", "conv3_1", "conv2_2", "conv1_3", "conv0_4"} | {"final3"},
+    4: set(NESTED) | {"final4"},
+}
+
+
+@pytest.mark.parametrize("level", PRUNED)
+def test_a_pruned_model_is_smaller_and_gives_the_same_head(level):
+    model, images = settle(NestedUNet(width=2, deep_supervision=True)), torch.randn(2, 3, 21, 40)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned = model.prune(level)
+    with torch.no_grad():
+        output, heads = pruned(images), model(images)
+    assert isinstance(output, torch.Tensor) and torch.equal(output, heads[level - 1]) and len(heads) == 4
+    assert {name for name, module in pruned.named_children() if list(module.parameters())} == PRUNED[level]
+    assert pruned.head_names == [f"L{level}"] and not pruned.training
+    pruned.conv0_0.conv1.weight.data.zero_()  # a model of its own
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_only_a_head_that_was_trained_can_be_pruned_to():
+    with pytest.raises(ValueError, match="level 5.*L1, L2, L3, L4$"):
+        NestedUNet(width=2, deep_supervision=True).prune(5)
+    for model in (NestedUNet(width=2), UNet(width=2)):
+        with pytest.raises(ValueError, match="level 2.*only L4; .*--deep_supervision True"):
+            model.prune(2)
 
 
 # ---------------------------------------------------------------- sizes

@@ -287,7 +287,7 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_m
     The last batch may be smaller: no image is left out, however few there are. Call set_epoch(loader, epoch) first.
     """
     sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed) if shuffle else None
-    return DataLoader(
+    return Loader(
         dataset,
         batch_size,
         sampler=sampler,
@@ -299,9 +299,22 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_m
     )
 
 
+class Loader(DataLoader):
+    """A DataLoader whose workers start with Ctrl-C held back: a fork swallows it, and it is not theirs to answer."""
+
+    def __iter__(self):
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _quiet_worker(worker_id):
     cv2.setNumThreads(0)  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
 
 
 def set_epoch(loader, epoch):

@@ -37,7 +37,7 @@ from utils import (
     str2bool,
     write_yaml,
 )
-from val import evaluate
+from val import evaluate, read_config, run_folder
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
@@ -160,13 +160,15 @@ def new_config(options):
 
 def resumed_config(options, given):
     """The config of the run to resume, with the options that may change; ValueError where others were changed."""
-    if not options.name:
-        raise ValueError("--resume needs --name, the run to go on with")
+    if not options.name or options.overwrite:
+        raise ValueError("--resume needs --name, the run to go on with, and takes no --overwrite")
     folder = run_folder(options.name)
-    config = read_yaml(folder / "config.yml")
+    config = read_config(folder)
     if not (folder / "last.pth").is_file():
         raise FileNotFoundError(f"{folder}/last.pth: no such file, no epoch was finished; start again with --overwrite")
-    asked = {key: getattr(options, key) for key in given - set(ABOUT_THE_COMMAND)}
+    if missing := sorted(vars(options).keys() - set(ABOUT_THE_COMMAND) - config.keys()):
+        raise ValueError(f"{folder}/config.yml is damaged: {', '.join(missing)} missing")
+    asked = {key: getattr(options, key) for key in given - set(ABOUT_THE_COMMAND) if getattr(options, key) != "auto"}
     free = {key: value for key, value in asked.items() if key in FREE_ON_RESUME}
     differing = sorted(f"{k} {v} (run: {config.get(k)})" for k, v in asked.items() - free.items() if v != config.get(k))
     if differing:
@@ -174,13 +176,7 @@ def resumed_config(options, given):
             f"--resume goes on with the options of {folder}/config.yml, but these differ: {', '.join(differing)}; "
             f"leave them out, or start a new run with --weights {options.name}"
         )
-    return config | {key: value for key, value in free.items() if value not in ("auto", -1)}
-
-
-def run_folder(name):
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ValueError(f"--name {name!r}: expected a plain folder name, the run will be models/<name>")
-    return Path("models") / name
+    return config | {key: value for key, value in free.items() if value != -1}
 
 
 # ---------------------------------------------------------------- building
@@ -194,7 +190,15 @@ def build_data(config, split):
     """
     folder = Path("inputs") / config["dataset"]
     train_set, val_set = build_dataset(config, split["train"], augment=True), build_dataset(config, split["val"])
-    found, found_val = train_set.check(config["cache"]), val_set.check(config["cache"])
+    results, problems = [], []
+    for dataset in (train_set, val_set):
+        try:
+            results.append(dataset.check(config["cache"]))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    found, found_val = results
     if not any(found["foreground"]):
         raise ValueError(f"{folder / 'masks'}: all {len(train_set)} training masks are empty; nothing could be learned")
     config.setdefault("mean", found["mean"])
@@ -221,7 +225,9 @@ def start_from(model, config):
     """
     path = Path(config["weights"])
     if not path.is_file():
-        path = run_folder(config["weights"]) / "model.pth"
+        path = (path if path.is_dir() else Path("models") / path) / "model.pth"
+    if not path.is_file():
+        raise FileNotFoundError(f"--weights {config['weights']}: no such file, and no run: {path} is not there either")
     if (path.parent / "config.yml").is_file():
         other = read_yaml(path.parent / "config.yml")
         config.update(
@@ -311,71 +317,80 @@ class Run:
         self.scheduler = SCHEDULERS[config["scheduler"]](self.optimizer, config, steps_an_epoch)
         self.amp = pick_amp(config["amp"], device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        self.epoch, self.best_iou, self.best_epoch = 0, -1.0, 0
+        self.best_iou, self.best_epoch, self.rows = -1.0, 0, []  # rows: those of log.csv
+
+    @property
+    def epoch(self):  # the last whole one
+        return len(self.rows)
 
     @property
     def judged(self):
         """The model that is validated and kept: the averaged weights when averaging is on."""
         return self.ema.module if self.ema else self.model
 
-    def finish_epoch(self, epoch, val_iou):
-        """Note the epoch; returns whether it is the best so far."""
-        self.epoch = epoch
-        if better := val_iou > self.best_iou:
-            self.best_iou, self.best_epoch = val_iou, epoch
+    def finish_epoch(self, row, folder):
+        """Note the epoch and keep it in model.pth, last.pth and, when both are safe, log.csv; -> is it the best?"""
+        self.rows.append(row)
+        if better := row["val_iou"] > self.best_iou:
+            self.best_iou, self.best_epoch = row["val_iou"], row["epoch"]
+            save_checkpoint(folder / "model.pth", self.judged.state_dict())
+        save_checkpoint(folder / "last.pth", self.state())
+        self.write_log(folder)
         return better
+
+    def write_log(self, folder):
+        with atomic_path(folder / "log.csv") as temporary:
+            pd.DataFrame(self.rows).to_csv(temporary, index=False)
+
+    def over(self):
+        """Why no further epoch is due, or None."""
+        stop = self.config["early_stopping"]
+        if 0 < stop <= self.epoch - self.best_epoch:
+            return f"no better val_iou for {stop} epochs: stopped early"
+        return f"all {self.epoch} epochs are done" if self.epoch >= self.config["epochs"] else None
 
     def state(self):
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
         if self.ema:
             parts["ema"] = self.ema
-        progress = {"epoch": self.epoch, "best_iou": self.best_iou, "best_epoch": self.best_epoch}
+        progress = {"rows": self.rows, "best_iou": self.best_iou, "best_epoch": self.best_epoch}
         return {**progress, **{name: part.state_dict() for name, part in parts.items()}}
 
     def load_state(self, state):
         for name in ("model", "optimizer", "scheduler", "scaler") + (("ema",) if self.ema else ()):
             getattr(self, name).load_state_dict(state[name])
-        self.epoch, self.best_iou, self.best_epoch = state["epoch"], state["best_iou"], state["best_epoch"]
+        self.rows, self.best_iou, self.best_epoch = state["rows"], state["best_iou"], state["best_epoch"]
 
 
-def fit(run, loader, val_loader, criterion, folder, rows):
+def fit(run, loader, val_loader, criterion, folder):
     """Train from run.epoch + 1 to the last epoch, writing log.csv, model.pth and last.pth after each."""
     config, device = run.config, run.device
     model = torch.compile(run.model) if config["compile"] else run.model
     each_step = run.scheduler if config["scheduler"] == "OneCycleLR" else None
-    for epoch in range(run.epoch + 1, config["epochs"] + 1):
-        start = time.time()
+    while not run.over():
+        start, epoch = time.time(), run.epoch + 1
         set_epoch(loader, epoch)
         lr = run.optimizer.param_groups[0]["lr"]
         label = f"epoch {epoch}/{config['epochs']}"
         parts = {"amp": run.amp, "scaler": run.scaler, "step_scheduler": each_step, "ema": run.ema, "label": label}
         try:
             trained = train_one_epoch(model, loader, criterion, run.optimizer, device, **parts)
+            judged = evaluate(run.judged, val_loader, criterion, device, amp=run.amp)
+            if not math.isfinite(judged["loss"]):
+                raise FloatingPointError(f"the validation loss after step {len(loader)} is {judged['loss']}")
         except FloatingPointError as error:
-            advice = "a lower --lr or --amp off may help"
-            raise ValueError(f"{label}: {error}; stopped, {folder} keeps the epochs before; {advice}") from None
-        judged = evaluate(run.judged, val_loader, criterion, device, amp=run.amp)
-        if not math.isfinite(judged["loss"]):
-            raise ValueError(
-                f"{label}: the validation loss is {judged['loss']}; stopped, {folder} keeps the epochs before"
-            )
+            kept = f"stopped, {folder} keeps the epochs before" if run.epoch else "stopped"
+            raise ValueError(f"{label}: {error}; {kept}; a lower --lr or --amp off may help") from None
         scores = {**trained, "val_loss": judged["loss"], "val_iou": summarise(judged["tables"][DEEPEST])["iou"]}
         if config["scheduler"] == "ReduceLROnPlateau":
             run.scheduler.step(scores["val_loss"])
         elif not each_step:
             run.scheduler.step()
-        better = run.finish_epoch(epoch, scores["val_iou"])
-        rows.append({"epoch": epoch, "lr": lr, **scores, "seconds": round(time.time() - start, 1)})
-        with atomic_path(folder / "log.csv") as temporary:
-            pd.DataFrame(rows).to_csv(temporary, index=False)
-        if better:
-            save_checkpoint(folder / "model.pth", run.judged.state_dict())
-        save_checkpoint(folder / "last.pth", run.state())
+        row = {"epoch": epoch, "lr": lr, **scores, "seconds": round(time.time() - start, 1)}
+        better = run.finish_epoch(row, folder)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        print(f"{label}  lr {lr:.1e}  {shown}{'*' if better else ' '} {rows[-1]['seconds']:.1f} s", flush=True)
-        if 0 < config["early_stopping"] <= epoch - run.best_epoch:
-            print(f"no better val_iou for {config['early_stopping']} epochs: stopped early")
-            break
+        print(f"{label}  lr {lr:.1e}  {shown}{'*' if better else ' '} {row['seconds']:.1f} s", flush=True)
+    print(run.over())
 
 
 def main():
@@ -404,11 +419,13 @@ def main():
     if options.resume:
         if fingerprint != read_yaml(folder / "split.yml").get("fingerprint"):
             raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
-        run.load_state(load_checkpoint(folder / "last.pth"))
-        rows = pd.read_csv(folder / "log.csv").to_dict("records")[: run.epoch]
+        try:
+            run.load_state(load_checkpoint(folder / "last.pth"))
+        except (KeyError, TypeError, AttributeError, RuntimeError):
+            raise ValueError(f"{folder}/last.pth does not hold the training that config.yml describes") from None
+        run.write_log(folder)  # a kill may have come between the two files
         print(f"resuming {folder} after epoch {run.epoch}")
     else:
-        rows = []
         folder.mkdir(parents=True, exist_ok=True)
         for path in earlier:
             path.unlink()
@@ -419,15 +436,17 @@ def main():
     layout = "channels_last" if config["channels_last"] else "contiguous"
     print(f"{config['arch']}, {count_params(model):,} parameters, {device_name(device)}, {precision}, {layout}")
     try:
-        fit(run, loader, val_loader, LOSSES[config["loss"]](), folder, rows)
+        fit(run, loader, val_loader, LOSSES[config["loss"]](), folder)
     except KeyboardInterrupt:
-        again = f"--name {config['name']} --resume" if rows else "the same options and --overwrite"
-        print(f"\nstopped after {run.epoch} whole epochs; go on with: python train.py {again}")
+        if (folder / "last.pth").is_file():
+            print(f"\nlast whole epoch kept; go on with: python train.py --name {config['name']} --resume")
+        else:
+            print("\nno epoch was finished; start again with the same command and --overwrite")
         raise
     finally:
-        if rows:
-            plot_curves(rows, folder / "curves.png", title=config["name"])
-    best = f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {rows[-1]['val_iou']:.4f}"
+        if run.rows:
+            plot_curves(run.rows, folder / "curves.png", title=config["name"])
+    best = f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {run.rows[-1]['val_iou']:.4f}"
     print(f"{best}; the run is in {folder}\npython val.py --name {config['name']}")
 
 

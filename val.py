@@ -8,6 +8,7 @@ python val.py --name run1 --split my_split.yml      # the `test:` ids of a split
 import argparse
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,11 @@ HEADINGS = {  # of the printed table; the definitions follow it
     "miou": "mIoU",
     "miou_ten": "mIoU10",
 }
+NEEDED = {  # what config.yml must hold for the run to be rebuilt, and as what
+    **dict.fromkeys(("arch", "dataset", "img_ext", "mask_ext", "loss"), str),
+    **dict.fromkeys(("num_classes", "input_channels", "width", "input_h", "input_w", "seed"), int),
+    **{"deep_supervision": bool, "mean": list, "std": list},
+}
 SHOWN = 12  # images in each group of the report's gallery
 LEVELS = (*(str(level) for level in range(1, DEPTH + 1)), "mean")  # what --level takes
 
@@ -65,6 +71,12 @@ def build_parser():
 # ---------------------------------------------------------------- a trained run
 
 
+def run_folder(name):
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"--name {name!r}: expected the plain name of a folder, the run is models/<name>")
+    return Path("models") / name
+
+
 def newest_run(models="models"):
     """The name of the segmentation run whose weights are newest."""
     weights = sorted(Path(models).glob("*/model.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -80,9 +92,14 @@ def read_config(folder):
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/config.yml"))) or "none"
         raise FileNotFoundError(f"{folder}/config.yml: no such file; the runs are: {known}")
     config = read_yaml(folder / "config.yml")
-    needed = ("arch", "num_classes", "input_channels", "deep_supervision", "width", "input_h", "input_w", "mean", "std")
-    if missing := [key for key in needed if key not in config]:
+    if missing := [key for key in NEEDED if key not in config]:
         raise ValueError(f"{folder}/config.yml is of no run of train.py: {', '.join(missing)} missing")
+    wrong = [key for key, kind in NEEDED.items() if type(config[key]) is not kind]
+    wrong += [key for key in ("input_h", "input_w") if key not in wrong and config[key] < 1]
+    wrong += [key for key in ("mean", "std") if key not in wrong and len(config[key]) != config["input_channels"]]
+    if wrong or config["loss"] not in LOSSES:
+        wrong = ", ".join(f"{key} {config[key]!r}" for key in wrong or ["loss"])
+        raise ValueError(f"{folder}/config.yml: {wrong} is nothing that train.py writes")
     return config
 
 
@@ -93,20 +110,19 @@ def load_trained(name, device, which="best", level=None):
     ones when averaging was on). level: "1" ... "4" prunes to that head alone, "mean" keeps all heads (`probabilities`
     averages them), None keeps what was trained. ValueError when deep supervision would have been needed.
     """
-    folder = Path("models") / name
+    folder = run_folder(name)
     config = read_config(folder)
     if level not in (None, str(DEPTH)) and not config["deep_supervision"]:
         reason = f"it was trained without deep supervision, so that only X^{{0,{DEPTH}}} has a head"
         raise ValueError(f"{folder} has no --level {level}, only --level {DEPTH}: {reason}")
     path = folder / ("model.pth" if which == "best" else "last.pth")
-    state = load_checkpoint(path)
-    if which == "last":
-        average = {k.removeprefix("module."): v for k, v in state.get("ema", {}).items() if k != "n_averaged"}
-        state = average or state["model"]
-    model = build_model(config)
+    state, model = load_checkpoint(path), build_model(config)
     try:
+        if which == "last":
+            average = {k.removeprefix("module."): v for k, v in state.get("ema", {}).items() if k != "n_averaged"}
+            state = average or state["model"]
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError, KeyError):
         raise ValueError(
             f"{path} does not hold the weights of the {config['arch']} that config.yml describes"
         ) from None
@@ -180,14 +196,18 @@ class Predictions:
         self.masks.update(zip(img_ids, predicted, strict=True))  # (classes, H, W) bool
 
     def write(self, folder):
-        for old in folder.glob("[0-9]*"):
-            if old.name.isdigit():
+        """Replace the folders 0, 1 ... of `folder`, and nothing else there, once all masks are written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".masks_") as temporary:
+            for img_id, planes in self.masks.items():
+                for k, plane in enumerate(planes):
+                    path = Path(temporary) / str(k) / f"{img_id}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_png(path, plane.astype(np.uint8) * 255)
+            for old in [path for path in folder.glob("[0-9]*") if path.name.isdigit()]:
                 shutil.rmtree(old)
-        for img_id, planes in self.masks.items():
-            for k, plane in enumerate(planes):
-                path = folder / str(k) / f"{img_id}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_png(path, plane.astype(np.uint8) * 255)
+            for new in Path(temporary).iterdir():
+                new.rename(folder / new.name)
 
 
 def rows_of_heads(tables):
@@ -260,7 +280,7 @@ def write_report(path, config, what, headline, by_epoch, by_class, items, curves
 def main():
     options, _ = parse_options(build_parser)
     name = options.name or newest_run()
-    folder, output = Path("models") / name, Path("outputs") / name
+    folder, output = run_folder(name), Path("outputs") / name
     device = pick_device(options.device)
     amp = pick_amp(options.amp, device)
     model, config = load_trained(name, device)

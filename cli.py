@@ -19,7 +19,7 @@ def number(kind, low=-math.inf, high=math.inf):
         except (ValueError, OverflowError):
             value = math.nan
         if not (math.isfinite(value) and low <= value <= high):
-            bounds = f" from {low:g}" * (low > -math.inf) + f" up to {high:g}" * (high < math.inf)
+            bounds = f" from {low}" * (low > -math.inf) + f" up to {high}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}{bounds}")
         return value
 

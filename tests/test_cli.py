@@ -1,0 +1,199 @@
+"""cli.py: bounds, one-line errors, which setting wins, and the exit status of a script."""
+
+import argparse
+import math
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from cli import Parser, number, parse_options
+from utils import read_yaml, str2bool
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds", "text", "value"),
+    [
+        (int, (1,), "1", 1),
+        (int, (0, 2**32 - 1), "4294967295", 2**32 - 1),
+        (int, (), "-7", -7),
+        (float, (0, 1), "0", 0.0),
+        (float, (0, 1), "1", 1.0),
+        (float, (0,), "2e-3", 0.002),
+        (float, (), "-1.5", -1.5),
+    ],
+)
+def test_numbers_within_bounds(kind, bounds, text, value):
+    found = number(kind, *bounds)(text)
+    assert found == value and type(found) is kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds", "text", "message"),
+    [
+        (int, (1,), "0", "'0' is no integer from 1"),
+        (int, (1, 1024), "1025", "'1025' is no integer from 1 up to 1024"),
+        (int, (0, 2**32 - 1), "4294967296", "'4294967296' is no integer from 0 up to 4294967295"),
+        (int, (), "1.0", "'1.0' is no integer"),
+        (int, (), "", "'' is no integer"),
+        (int, (), "inf", "'inf' is no integer"),
+        (float, (0,), "-1e-9", "'-1e-9' is no number from 0"),
+        (float, (0, 0.999999), "1", "'1' is no number from 0 up to 0.999999"),
+        (float, (-math.inf, 3), "4", "'4' is no number up to 3"),
+        (float, (), "nan", "'nan' is no number"),
+        (float, (), "inf", "'inf' is no number"),
+        (float, (), "-inf", "'-inf' is no number"),
+        (float, (), "1e999", "'1e999' is no number"),
+        (float, (), "ten", "'ten' is no number"),
+    ],
+)
+def test_numbers_that_are_refused(kind, bounds, text, message):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        number(kind, *bounds)(text)
+    assert str(caught.value) == message
+
+
+# ---------------------------------------------------------------- options
+
+
+def build_parser():
+    parser = Parser(prog="my.py")
+    parser.add_argument("--config")
+    parser.add_argument("--lr", "--learning_rate", type=number(float, 0), default=1e-3)
+    parser.add_argument("-b", "--batch_size", type=number(int, 1), default=16)
+    parser.add_argument("--name")
+    parser.add_argument("--amp", choices=("auto", "off"), default="auto")
+    parser.add_argument("--nesterov", type=str2bool, default=False)
+    parser.add_argument("--milestones", type=lambda text: text.strip("[] "), default="1,2")
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def options_of(*argv):
+    return parse_options(build_parser, [str(word) for word in argv], read_yaml)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lr", "fast"], "argument --lr/--learning_rate: 'fast' is no number from 0"),
+        (["--batch", "4"], "unrecognized arguments: --batch 4"),  # no abbreviations
+        (["--learning", "1"], "unrecognized arguments: --learning 1"),
+        (["-b", "0"], "argument -b/--batch_size: '0' is no integer from 1"),
+        (["--amp", "on"], "argument --amp: invalid choice: 'on'"),
+        (["--nesterov", "maybe"], "argument --nesterov: 'maybe' is neither True nor False"),
+        (["--lr"], "argument --lr/--learning_rate: expected one argument"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_wrong_options_are_one_line_and_status_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        options_of(*argv)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"my.py: error: {message}") and err.endswith("(--help lists the options)\n")
+
+
+def test_default_then_file_then_command_line(tmp_path):
+    config = tmp_path / "my.yml"
+    config.write_text("lr: 1e-4\nbatch_size: 8\nnesterov: yes\namp: off\nmilestones: [20, 40]\nname:\n")
+    options, given = options_of()
+    assert (options.lr, options.batch_size, options.nesterov, options.amp, options.name) == (
+        1e-3,
+        16,
+        False,
+        "auto",
+        None,
+    )
+    assert given == set()
+    options, given = options_of("--config", config, "-b", "4")
+    assert (options.lr, options.batch_size, options.nesterov, options.amp) == (1e-4, 4, True, "off")
+    assert options.milestones == "20, 40" and options.name is None and options.overwrite is False
+    assert given == {"config", "lr", "batch_size", "nesterov", "amp", "milestones"}
+    # an option given its own default is given all the same, and beats the file
+    options, given = options_of("--lr", "1e-3", "--config", config)
+    assert options.lr == 1e-3 and "lr" in given
+    options, given = options_of("--overwrite", "--name", "run1")
+    assert options.overwrite is True and options.name == "run1" and given == {"overwrite", "name"}
+
+
+def test_values_of_the_file_are_checked_by_their_option(tmp_path, capsys):
+    config = tmp_path / "my.yml"
+    for line, message in (
+        ("batch_size: 0", "argument -b/--batch_size: '0' is no integer from 1"),
+        ("batch_size: 4.5", "argument -b/--batch_size: '4.5' is no integer from 1"),
+        ("lr: .nan", "argument --lr/--learning_rate: 'nan' is no number from 0"),
+        ("nesterov: 7", "argument --nesterov: '7' is neither True nor False"),
+        ("overwrite: true", "argument --overwrite: ignored explicit argument 'True'"),  # for the command line only
+    ):
+        config.write_text(line)
+        with pytest.raises(SystemExit) as caught:
+            options_of("--config", config)
+        err = capsys.readouterr().err
+        assert caught.value.code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_value_with_a_dash_or_a_space_in_the_file(tmp_path):
+    (tmp_path / "my.yml").write_text('name: "--lr 5"\n')
+    options, given = options_of("--config", tmp_path / "my.yml")
+    assert options.name == "--lr 5" and options.lr == 1e-3 and given == {"config", "name"}
+
+
+def test_unknown_keys_in_the_file(tmp_path):
+    config = tmp_path / "my.yml"
+    config.write_text("lr: 1\nlearning_rat: 1\n17: 2\n")
+    with pytest.raises(
+        ValueError, match=r"my.yml: unknown options 17, learning_rat; expected some of amp, batch_size,"
+    ):
+        options_of("--config", config)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        options_of("--config", tmp_path / "nowhere.yml")
+
+
+def test_scripts_without_a_settings_file(monkeypatch):
+    def plain():
+        parser = Parser(prog="my.py")
+        parser.add_argument("--size", type=int, default=3)
+        return parser
+
+    monkeypatch.setattr(sys, "argv", ["my.py", "--size", "5"])
+    options, given = parse_options(plain)
+    assert vars(options) == {"size": 5} and given == {"size"}
+
+
+# ---------------------------------------------------------------- running
+
+
+def ran(tmp_path, body, **environment):
+    script = tmp_path / "my.py"
+    script.write_text(f"from cli import run_script\n\n\ndef main():\n    {body}\n\n\nrun_script(main)\n")
+    variables = {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, env=variables, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "stderr"),
+    [
+        ("print('done')", 0, ""),
+        ("return 3", 3, ""),
+        ("raise ValueError('found this,\\n  expected that')", 2, "my.py: error: found this, expected that\n"),
+        ("raise FileNotFoundError('x.yml: no such file')", 2, "my.py: error: x.yml: no such file\n"),
+        ("open('/nowhere/x')", 2, "my.py: error: [Errno 2] No such file or directory: '/nowhere/x'\n"),
+        ("raise MemoryError", 2, "my.py: error: MemoryError\n"),
+        ("raise KeyboardInterrupt", 130, "\nmy.py: stopped\n"),
+    ],
+)
+def test_exit_status_and_one_line(tmp_path, body, status, stderr):
+    result = ran(tmp_path, body)
+    assert (result.returncode, result.stderr) == (status, stderr)
+    assert result.stdout == ("done\n" if status == 0 else "")
+
+
+def test_our_own_mistakes_keep_their_traceback(tmp_path):
+    result = ran(tmp_path, "raise KeyError('lr')")
+    assert result.returncode == 1 and "Traceback" in result.stderr and "KeyError: 'lr'" in result.stderr
+    result = ran(tmp_path, "raise ValueError('mine')", DEBUG="1")
+    assert result.returncode == 1 and "Traceback" in result.stderr and "ValueError: mine" in result.stderr

@@ -4,8 +4,12 @@ image = to_channels(decode(Path("cells.tif").read_bytes()), 3)    # (H, W, 3) ui
 small = squeeze(image, (96, 96))
 """
 
+from pathlib import Path
+
 import cv2
 import numpy as np
+
+MAX_PIXELS = 400_000_000  # of a picture whose file nobody vouches for: a few bytes can claim to be gigabytes
 
 
 def decode(data):
@@ -25,6 +29,26 @@ def decode(data):
     return array
 
 
+def read_picture(path, max_pixels=MAX_PIXELS):
+    """What decode gives of a file. ValueError when its header promises more than max_pixels, before it is decoded."""
+    from PIL import Image  # late: the other readers of pictures do without it
+
+    Image.MAX_IMAGE_PIXELS = None  # this limit takes the place of Pillow's own
+    try:
+        with Image.open(path) as header:
+            size = header.size
+    except (Image.UnidentifiedImageError, SyntaxError):
+        raise ValueError("unreadable: no PNG, JPEG, TIFF or BMP") from None
+    check_pixels(size, max_pixels)
+    return decode(Path(path).read_bytes())
+
+
+def check_pixels(size, max_pixels):
+    """ValueError when (width, height) are more than max_pixels."""
+    if size[0] * size[1] > max_pixels:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {max_pixels:,}; --max_pixels raises the limit")
+
+
 def to_channels(array, channels):
     """What decode gives -> (H, W, channels) uint8 in [0, 255]: 1 grey, 3 RGB or 4 RGBA; missing alpha is opaque.
 
@@ -35,7 +59,10 @@ def to_channels(array, channels):
         array = array.reshape(*array.shape[:2], -1)
         scales = np.full(array.shape[2], 65535.0)  # alpha's, because opaque is 65535 whatever the camera
         scales[:3] = next(2**bits - 1 for bits in (10, 12, 14, 16) if array[..., :3].max() < 2**bits)
-        array = np.round(array * (255 / scales)).astype(np.uint8)
+        narrow = np.empty(array.shape, np.uint8)
+        for line in range(0, len(array), 64):  # float64 for all lines at once would take eight times the picture
+            narrow[line : line + 64] = np.round(array[line : line + 64] * (255 / scales))
+        array = narrow
     conversions = {
         (1, 3): cv2.COLOR_GRAY2RGB,
         (1, 4): cv2.COLOR_GRAY2RGBA,

@@ -56,7 +56,9 @@ def _rgb(image):
 def brighten(image):
     """HW or HWC uint8, scaled so that its brightest half percent is white: shows what dim fluorescence hides."""
     image = np.asarray(image)
-    return (image * (255 / max(1, np.percentile(image, 99.5)))).clip(0, 255).round().astype(np.uint8)
+    step = math.ceil(math.sqrt(image.size / 2**24))  # of a slide some million pixels tell enough
+    factors = np.arange(256) * (255 / max(1, np.percentile(image[::step, ::step], 99.5)))
+    return cv2.LUT(image, factors.clip(0, 255).round().astype(np.uint8)).reshape(image.shape)
 
 
 def mask_picture(masks):

@@ -222,12 +222,12 @@ def test_masks_that_grow_stay_or_are_plain():
 
 def test_a_tie_goes_to_the_neighbourhood_then_to_raster_order():
     mask = np.zeros((8, 8), bool)
-    mask[0, 0] = mask[0, 2] = True  # a quarter of two pixels, and
-    mask[6:, 5:] = True  # half of one beside a whole one: 2 of 16 pixels
+    mask[0, 0] = mask[0, 4] = mask[6, 6] = True  # three quarters of a pixel, the last of them
+    mask[6:, 4:6] = True  # beside a whole one: 2 of 16 pixels
     assert np.argwhere(squeeze_mask(mask, (4, 4))).tolist() == [[3, 2], [3, 3]]
-    alone = np.zeros((4, 4), bool)
-    alone[0, 0] = alone[1, 3] = alone[2, 0] = alone[3, 3] = True  # four quarters: one pixel
-    assert np.argwhere(squeeze_mask(alone, (2, 2))).tolist() == [[0, 0]]
+    alike = np.zeros((64, 64), bool)
+    alike[::2, ::2] = True  # a quarter of every pixel: the first quarter of the 32 rows
+    assert np.array_equal(squeeze_mask(alike, (32, 32)), np.arange(32)[:, None] < np.full(32, 8))
 
 
 # ---------------------------------------------------------------- writing

@@ -3,6 +3,7 @@
 python val.py --name run1
 python val.py --name run1 --dataset other_nuclei    # all images of another data set
 python val.py --name run1 --split my_split.yml      # the `test:` ids of a split of your own
+python val.py --name run1 --levels                  # and what a pruned model would cost and give
 """
 
 import argparse
@@ -16,8 +17,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+import levels
 import report
-from archs import DEEPEST, DEPTH, as_heads, build_model, probabilities
+from archs import DEPTH, as_heads, build_model, probabilities
 from cli import Parser, number, parse_options, run_script
 from dataset import build_dataset, check_split, list_ids, make_loader
 from images import write_png
@@ -35,7 +37,7 @@ from metrics import (
     per_class,
     summarise,
 )
-from utils import atomic_path, load_checkpoint, pick_amp, pick_device, read_yaml
+from utils import atomic_path, device_name, load_checkpoint, pick_amp, pick_device, read_yaml
 
 HEADINGS = {  # of the printed table; the definitions follow it
     "iou": "IoU",
@@ -61,7 +63,10 @@ def build_parser():
     a("--name", help="models/<name>; default: the newest run")
     a("--dataset", help="evaluate all images of this folder of inputs/ (default: the run's validation images)")
     a("--split", help="evaluate the `test:` ids of this split.yml")
-    a("-b", "--batch_size", type=number(int, 1), default=16, help="default 16; no figure depends on it")
+    a("-b", "--batch_size", type=number(int, 1), default=16, help="default 16; only the speed depends on it")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--level", choices=LEVELS, help="prune to this head; mean: judge the average of all heads")
+    group.add_argument("--levels", action="store_true", help="measure each level: accuracy, time, memory, parameters")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default auto")
     a("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; default auto")
     a("--num_workers", type=number(int, 0, 1024), default=0, help="loader processes; default 0")
@@ -113,8 +118,10 @@ def load_trained(name, device, which="best", level=None):
     folder = run_folder(name)
     config = read_config(folder)
     if level not in (None, str(DEPTH)) and not config["deep_supervision"]:
-        reason = f"it was trained without deep supervision, so that only X^{{0,{DEPTH}}} has a head"
-        raise ValueError(f"{folder} has no --level {level}, only --level {DEPTH}: {reason}")
+        raise ValueError(
+            f"{folder} has level {DEPTH} alone, not {level}: it was trained without --deep_supervision True, and only "
+            f"X^{{0,{DEPTH}}} has a head"
+        )
     path = folder / ("model.pth" if which == "best" else "last.pth")
     state, model = load_checkpoint(path), build_model(config)
     try:
@@ -228,11 +235,16 @@ def rows_of_images(img_ids, table):
     return rows
 
 
-def print_table(rows, first):
-    """Aligned columns: `first` (head or class), then the metrics."""
-    print("".join([f"{first:<8}", *(f"{heading:>12}" for heading in HEADINGS.values())]))
+def print_table(rows, columns):
+    """columns: {key of a row: heading}; the first to the left, the others to the right, each as wide as it must be."""
+    lines = [list(columns.values())]
     for row in rows:
-        print("".join([f"{row[first]:<8}", *(f"{row[key]:>12.4f}" for key in HEADINGS)]))
+        values = [row.get(key, "") for key in columns]
+        lines.append([f"{value:.4f}" if isinstance(value, float) else str(value) for value in values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
 
 
 def gallery_items(dataset, rows, masks):
@@ -257,16 +269,45 @@ def gallery_items(dataset, rows, masks):
     return items
 
 
-def write_report(path, config, what, headline, by_epoch, by_class, items, curves):
-    """The self-contained page: headline, all definitions, curves, gallery, configuration."""
+def write_examples(items, path, each=2):
+    """One picture at a glance: columns of the worst, median and best images, with truth, prediction and errors below."""
+    chosen = []
+    for group in ("worst", "median", "best"):
+        members = [item for item in items if item["group"] == group]
+        chosen += members[:each] if group == "worst" else members[-each:]
+    columns = [[array for _, array in item["panels"]] for item in chosen]
+    heads = [f"{item['group']}: IoU {item['values']['IoU']:.2f}" for item in chosen]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    rows[0] = [report.brighten(image) for image in rows[0]]
+    report.contact_sheet(rows, path, captions=heads, size=192)
+
+
+def compare_levels(model, loader, tables, device, amp, output):
+    """Measure and print what each level costs and gives, draw levels.png -> (heading, html) of the report's section."""
+    images = next(iter(loader))[0].to(device)
+    rows = levels.rows_of_levels(levels.measure(model, images, device, amp), tables)
+    columns, sentence = {**levels.COST_COLUMNS, **HEADINGS, **levels.PAPER_COLUMNS}, levels.sufficient(rows)[1]
+    about = levels.NOTE.format(batch=len(images), device=device_name(device))
+    print(f"\nlevels: {about}")
+    print_table(levels.with_text(rows), columns)
+    print(f"{sentence}")
+    output.mkdir(parents=True, exist_ok=True)
+    levels.draw(rows, output / "levels.png")
+    picture = report.picture(report.file_uri(output / "levels.png"), "IoU, time, parameters and memory of each level")
+    return "Levels", picture + report.paragraph(sentence + " " + about) + report.table(levels.with_text(rows), columns)
+
+
+def write_report(path, config, what, headline, by_epoch, by_class, items, curves, more=()):
+    """The self-contained page: headline, all definitions, curves, `more` sections, gallery, configuration."""
     columns = {"head": "head", **HEADINGS}
     metrics = "".join(report.table(rows, columns, caption=epoch) for epoch, rows in by_epoch.items())
     if len(by_class) > 1:
-        metrics += report.table(by_class, {"class": "class", **HEADINGS}, caption=f"each class, {DEEPEST}, best epoch")
+        metrics += report.table(by_class, {"class": "class", **HEADINGS}, caption="each class, best epoch")
     defined = [{"metric": HEADINGS[key], "definition": text} for key, text in DEFINITIONS.items()]
     sections = [
         ("Summary", report.summary(headline)),
         ("Metrics", metrics + report.table(defined)),
+        *more,
         ("Images", report.legend() + report.gallery(items, ("IoU", "Dice", "foreground"))),
         ("Configuration", report.table([{"option": k, "value": str(v)} for k, v in config.items()])),
     ]
@@ -283,48 +324,52 @@ def main():
     folder, output = run_folder(name), Path("outputs") / name
     device = pick_device(options.device)
     amp = pick_amp(options.amp, device)
-    model, config = load_trained(name, device)
+    level = "mean" if options.levels else options.level
+    model, config = load_trained(name, device, level=level)
+    head = "mean" if options.level == "mean" else model.head_names[-1]  # the one that is judged
     criterion = LOSSES[config["loss"]]()
     dataset, what = chosen_images(options, config, folder)
     loader = make_loader(dataset, options.batch_size, num_workers=options.num_workers)
     print(f"{folder}: {what}, {len(dataset)} images, {str(amp or 'float32').removeprefix('torch.')}")
 
-    predictions = Predictions(DEEPEST)
+    predictions = Predictions(head)
     found = evaluate(model, loader, criterion, device, amp=amp, thresholds=THRESHOLDS, on_batch=predictions, label=name)
     by_epoch = {"best epoch (model.pth)": rows_of_heads(found["tables"])}
     if (folder / "last.pth").is_file():
-        last, _ = load_trained(name, device, "last")
+        last, _ = load_trained(name, device, "last", level)
         of_last = evaluate(last, loader, criterion, device, amp=amp, thresholds=THRESHOLDS, label=name)
         by_epoch["last epoch (last.pth)"] = rows_of_heads(of_last["tables"])
-    table = found["tables"][DEEPEST]
+    table = found["tables"][head]
     classes = per_class(table)
     by_class = [{"class": str(k), **{key: float(v[k]) for key, v in classes.items()}} for k in range(table.shape[1])]
     rows = rows_of_images(dataset.img_ids, table)
 
     for epoch, heads in by_epoch.items():
         print(f"\n{epoch}")
-        print_table(heads, "head")
+        print_table(heads, {"head": "head", **HEADINGS})
     if len(by_class) > 1:
-        print(f"\neach class, {DEEPEST}, best epoch")
-        print_table(by_class, "class")
+        print(f"\neach class, {head}, best epoch")
+        print_table(by_class, {"class": "class", **HEADINGS})
     print()
     for key, text in DEFINITIONS.items():
         print(f"{HEADINGS[key]:<12}{text}")
     scores, (low, high) = summarise(table), bootstrap_interval(table)
     print(f"\nIoU {scores['iou']:.4f} ({low:.4f} to {high:.4f}, 95 % bootstrap over images), Dice {scores['dice']:.4f}")
+    more = [compare_levels(model, loader, found["tables"], device, amp, output)] if options.levels else []
 
     predictions.write(output)
     with atomic_path(output / "metrics.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
     headline = [
-        ("IoU", f"{scores['iou']:.4f}", f"pooled, {DEEPEST}, best epoch; 95 % {low:.4f} to {high:.4f} over images"),
+        ("IoU", f"{scores['iou']:.4f}", f"pooled, {head}, best epoch; 95 % {low:.4f} to {high:.4f} over images"),
         ("Dice", f"{scores['dice']:.4f}", "pooled"),
         ("mIoU", f"{scores['miou']:.4f}", "two classes"),
         ("images", f"{len(dataset)}", what),
     ]
     items = gallery_items(dataset, rows, predictions.masks)
-    write_report(output / "report.html", config, what, headline, by_epoch, by_class, items, folder / "curves.png")
-    print(f"masks, metrics.csv and report.html are in {output}")
+    write_examples(items, output / "examples.png")
+    write_report(output / "report.html", config, what, headline, by_epoch, by_class, items, folder / "curves.png", more)
+    print(f"masks, metrics.csv and examples.png are in {output}; look at {output / 'report.html'}")
 
 
 if __name__ == "__main__":

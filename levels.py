@@ -1,0 +1,163 @@
+"""What each level of a deeply supervised U-Net++ costs and gives, so that a smaller one can be chosen with open eyes.
+
+python val.py --name run1 --levels    # prints a table, draws outputs/run1/levels.png, adds a section to the report
+"""
+
+import statistics
+import time
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from archs import probabilities
+from metrics import summarise
+from report import BLUE, GREEN, VERMILION
+from utils import atomic_path, count_params
+
+ENOUGH = 0.005  # half a point of pooled IoU below the best level
+ROUNDS = 11
+COST_COLUMNS = {"level": "level", "parameters": "parameters", "ms": "ms/image", "megabytes": "peak MB"}
+PAPER = {  # Zhou et al. 2020: nuclei at 96 x 96, their mean IoU as read from a figure: million parameters, per cent
+    "L1": {"paper_parameters": "0.1 M", "paper_miou": "about 91.5"},
+    "L2": {"paper_parameters": "0.5 M", "paper_miou": "about 92.3"},
+    "L3": {"paper_parameters": "2.2 M", "paper_miou": "about 92.2"},
+    "L4": {"paper_parameters": "9.0 M", "paper_miou": "about 92.5"},
+}
+PAPER_COLUMNS = {"paper_parameters": "paper: parameters", "paper_miou": "paper: mean IoU"}
+NOTE = (
+    f"pruned models, and all heads averaged (mean). ms/image: median of {ROUNDS} interleaved rounds of one batch of "
+    "{batch}, {device}; peak MB: weights and the most that the tensors of a batch hold at once; paper: Zhou et al. on "
+    "nuclei, 2020, mean IoU in per cent"
+)
+
+
+def seconds(answer, device):
+    """Seconds until `answer()` is there; a GPU answers before it is done."""
+    synchronise = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    synchronise()
+    start = time.perf_counter()
+    answer()
+    synchronise()
+    return time.perf_counter() - start
+
+
+class PeakMemory(TorchDispatchMode):
+    """`bytes`: the most that tensors made inside this context held at once.
+
+    The same on every device and every day. What a library takes for itself during an operation is not in it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self._held = 0, weakref.WeakKeyDictionary()  # a storage leaves when its last tensor does
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(output)):
+            storage = tensor.untyped_storage()
+            self._held[storage] = storage.nbytes()
+        self.bytes = max(self.bytes, sum(self._held.values()))
+        return output
+
+
+@torch.inference_mode()
+def measure(model, images, device, amp=None, rounds=ROUNDS):
+    """{"L1" ... "L4": {"parameters", "ms", "megabytes"}} of the pruned models, and "mean" of the whole one.
+
+    images: one batch, (N, channels, H, W) standardised. ms: milliseconds an image, the median of `rounds` rounds in
+    which the levels take turns, so that a busy moment hits all alike. megabytes (2^20 bytes): the weights, and the most
+    that the tensors of one batch hold at once beside them.
+    """
+    models = {f"L{level}": model.prune(level) for level in model.levels} | {"mean": model}
+
+    def answer(cut):
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            output = cut(images)
+        return probabilities(output)
+
+    times = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        for name, cut in models.items():
+            taken = seconds(lambda cut=cut: answer(cut), device)
+            if turn:  # the first is a warm-up
+                times[name].append(taken)
+    found = {}
+    for name, cut in models.items():
+        weights = sum(tensor.nbytes for tensor in (*cut.parameters(), *cut.buffers()))
+        with PeakMemory() as peak:
+            answer(cut)
+        found[name] = {
+            "parameters": count_params(cut),
+            "ms": statistics.median(times[name]) / len(images) * 1000,
+            "megabytes": (weights + peak.bytes) / 2**20,
+        }
+    return found
+
+
+def rows_of_levels(measured, tables):
+    """What `measure` found and val.evaluate's tables -> a row a level, with every metric and the paper's figures."""
+    return [
+        {"level": name, **costs, **summarise(tables[name]), **PAPER.get(name, {})} for name, costs in measured.items()
+    ]
+
+
+def with_text(rows):
+    """The rows with their costs as a person reads them."""
+    as_text = {"parameters": "{:,}", "ms": "{:.2f}", "megabytes": "{:.1f}"}
+    return [row | {key: form.format(row[key]) for key, form in as_text.items()} for row in rows]
+
+
+def sufficient(rows):
+    """-> the row of the smallest level whose pooled IoU is within ENOUGH of the best level's, and one sentence."""
+    levels = [row for row in rows if row["level"] != "mean"]
+    best, largest = max(levels, key=lambda row: row["iou"]), levels[-1]
+    chosen = next(row for row in levels if row["iou"] >= best["iou"] - ENOUGH)
+    shares = {key: chosen[key] / largest[key] for key in ("parameters", "ms", "megabytes")}
+    return chosen, (
+        f"{chosen['level']} is the smallest level within half a point of the best pooled IoU ({chosen['iou']:.4f}; "
+        f"{best['level']} has {best['iou']:.4f}): {shares['parameters']:.1%} of {largest['level']}'s parameters, "
+        f"{shares['ms']:.0%} of its time, {shares['megabytes']:.0%} of its memory."
+    )
+
+
+def draw(rows, path):
+    """One PNG: pooled IoU against milliseconds an image, and each level's costs as shares of the largest one's."""
+    from matplotlib.figure import Figure
+
+    levels = [row for row in rows if row["level"] != "mean"]
+    chosen, best = sufficient(rows)[0], max(row["iou"] for row in levels)
+    figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
+    blue, green, vermilion = ([channel / 255 for channel in colour] for colour in (BLUE, GREEN, VERMILION))
+
+    left.axhspan(best - ENOUGH, best, color=green, alpha=0.15, linewidth=0)
+    left.plot([row["ms"] for row in levels], [row["iou"] for row in levels], "o-", color=blue, linewidth=1)
+    left.plot(chosen["ms"], chosen["iou"], "o", color=vermilion, markersize=9)
+    for row in rows:
+        if row["level"] == "mean":
+            left.plot(row["ms"], row["iou"], "D", color="#666")
+        left.annotate(
+            row["level"], (row["ms"], row["iou"]), (0, 8), textcoords="offset points", ha="center", fontsize=9
+        )
+    left.margins(0.12, 0.2)
+    left.set_xlabel("milliseconds an image", fontsize=9)
+    left.set_title("pooled IoU; the band is half a point below the best level", fontsize=10)
+
+    keys = {"parameters": "parameters", "ms": "time", "megabytes": "peak memory"}
+    for k, (row, shade) in enumerate(zip(levels, (0.3, 0.5, 0.75, 1), strict=False)):
+        shares = [100 * row[key] / levels[-1][key] for key in keys]
+        places = [place + (k - 1.5) * 0.21 for place in range(len(keys))]
+        bars = right.bar(places, shares, 0.19, color=vermilion if row is chosen else blue, alpha=shade)
+        right.bar_label(bars, [f"{row['level']}\n{share:.0f}" for share in shares], fontsize=7, padding=1)
+    right.set_xticks(range(len(keys)), keys.values(), fontsize=9)
+    right.set_ylim(0, 118)
+    right.set_title(f"per cent of {levels[-1]['level']}", fontsize=10)
+    for axis in (left, right):
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", color="#ddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")

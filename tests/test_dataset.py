@@ -387,6 +387,13 @@ def test_orientation_and_colours_are_drawn_apart(tmp_path, size, orientations):
         assert len(counts) == orientations and min(counts) >= (12 if coloured else 2)
 
 
+def test_the_items_of_an_epoch_differ(tmp_path):
+    """One picture sixteen times: sixteen draws, and at least four of the eight orientations among them."""
+    (img_id,) = noisy(tmp_path, count=1)
+    dataset = open_dataset(tmp_path, [img_id] * 16, transform=augmentation(16, 16, 3))
+    assert len({dataset[index][1].numpy().tobytes() for index in range(16)}) >= 4
+
+
 @pytest.mark.parametrize("num_classes", [1, 2, 6])
 def test_image_and_masks_move_together(tmp_path, num_classes):
     ids = noisy(tmp_path, num_classes=num_classes)

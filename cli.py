@@ -6,6 +6,7 @@ from cli import Parser, number, parse_options, run_script
 import argparse
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -52,26 +53,43 @@ def parse_options(build_parser, argv=None, read_config=None):
                 f"{options.config}: unknown options {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
             )
         tokens = [f"--{key}={value}" for key, value in settings.items() if value is not None and key != "config"]
+        of_file = build_parser()
+        of_file.prog += f": {options.config}"  # so that a wrong value names its file
+        of_file.parse_args(tokens)
     unset = object()  # a value that no default replaces
     explicit = build_parser().parse_args(tokens + argv, argparse.Namespace(**dict.fromkeys(known, unset)))
     given = {name for name, value in vars(explicit).items() if value is not unset}
     return build_parser().parse_args(tokens + argv), given
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a cluster that wants its machine back sends it; scripts unwind as at Ctrl-C."""
+
+
+def _terminate(signum, frame):
+    raise Terminated
+
+
 def run_script(main):
     """Run a script's main and exit: a user's mistake (ValueError, OSError) is one line on stderr and status 2.
 
-    Ctrl-C is status 130. With DEBUG=1 in the environment the traceback is shown instead.
+    So is a GPU's or the machine's memory that does not suffice. Ctrl-C is status 130, SIGTERM 143. With DEBUG=1 in the
+    environment the traceback is shown instead.
     """
     if os.environ.get("DEBUG"):
         sys.exit(main())
     name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\n{name}: stopped", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError) as error:
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):  # only memory is the user's: torch is not imported here to name its class
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            error = "the GPU's memory does not suffice; take a smaller --batch_size or image"
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"{name}: error: {message}", file=sys.stderr)
         sys.exit(2)

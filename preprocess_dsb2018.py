@@ -27,9 +27,7 @@ import math
 import os
 import re
 import shutil
-import signal
 import statistics
-import sys
 import tempfile
 import time
 import zipfile
@@ -314,16 +312,6 @@ def describe(source, size, written, skipped):
     }
 
 
-def stop_on_sigterm():
-    """`kill` unwinds like Ctrl-C, so that the temporary folder is removed."""
-
-    def stop(signum, frame):
-        print(f"\n{Path(sys.argv[0]).name}: stopped by signal {signum}", file=sys.stderr)
-        sys.exit(128 + signum)
-
-    signal.signal(signal.SIGTERM, stop)
-
-
 def find_source(options):
     """-> (name of the source, ids, load: id -> image, union, number of masks) of --demo, --download or --raw."""
     if options.demo:
@@ -340,7 +328,6 @@ def main():
     if "url" in given and not options.download:
         raise ValueError("--url is for --download; give both")
     started = time.perf_counter()
-    stop_on_sigterm()
     cv2.setNumThreads(1)  # the images are spread over threads already
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
     output = options.output or Path(f"inputs/{'demo' if options.demo else 'dsb2018'}_{options.img_size}")

@@ -142,6 +142,13 @@ def test_a_value_with_a_dash_or_a_space_in_the_file(tmp_path):
     assert options.name == "--lr 5" and options.lr == 1e-3 and given == {"config", "name"}
 
 
+def test_a_wrong_value_names_its_file(tmp_path, capsys):
+    (tmp_path / "my.yml").write_text("batch_size: none\n")
+    with pytest.raises(SystemExit) as stop:
+        parse_options(build_parser, ["--config", str(tmp_path / "my.yml")], read_yaml)
+    assert stop.value.code == 2 and f"{tmp_path / 'my.yml'}: error: argument" in capsys.readouterr().err
+
+
 def test_unknown_keys_in_the_file(tmp_path):
     config = tmp_path / "my.yml"
     config.write_text("lr: 1\nlearning_rat: 1\n17: 2\n")
@@ -184,6 +191,12 @@ def ran(tmp_path, body, **environment):
         ("open('/nowhere/x')", 2, "my.py: error: [Errno 2] No such file or directory: '/nowhere/x'\n"),
         ("raise MemoryError", 2, "my.py: error: MemoryError\n"),
         ("raise KeyboardInterrupt", 130, "\nmy.py: stopped\n"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", 143, "\nmy.py: stopped\n"),
+        (
+            "raise type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory')",
+            2,
+            "my.py: error: the GPU's memory does not suffice; take a smaller --batch_size or image\n",
+        ),
     ],
 )
 def test_exit_status_and_one_line(tmp_path, body, status, stderr):

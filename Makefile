@@ -9,7 +9,6 @@ BIN := $(VENV)/bin
 
 $(VENV)/.ready: requirements.txt requirements-onnx.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 

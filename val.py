@@ -270,7 +270,7 @@ def gallery_items(dataset, rows, masks):
 
 
 def write_examples(items, path, each=2):
-    """One picture at a glance: columns of the worst, median and best images, with truth, prediction and errors below."""
+    """One picture: columns of the worst, median and best images, with truth, prediction and errors below."""
     chosen = []
     for group in ("worst", "median", "best"):
         members = [item for item in items if item["group"] == group]
@@ -303,12 +303,16 @@ def write_report(path, config, what, headline, by_epoch, by_class, items, curves
     metrics = "".join(report.table(rows, columns, caption=epoch) for epoch, rows in by_epoch.items())
     if len(by_class) > 1:
         metrics += report.table(by_class, {"class": "class", **HEADINGS}, caption="each class, best epoch")
+    legends = report.legend()
+    if len(by_class) > 1:
+        colours = report.legend([f"class {row['class']}" for row in by_class])
+        legends = report.paragraph("Truth and prediction:") + colours + report.paragraph("Errors:") + legends
     defined = [{"metric": HEADINGS[key], "definition": text} for key, text in DEFINITIONS.items()]
     sections = [
         ("Summary", report.summary(headline)),
         ("Metrics", metrics + report.table(defined)),
         *more,
-        ("Images", report.legend() + report.gallery(items, ("IoU", "Dice", "foreground"))),
+        ("Images", legends + report.gallery(items, ("IoU", "Dice", "foreground"))),
         ("Configuration", report.table([{"option": k, "value": str(v)} for k, v in config.items()])),
     ]
     if curves.is_file():
@@ -363,7 +367,7 @@ def main():
     headline = [
         ("IoU", f"{scores['iou']:.4f}", f"pooled, {head}, best epoch; 95 % {low:.4f} to {high:.4f} over images"),
         ("Dice", f"{scores['dice']:.4f}", "pooled"),
-        ("mIoU", f"{scores['miou']:.4f}", "two classes"),
+        ("mIoU", f"{scores['miou']:.4f}", "foreground and background"),
         ("images", f"{len(dataset)}", what),
     ]
     items = gallery_items(dataset, rows, predictions.masks)

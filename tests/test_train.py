@@ -1,0 +1,407 @@
+"""train.py: options, schedules, resuming, and what becomes of bad input; only killed runs have their own process."""
+
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, run_script, write_data_set
+
+import train
+
+TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 2 -b 4 --device cpu --amp off --ema 0.9"
+MODELS = Path("models")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes of run_script have: the sums of two threads round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, one_thread):
+    """A folder with inputs/tiny and a finished run models/base of two epochs."""
+    folder = tmp_path_factory.mktemp("train")
+    write_data_set(folder / "inputs" / "tiny", count=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        call(patch, TINY, "--name base")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+@pytest.fixture
+def go(monkeypatch):
+    """go(*options) runs train.main with them."""
+    return lambda *options: call(monkeypatch, *options)
+
+
+def words(options):
+    return " ".join(map(str, options)).split()
+
+
+def call(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words(options)])
+    train.main()
+
+
+def refused(go, *options, match):
+    """The options end in one of the errors that run_script prints in one line, and it speaks of `match`."""
+    with pytest.raises((ValueError, OSError), match=match):
+        go(*options)
+
+
+def log(name):
+    return pd.read_csv(MODELS / name / "log.csv")
+
+
+def same_log(a, b):
+    return log(a).drop(columns="seconds").equals(log(b).drop(columns="seconds"))
+
+
+def same_weights(a, b):
+    def equal(x, y):
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x if key != "rows")
+        return torch.equal(x, y) if torch.is_tensor(x) else x == y
+
+    files = ("model.pth", "last.pth")
+    return all(equal(*(torch.load(MODELS / name / file, weights_only=True) for name in (a, b))) for file in files)
+
+
+def content(name):
+    return {path.name: path.read_bytes() for path in sorted((MODELS / name).iterdir())}
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_is_six_files(capsys):
+    assert sorted(content("base")) == ["config.yml", "curves.png", "last.pth", "log.csv", "model.pth", "split.yml"]
+    assert list(log("base")) == ["epoch", "lr", "loss", "iou", "val_loss", "val_iou", "seconds"]
+    assert log("base").epoch.tolist() == [1, 2]
+    config = yaml.safe_load((MODELS / "base" / "config.yml").read_text())
+    options = vars(train.build_parser().parse_args([]))
+    assert set(config) == options.keys() - {"config", "resume", "overwrite"} | {"mean", "std", "environment"}
+    split = yaml.safe_load((MODELS / "base" / "split.yml").read_text())
+    assert len(split["train"]) == 7 and len(split["val"]) == 2 and set(split["fingerprint"]) == {"train", "val"}
+
+
+def test_the_flags_that_its_users_know():
+    known = (
+        "--name --epochs -b --batch_size -a --arch --deep_supervision --input_channels --num_classes --input_w "
+        "--input_h --loss --dataset --img_ext --mask_ext --optimizer --lr --momentum --weight_decay --nesterov "
+        "--scheduler --min_lr --factor --patience --milestones --gamma --early_stopping --num_workers --seed "
+        "--split_seed --resume --overwrite --weights --device --amp --channels_last --compile --cache --config --split"
+    )
+    assert set(known.split()) <= set(train.build_parser()._option_string_actions)
+
+
+def test_the_last_line_is_the_val_command_and_the_default_name_tells_data_and_model(go, capsys):
+    go(TINY, "--epochs", 1, "--deep_supervision", "True")
+    name = "tiny_NestedUNet_wDS"
+    assert capsys.readouterr().out.rstrip().split("\n")[-1] == f"python val.py --name {name}"
+    assert (MODELS / name / "model.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "expected"),
+    [
+        ("SGD", "ConstantLR", [0.08] * 4),
+        ("Adam", "MultiStepLR", [0.08, 0.04, 0.04, 0.02]),  # milestones 1, 3; gamma 0.5
+        ("AdamW", "CosineAnnealingLR", [0.02 + 0.06 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+    ],
+)
+def test_learning_rates_by_hand(go, optimizer, scheduler, expected):
+    options = "--epochs 4 --lr 0.08 --min_lr 0.02 --milestones 1,3 --gamma 0.5 --nesterov True --name lr --overwrite"
+    go(TINY, options, "--optimizer", optimizer, "--scheduler", scheduler)
+    assert log("lr").lr.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_cycle_rises_and_falls(go):
+    go(TINY, "--epochs 6 --lr 0.01 --scheduler OneCycleLR --name lr --overwrite")
+    lr = log("lr").lr
+    assert lr[0] < 0.001 < 0.005 < lr.max() <= 0.01 and 0 < lr.argmax() < 3 and lr[5] < 0.002
+
+
+def test_plateau_falls_when_val_loss_does_not_and_early_stopping_stays_stopped(go, capsys):
+    plateau = "--scheduler ReduceLROnPlateau --patience 0 --factor 0.1 --min_lr 0 --optimizer SGD --lr 1e-30 --ema 0"
+    go(TINY, plateau, "--epochs 9 --early_stopping 3 --name lr --overwrite --momentum 0")
+    rows, expected, best = log("lr"), [1e-30], math.inf  # no weight moves, only the running statistics do
+    for loss in rows.val_loss[:-1]:
+        better = loss < best * (1 - 1e-4)
+        best = loss if better else best
+        expected.append(expected[-1] if better or expected[-1] * 0.9 <= 1e-8 else expected[-1] * 0.1)
+    assert rows.lr.tolist() == pytest.approx(expected)
+    stop = rows.val_iou.argmax() + 1 + 3
+    assert len(rows) == min(9, stop) < 9 and "stopped early" in capsys.readouterr().out
+    before = content("lr")
+    go("--name", "lr", "--resume")
+    assert "stopped early" in capsys.readouterr().out
+    assert {name for name, data in content("lr").items() if data != before[name]} <= {"curves.png"}
+
+
+def test_plateau_by_hand():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    config = {"factor": 0.5, "patience": 0, "min_lr": 0.3}
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = train.SCHEDULERS["ReduceLROnPlateau"](optimizer, config, 1)
+    rates = []
+    for loss in (3, 2, 2, 2, 2):
+        scheduler.step(loss)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [1, 1, 0.5, 0.3, 0.3]
+
+
+def test_the_same_seed_gives_the_same_log_whatever_the_workers(go):
+    go(TINY, "--name", "workers", "--num_workers", 2)
+    go(TINY, "--name", "seed", "--seed", 1)
+    assert same_log("base", "workers") and same_weights("base", "workers")
+    assert not same_log("base", "seed")
+
+
+# ---------------------------------------------------------------- config files
+
+
+def test_a_recipe_stands_between_defaults_and_the_command_line(go):
+    Path("recipe.yml").write_text("epochs: 1\nlr: 1e-3\nbatch_size: 3\nmilestones: [1, 2]\namp: off\nsplit: null\n")
+    tiny = "--dataset tiny --width 2 --input_w 32 --input_h 32 --device cpu"
+    go(tiny, "--config", "recipe.yml", "--batch_size", 5, "--name", "recipe")
+    config = yaml.safe_load((MODELS / "recipe" / "config.yml").read_text())
+    expected = {"epochs": 1, "lr": 0.001, "batch_size": 5, "milestones": "1,2", "amp": "off", "gamma": 2 / 3}
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_the_config_of_a_run_is_a_recipe(go):
+    go("--config", MODELS / "base" / "config.yml", "--name", "again")
+    assert same_log("base", "again") and same_weights("base", "again")
+
+
+# ---------------------------------------------------------------- stopping and resuming
+
+
+def started(name, *options):
+    """A process that trains, and its epochs as they come."""
+    command = [sys.executable, REPOSITORY / "train.py", *words((TINY, "--name", name, *options))]
+    settings = {key: value for key, value in os.environ.items() if key != "DEBUG"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stop(process, name, epochs, how):
+    """Send the signal `how` after so many rows of log.csv -> status, stdout, stderr."""
+    for _ in range(12000):
+        path = MODELS / name / "log.csv"
+        if (path.is_file() and len(path.read_text().splitlines()) > epochs) or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(go, capsys):
+    go(TINY, "--name", "straight", "--epochs", 8)
+    status, _, _ = stop(started("killed", "--epochs", 8), "killed", 2, signal.SIGKILL)
+    assert status == -signal.SIGKILL and 2 <= len(log("killed")) < 8
+    shutil.copytree(MODELS / "killed", MODELS / "torn")
+    rows = log("torn")[:-1]  # as if it had been killed between last.pth and log.csv
+    rows.to_csv(MODELS / "torn" / "log.csv", index=False)
+    for name in ("killed", "torn"):
+        go("--name", name, "--resume", "--device", "auto", "--amp", "off")
+        assert same_log("straight", name) and same_weights("straight", name)
+    before = content("killed")
+    capsys.readouterr()
+    go("--name", "killed", "--resume")
+    assert "all 8 epochs are done" in capsys.readouterr().out and content("killed") == before
+
+
+def test_control_c_keeps_the_last_epoch_and_says_how_to_go_on():
+    status, out, err = stop(started("held", "--epochs", 500, "--num_workers", 2), "held", 1, signal.SIGINT)
+    assert status == 130 and err.strip() == "train.py: stopped", out + err
+    assert out.rstrip().endswith("python train.py --name held --resume") and (MODELS / "held" / "last.pth").is_file()
+
+
+def test_resume_refuses_other_options_and_other_data(go):
+    refused(go, "--resume", match="--resume needs --name")
+    refused(go, "--resume", "--name", "base", "--overwrite", match="no --overwrite")
+    refused(go, "--resume", "--name", "nope", match="nope/config.yml")
+    refused(go, "--resume", "--name", "base", "--lr", 5, "--epochs", 9, match=r"epochs 9 \(run: 2\), lr 5.0 \(run:")
+    write_data_set("inputs/changing", count=5)
+    go(TINY, "--dataset", "changing", "--name", "changing")
+    shutil.copy("inputs/tiny/masks/0/img00.png", "inputs/changing/masks/0/img01.png")
+    refused(go, "--resume", "--name", "changing", match="have changed")
+    torch.save({"a": 1}, MODELS / "changing" / "last.pth")
+    shutil.rmtree("inputs/changing")
+    write_data_set("inputs/changing", count=5)
+    refused(go, "--resume", "--name", "changing", match=r"last\.pth does not hold")
+    (MODELS / "changing" / "last.pth").unlink()
+    refused(go, "--resume", "--name", "changing", match="no epoch was finished")
+
+
+def test_an_existing_run_is_safe(go):
+    go(TINY, "--name", "safe")
+    before = content("safe")
+    refused(go, TINY, "--name", "safe", match="exists; --resume")
+    refused(go, TINY, "--name", "safe", "--overwrite", "--dataset", "nope", match="no such folder")
+    refused(go, TINY, "--name", "safe", "--overwrite", "--weights", "nope", match="nope")
+    refused(
+        go, TINY, "--name", "safe", "--overwrite", "--optimizer", "SGD", "--nesterov", 1, "--momentum", 0, match="m"
+    )
+    assert content("safe") == before
+    go(TINY, "--name", "safe", "--overwrite", "--epochs", 1)
+    assert len(log("safe")) == 1
+
+
+def test_a_diverging_run_stops_and_keeps_the_best_weights(go):
+    spoilt = "--optimizer SGD --lr 1e30 --scheduler ConstantLR"
+    refused(
+        go, TINY, spoilt, "--name", "nan", match="epoch 1/2: the (validation )?loss .*(nan|inf).*; stopped; a lower"
+    )
+    assert sorted(content("nan")) == ["config.yml", "split.yml"]
+    later = "--optimizer SGD --lr 0.01 --scheduler MultiStepLR --milestones 1 --gamma 1e32 --epochs 4 --ema 0"
+    refused(go, TINY, later, "--name", "later", match="epoch 2/4: .* step .*models/later keeps the epochs before")
+    assert len(log("later")) == 1
+    for state in torch.load(MODELS / "later" / "model.pth", weights_only=True).values():
+        assert torch.isfinite(state).all()
+    assert torch.load(MODELS / "later" / "last.pth", weights_only=True)["best_epoch"] == 1
+
+
+# ---------------------------------------------------------------- starting from weights
+
+
+def known_state(width, num_classes):
+    """Names and shapes of 4uiiurz1/pytorch-nested-unet's NestedUNet without deep supervision, random values."""
+    state, filters = {}, [width * 2**i for i in range(5)]
+    for i in range(5):
+        for j in range(5 - i):
+            before = filters[i] * j + filters[i + 1] if j else filters[i - 1] if i else 3
+            for k, channels in ((1, before), (2, filters[i])):
+                node = f"conv{i}_{j}"
+                state[f"{node}.conv{k}.weight"] = torch.randn(filters[i], channels, 3, 3) * 0.1
+                state[f"{node}.conv{k}.bias"] = torch.randn(filters[i])
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    state[f"{node}.bn{k}.{name}"] = torch.rand(filters[i])
+                state[f"{node}.bn{k}.num_batches_tracked"] = torch.tensor(7)
+    state["final.weight"], state["final.bias"] = torch.randn(num_classes, width, 1, 1), torch.randn(num_classes)
+    return state
+
+
+def test_starts_from_the_weights_of_runs_and_files(go, capsys):
+    frozen = "--lr 0 --weight_decay 0 --scheduler ConstantLR --optimizer SGD --ema 0 --epochs 1 --name from --overwrite"
+    state = known_state(2, 1)
+    torch.save({f"module.{key}": value for key, value in state.items()}, "wrapped.pth")
+    go(TINY, frozen, "--weights", "wrapped.pth")
+    assert "weights of wrapped.pth\n" in capsys.readouterr().out
+    learned = torch.load(MODELS / "from" / "model.pth", weights_only=True)
+    assert all(torch.equal(learned[key], state[key]) for key in state if "running" not in key and "num_b" not in key)
+
+    torch.save({"state_dict": known_state(2, 3)}, "three.pth")
+    go(TINY, frozen, "--weights", "three.pth")
+    assert "weights of three.pth; new heads: final.bias, final.weight" in capsys.readouterr().out
+    for run in ("base", MODELS / "base"):
+        go(TINY, frozen, "--weights", run)
+        assert "weights of models/base/model.pth\n" in capsys.readouterr().out
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_refuses_weights_that_do_not_fit(go):
+    refused(go, TINY, "--name", "no", "--weights", "base", "--width", 3, match=r"is \(2,\) there, \(3,\) here")
+    refused(go, TINY, "--name", "no", "--weights", "base", "--arch", "UNet", match="does not fit")
+    refused(go, TINY, "--name", "no", "--weights", "nope", match="--weights nope: no such file, and no run")
+    torch.save([1, 2], "list.pth")
+    refused(go, TINY, "--name", "no", "--weights", "list.pth", match="does not fit")
+    for data in (b"", b"garbage", pickle.dumps(Hostile(), 2), pickle.dumps(Hostile())):
+        Path("bad.pth").write_bytes(data)
+        refused(go, TINY, "--name", "no", "--weights", "bad.pth", match="bad.pth is no checkpoint")
+    assert not Path("ran").exists() and not (MODELS / "no").exists()
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_mistakes_in_data_are_listed_together(go):
+    write_data_set("inputs/broken", count=10)
+    masks = Path("inputs/broken/masks/0")
+    for k in range(1, 10, 2):
+        (masks / f"img{k:02d}.png").unlink()
+    with pytest.raises(ValueError, match="no mask") as caught:
+        go(TINY, "--dataset", "broken", "--name", "no")
+    assert all(f"img{k:02d}" in str(caught.value) for k in range(1, 10, 2))
+    refused(go, TINY, "--num_classes", 2, "--name", "no", match="masks/1")
+    Path("inputs/none/images").mkdir(parents=True)
+    refused(go, TINY, "--dataset", "none", "--name", "no", match=r"holds no \*\.png")
+    refused(go, TINY, "--img_ext", ".bmp", "--name", "no", match=r"holds no \*\.bmp")
+    for name, value in (("grey", 130), ("empty", 0)):
+        write_data_set(f"inputs/{name}", count=5)
+        for path in Path(f"inputs/{name}/masks/0").iterdir():
+            path.write_bytes(flat_mask(value))
+    refused(go, TINY, "--dataset", "grey", "--name", "no", match="mask values other than")
+    refused(go, TINY, "--dataset", "empty", "--name", "no", match="all 4 training masks are empty")
+    assert not (MODELS / "no").exists()
+
+
+def flat_mask(value):
+    return cv2.imencode(".png", np.full((32, 32), value, np.uint8))[1].tobytes()
+
+
+def test_splits_of_ones_own(go):
+    ids = [f"img{k:02d}" for k in range(9)]
+    for content, match in (
+        ({"train": ids[:5], "val": ids[4:6]}, "img04 stands in train and again in val"),
+        ({"train": ids[:5], "val": ["nobody"]}, "nobody"),
+        ({"train": ids[:5]}, "expected the lists"),
+        ({"train": [1, 2], "val": [3]}, "list of texts"),
+    ):
+        Path("split.yml").write_text(yaml.safe_dump(content))
+        refused(go, TINY, "--split", "split.yml", "--name", "no", match=match)
+    Path("split.yml").write_text(yaml.safe_dump({"train": ids[:5], "val": ids[5:7], "test": ids[7:]}))
+    go(TINY, "--split", "split.yml", "--name", "split", "--epochs", 1)
+    written = yaml.safe_load((MODELS / "split" / "split.yml").read_text())
+    assert [written[part] for part in ("train", "val", "test")] == [ids[:5], ids[5:7], ids[7:]]
+
+
+def test_other_mistakes(go):
+    refused(go, TINY, "--name", "a/b", match="plain name")
+    refused(go, TINY, "--name", "..", match="plain name")
+    refused(go, TINY, "--config", "nope.yml", match="nope.yml: no such file")
+    refused(go, TINY, "--arch", "UNet", "--deep_supervision", "True", match="one head")
+    if not torch.cuda.is_available():
+        refused(go, TINY, "--device", "cuda", match="--device cuda is not there")
+    for text, match in (("- a\n", "found list"), ("nope: 1\n", "unknown options nope"), ("a: [", "no readable YAML")):
+        Path("bad.yml").write_text(text)
+        refused(go, TINY, "--config", "bad.yml", match=match)
+    for wrong in ("--epochs -1", "--lr abc", "--frobnicate 1", "-b 0", "--milestones 3,2"):
+        with pytest.raises(SystemExit) as caught:
+            go(TINY, wrong)
+        assert caught.value.code == 2
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path, place):
+    (tmp_path / "inputs").symlink_to(place / "inputs")
+    (tmp_path / "models").write_text("a file")
+    result = run_script("train.py", *TINY.split(), cwd=tmp_path, ok=False)
+    assert len(result.stderr.strip().split("\n")) == 1 and "models" in result.stderr
+    assert (tmp_path / "models").read_text() == "a file"

@@ -1,0 +1,218 @@
+"""val.py: its figures against a slow count of the written masks, its files, and what becomes of bad input."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import run_script, write_data_set
+
+import train
+import val
+
+TRAIN = "--width 4 --lr 0.03 --epochs 6 -b 2 --ema 0 --device cpu --amp off --input_h 47 --input_w 33"
+
+
+def words(options):
+    return " ".join(map(str, options)).split()
+
+
+def call(monkeypatch, script, *options):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words(options)])
+    script.main()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes of run_script have: the sums of two threads round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, one_thread):
+    """A folder with a deeply supervised run `two` of two classes and a run `one`, the newer; val.py was run on both.
+
+    The folder's attribute `said` is what val.py printed for `two`.
+    """
+    folder = tmp_path_factory.mktemp("val")
+    write_data_set(folder / "inputs" / "two", count=12, size=(47, 33), num_classes=2)
+    write_data_set(folder / "inputs" / "one", count=6, size=(47, 33))
+    write_data_set(folder / "inputs" / "other", count=3, size=(60, 50), seed=5)
+    kept = folder / "outputs" / "two" / "predict" / "mine.png"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("not val's")
+    stale = folder / "outputs" / "two" / "3" / "stale.png"
+    stale.parent.mkdir()
+    stale.write_text("of an earlier run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        call(patch, train, TRAIN, "--dataset two --num_classes 2 --deep_supervision True --name two")
+        call(patch, train, TRAIN, "--dataset one --input_channels 1 --arch UNet --name one")
+    said = run_script("val.py", "--name", "two", "--amp", "off", "--device", "cpu", cwd=folder).stdout
+    return folder, said
+
+
+@pytest.fixture
+def go(place, monkeypatch, capsys):
+    """go(*options) runs val.main with them -> what it prints."""
+    monkeypatch.chdir(place[0])
+
+    def run(*options):
+        capsys.readouterr()
+        call(monkeypatch, val, "--device cpu", *options)
+        return capsys.readouterr()
+
+    return run
+
+
+def masks(folder, k, ids):
+    """{id: bool (H, W)} of the PNG files in folder/<k>."""
+    found = {img_id: cv2.imread(str(folder / str(k) / f"{img_id}.png"), cv2.IMREAD_UNCHANGED) for img_id in ids}
+    for mask in found.values():
+        assert mask.shape == (47, 33) and mask.dtype == np.uint8 and set(np.unique(mask)) <= {0, 255}
+    return {img_id: mask > 0 for img_id, mask in found.items()}
+
+
+def ratio(a, b):
+    return a / b if b else 1.0
+
+
+def test_every_figure_is_that_of_the_written_masks(place):
+    folder, said = place
+    ids = yaml.safe_load((folder / "models" / "two" / "split.yml").read_text())["val"]
+    pooled, per_image = [], {img_id: [] for img_id in ids}
+    for k in range(2):
+        truth, predicted = masks(folder / "inputs/two/masks", k, ids), masks(folder / "outputs/two", k, ids)
+        overlap = {i: int((truth[i] & predicted[i]).sum()) for i in ids}
+        union = {i: int((truth[i] | predicted[i]).sum()) for i in ids}
+        total = {i: int(truth[i].sum() + predicted[i].sum()) for i in ids}
+        assert 0 < sum(overlap.values()) < sum(union.values()), "the run is too poor, or too good, to test with"
+        background = {i: int((~truth[i] & ~predicted[i]).sum()) for i in ids}
+        missed = sum(union.values()) - sum(overlap.values())
+        iou, dice = sum(overlap.values()) / sum(union.values()), 2 * sum(overlap.values()) / sum(total.values())
+        miou = (iou + sum(background.values()) / (sum(background.values()) + missed)) / 2
+        images = [(ratio(overlap[i], union[i]), ratio(2 * overlap[i], total[i])) for i in ids]
+        pooled.append([iou, dice, *np.mean(images, axis=0), iou, miou])
+        for i, both in zip(ids, images, strict=True):
+            per_image[i].append(both)
+    table, _, rest = said.partition("last epoch")
+    classes = re.search(r"each class.*\nclass .*\n0 +(.*)\n1 +(.*)\n", rest)
+    for line, expected in zip(classes.groups(), pooled, strict=True):
+        assert [float(value) for value in line.split()][:6] == pytest.approx(expected, abs=5.1e-5)
+    heads = {line.split()[0]: [float(v) for v in line.split()[1:]] for line in table.split("\n") if "0." in line}
+    assert list(heads) == ["L1", "L2", "L3", "L4", "mean"]
+    assert heads["L4"][:6] == pytest.approx(np.mean(pooled, axis=0), abs=5.1e-5)
+
+    rows = pd.read_csv(folder / "outputs/two/metrics.csv").set_index("img_id")
+    assert rows.index.tolist() == ids
+    for i in ids:
+        assert rows.loc[i, ["iou", "dice"]].tolist() == pytest.approx(np.mean(per_image[i], axis=0), abs=1e-9)
+    log = pd.read_csv(folder / "models/two/log.csv")
+    assert log.val_iou.max() == pytest.approx(np.mean(pooled, axis=0)[0], abs=1e-9)
+
+
+def test_the_headline_has_its_interval_and_every_metric_its_definition(place):
+    said = place[1]
+    iou, low, high = map(float, re.search(r"IoU (\S+) \((\S+) to (\S+), 95 % bootstrap", said).groups())
+    assert 0 < low < iou < high < 1
+    assert all(heading in said for heading in val.HEADINGS.values()) and "outputs/two/report.html" in said
+
+
+def test_earlier_output_is_replaced_and_nothing_else(place):
+    output = place[0] / "outputs" / "two"
+    written = ["0", "1", "examples.png", "metrics.csv", "report.html"]
+    assert sorted(path.name for path in output.iterdir()) == sorted([*written, "predict"])
+    assert (output / "predict" / "mine.png").read_text() == "not val's"
+
+
+def test_the_report_asks_the_network_for_nothing_and_names_the_classes(place):
+    page = (place[0] / "outputs" / "two" / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "url(" not in page and "@import" not in page
+    assert "class 0" in page and "class 1" in page
+    for img_id in yaml.safe_load((place[0] / "models" / "two" / "split.yml").read_text())["val"]:
+        assert img_id in page
+
+
+def test_no_figure_depends_on_the_batch_size(go):
+    said = [go("--name two --amp off", options).out for options in ("-b 1", "-b 2 --num_workers 1", "-b 16")]
+    assert said[0] == said[1] == said[2]
+
+
+def test_newest_run_other_data_and_splits(go, place):
+    assert go().out.startswith("models/one: one, validation images of the run, 2 images")
+    assert go("--dataset other").out.startswith("models/one: other, all images, 3 images")
+    ids = [f"img{k:02d}" for k in range(6)]
+    Path("mine.yml").write_text(yaml.safe_dump({"train": ids[:2], "val": ids[2:3], "test": ids[3:]}))
+    assert go("--split mine.yml").out.startswith("models/one: one, test ids of mine.yml, 3 images")
+    assert sorted(path.stem for path in Path("outputs/one/0").iterdir()) == ids[3:]
+
+
+def test_warns_when_the_data_have_changed(go):
+    assert "warning" not in go("--name one").err
+    val_id = yaml.safe_load(Path("models/one/split.yml").read_text())["val"][0]
+    path = Path(f"inputs/one/masks/0/{val_id}.png")
+    before = path.read_bytes()
+    path.write_bytes(cv2.imencode(".png", np.zeros((47, 33), np.uint8))[1].tobytes())
+    try:
+        assert "warning: the files of inputs/one have changed" in go("--name one").err
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "changed", ["arch: Foo", "width: x", "num_classes: 0", "mean: [1, 2]", "loss: Q", "input_w: 0"]
+)
+def test_refuses_a_spoilt_config(go, changed):
+    shutil.copytree("models/one", "models/spoilt")
+    try:
+        path = Path("models/spoilt/config.yml")
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | yaml.safe_load(changed)))
+        with pytest.raises(ValueError, match=changed.split(":")[0]):
+            go("--name spoilt")
+    finally:
+        shutil.rmtree("models/spoilt")
+    assert not Path("outputs/spoilt").exists()
+
+
+def test_refuses_spoilt_weights_and_what_is_not_there(go):
+    shutil.copytree("models/one", "models/spoilt")
+    try:
+        torch.save({"a": 1}, "models/spoilt/last.pth")
+        with pytest.raises(ValueError, match=r"last\.pth does not hold the weights"):
+            go("--name spoilt")
+        shutil.copy("models/two/model.pth", "models/spoilt/model.pth")
+        with pytest.raises(ValueError, match=r"model\.pth does not hold the weights of the UNet"):
+            go("--name spoilt")
+        Path("models/spoilt/model.pth").write_bytes(b"junk")
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            go("--name spoilt")
+        Path("models/spoilt/config.yml").write_text("a: 1")
+        with pytest.raises(ValueError, match="of no run of train.py"):
+            go("--name spoilt")
+    finally:
+        shutil.rmtree("models/spoilt")
+    for options, match in (
+        ("--name nope", "the runs are: one, two"),
+        ("--name a/b", "plain name"),
+        ("--name ..", "plain name"),
+        ("--name one --dataset nope", "no such folder"),
+        ("--name two --dataset one", "masks/1"),
+        ("--name one --split nope.yml", "no such file"),
+        ("--name one --split models/one/split.yml", "no `test:` ids"),
+    ):
+        with pytest.raises((ValueError, OSError), match=match):
+            go(options)
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    result = run_script("val.py", cwd=tmp_path, ok=False)
+    assert result.stderr == ("val.py: error: no trained run in models/; train one first: python train.py --name run1\n")

@@ -1,0 +1,131 @@
+"""export.py: the file against PyTorch at many sizes, alone in a folder of its own, and as a user runs the script."""
+
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import run_script, write_data_set
+
+import export
+from archs import NestedUNet, UNet
+
+onnx = pytest.importorskip("onnx", reason="needs requirements-onnx.txt")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
+pytest.importorskip("onnxscript", reason="needs requirements-onnx.txt")
+
+SIZES = [(1, 16, 16), (2, 40, 56), (1, 1, 1), (3, 33, 15), (1, 130, 64), (2, 7, 97)]
+
+
+def session_of(path):
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def by_hand(model, images, mean, std):
+    """uint8 (N, H, W, C) -> probabilities (N, H, W, classes), every step written out in numpy but the network."""
+    height, width = images.shape[1:3]
+    edges = ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0))
+    values = (np.pad(images, edges, mode="edge") / 255 - mean) / std
+    with torch.no_grad():
+        output = model(torch.tensor(values.transpose(0, 3, 1, 2), dtype=torch.float32))
+    heads = output if isinstance(output, list) else [output]
+    probabilities = np.mean([1 / (1 + np.exp(-head.double().numpy())) for head in heads], axis=0)
+    return probabilities.transpose(0, 2, 3, 1)[:, :height, :width]
+
+
+@pytest.mark.parametrize(
+    ("model", "channels", "classes"),
+    [
+        (lambda: NestedUNet(2, 3, deep_supervision=True, width=2), 3, 2),
+        (lambda: NestedUNet(1, 1, deep_supervision=True, width=4).prune(2), 1, 1),
+        (lambda: UNet(1, 4, width=2), 4, 1),
+    ],
+    ids=["mean of heads", "pruned, grey", "UNet, RGBA"],
+)
+def test_the_file_is_the_model_at_every_size(model, channels, classes, tmp_path):
+    torch.manual_seed(0)
+    model, mean, std = model().eval(), [0.1, 0.2, 0.3, 0.4][:channels], [0.3, 0.25, 0.2, 0.15][:channels]
+    export.write_onnx(export.Deployed(model, mean, std), tmp_path / "m.onnx", channels, {"name": "x", "threshold": 0.5})
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]  # the weights are inside
+
+    session = session_of(tmp_path / "m.onnx")
+    (images,), (output,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["N", "H", "W", channels])
+    assert (output.name, output.type, output.shape) == ("probabilities", "tensor(float)", ["N", "H", "W", classes])
+    assert session.get_modelmeta().custom_metadata_map == {"name": "x", "threshold": "0.5"}
+    rng = np.random.default_rng(0)
+    for number, height, width in SIZES:
+        batch = rng.integers(0, 256, (number, height, width, channels), np.uint8)
+        [found] = session.run(None, {"images": batch})
+        expected = by_hand(model, batch, mean, std)
+        assert found.shape == (number, height, width, classes) and found.dtype == np.float32
+        assert np.abs(found - expected).max() < 1e-5 and expected.std() > 0 or (height, width) == (1, 1)
+
+
+def test_nothing_of_this_machine_is_in_the_file(tmp_path):
+    model = NestedUNet(1, 3, deep_supervision=True, width=1).prune(1).eval()
+    export.write_onnx(export.Deployed(model, [0.0] * 3, [1.0] * 3), tmp_path / "m.onnx", 3, {})
+    content = (tmp_path / "m.onnx").read_bytes()
+    assert b"site-packages" not in content and b"archs.py" not in content
+
+
+# ---------------------------------------------------------------- as a user runs it
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a tiny run of two classes, models/tiny."""
+    folder = tmp_path_factory.mktemp("export")
+    write_data_set(folder / "inputs" / "cells", size=(24, 32), num_classes=2)
+    options = ("--num_classes", 2, "--width", 2, "--input_w", 32, "--input_h", 24, "--epochs", 1)
+    run_script("train.py", "--dataset", "cells", "--name", "tiny", "--deep_supervision", True, *options, cwd=folder)
+    return folder
+
+
+def test_export_as_a_user(run):
+    said = run_script("export.py", "--name", "tiny", "--level", "2", cwd=run).stdout
+    assert "largest difference between ONNX Runtime and PyTorch on 2 validation images of inputs/cells" in said
+    assert "24 x 32" in said and "33 x 26" in said and "11 x 39" in said
+    path = run / "outputs" / "tiny" / "tiny_L2.onnx"
+    about = session_of(path).get_modelmeta().custom_metadata_map
+    expected = {"name": "tiny", "arch": "NestedUNet", "num_classes": "2", "input_channels": "3"}
+    expected |= {"input_h": "24", "input_w": "32", "level": "2", "threshold": "0.5"}
+    assert expected.items() <= about.items()
+    images = np.stack([cv2.imread(str(run / f"inputs/cells/images/img0{k}.png"))[..., ::-1] for k in range(2)])
+    assert session_of(path).run(None, {"images": images})[0].shape == (2, 24, 32, 2)
+
+    written = path.read_bytes()
+    error = run_script("export.py", "--name", "tiny", "--level", "2", cwd=run, ok=False).stderr
+    assert "tiny_L2.onnx exists; give --overwrite" in error and path.read_bytes() == written
+
+
+def test_mean_of_heads_to_a_file_of_the_users_without_the_data(run, tmp_path):
+    shutil.copytree(run / "models", tmp_path / "models")
+    output = tmp_path / "new" / "all.onnx"
+    output.parent.mkdir()
+    output.write_text("an older file")
+    options = ("--level", "mean", "--output", output, "--overwrite")
+    assert "4 generated images" in run_script("export.py", *options, cwd=tmp_path).stdout
+    assert session_of(output).get_modelmeta().custom_metadata_map["level"] == "mean"
+    assert [path.name for path in output.parent.iterdir()] == ["all.onnx"]
+
+
+def test_a_file_that_differs_is_not_written(run, monkeypatch, capsys):
+    monkeypatch.chdir(run)
+    monkeypatch.setattr("sys.argv", ["export.py", "--name", "tiny", "--level", "1"])
+    monkeypatch.setattr(export, "write_onnx", lambda *_: None)
+    monkeypatch.setattr(export, "differences", lambda *_: {(24, 32): 2e-4})
+    with pytest.raises(ValueError, match="L1.onnx was not written: ONNX Runtime and PyTorch differ by 0.0002"):
+        export.main()
+    assert not list(run.glob("outputs/tiny/*L1*"))
+
+
+def test_a_run_that_is_not_there(run):
+    assert "the runs are: tiny" in run_script("export.py", "--name", "gone", cwd=run, ok=False).stderr
+
+
+def test_missing_packages_in_one_line(run, monkeypatch):
+    monkeypatch.setattr(export, "PACKAGES", ("onnx", "onnx_of_tomorrow"))
+    with pytest.raises(ValueError, match=r"^onnx_of_tomorrow not installed; .*pip install -r requirements-onnx.txt$"):
+        export.check_packages()

@@ -1,0 +1,558 @@
+"""predict.py: every kind of file at its own size, tiles that leave no trace, tables counted by hand, bad inputs."""
+
+import csv
+import itertools
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from PIL import Image
+
+import predict
+import report
+from archs import NestedUNet
+from images import squeeze
+from predict import OVERLAP, TILE, Picture, Results, eight_ways, find_files, output_names, predict_tiled, windows
+from utils import save_checkpoint, write_yaml
+
+MEAN, STD, SCALE = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], 0.5
+
+
+def write_run(folder, num_classes=1, input_channels=3, **settings):
+    """models/<name> as train.py leaves it, of a random network whose answers differ from pixel to pixel."""
+    torch.manual_seed(0)
+    model = NestedUNet(num_classes, input_channels, deep_supervision=True, width=2)
+    noise = torch.nn.functional.interpolate(torch.randn(4, input_channels, 8, 8), size=(48, 48), mode="bilinear")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics are those of the noise
+    heads = model(noise)
+    for j, head in enumerate(heads, 1):
+        final = getattr(model, f"final{j}")
+        spread = head.detach().std((0, 2, 3))
+        final.weight.data *= 3 / spread[:, None, None, None]
+        final.bias.data = (final.bias.data - head.detach().mean((0, 2, 3))) * 3 / spread
+    folder.mkdir(parents=True)
+    save_checkpoint(folder / "model.pth", model.state_dict())
+    config = {"arch": "NestedUNet", "num_classes": num_classes, "input_channels": input_channels, "width": 2}
+    config |= {"dataset": "none", "img_ext": ".png", "mask_ext": ".png", "loss": "BCEDiceLoss", "seed": 0}
+    config |= {"deep_supervision": True, "input_h": 32, "input_w": 48, "scale": SCALE}
+    config |= {"mean": MEAN[:input_channels], "std": STD[:input_channels], **settings}
+    write_yaml(folder / "config.yml", {key: value for key, value in config.items() if value is not None})
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small networks lose more than they gain by a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty current directory with models/tiny -> (folder, its network)."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path, write_run(tmp_path / "models" / "tiny")
+
+
+def call(monkeypatch, *args, device=("--device", "cpu", "--amp", "off")):
+    """main() with these arguments -> exit status."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, (*args, *device))])
+    return predict.main()
+
+
+def soft_picture(height=70, width=90, seed=0):
+    """(height, width, 3) uint8 of smooth colours."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def read(path):
+    array = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    assert array is not None, path
+    return array
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def expected(model, image, size):
+    """The deepest head's probability, computed plainly: (H, W) of an RGB picture that the network sees at `size`."""
+    small = squeeze(image, size)
+    seen = (small.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(seen).permute(2, 0, 1)[None])[-1][0, 0]
+    return cv2.resize(torch.sigmoid(logits).numpy(), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+
+
+# ---------------------------------------------------------------- files in, files out
+
+
+@pytest.mark.parametrize("mode", ["tile", "resize"])
+def test_every_kind_of_file_at_its_own_size(workplace, monkeypatch, mode):
+    folder, model = workplace
+    image = soft_picture()
+    colours, grey = Image.fromarray(image), Image.fromarray(image[..., 0])
+    (folder / "in").mkdir()
+    same = []  # files of exactly these colours
+    for ending in ("png", "tif", "bmp"):
+        same.append(f"rgb_{ending}")
+        colours.save(folder / "in" / f"rgb_{ending}.{ending}")
+        grey.save(folder / "in" / f"grey_{ending}.{ending}")
+        colours.quantize(32).save(folder / "in" / f"palette_{ending}.{ending}")
+    for ending in ("png", "tif"):
+        same += [f"rgba_{ending}", f"deep_{ending}"]
+        colours.convert("RGBA").save(folder / "in" / f"rgba_{ending}.{ending}")
+        cv2.imwrite(str(folder / "in" / f"deep_{ending}.{ending}"), image[..., ::-1].astype(np.uint16) * 257)
+        cv2.imwrite(str(folder / "in" / f"deepgrey_{ending}.{ending}"), image[..., 0].astype(np.uint16) * 257)
+    colours.save(folder / "in" / "rgb_jpg.JPEG", quality=98)
+    grey.save(folder / "in" / "grey_jpg.jpg")
+    assert call(monkeypatch, "in", "--mode", mode, "--probability") == 0
+
+    out = folder / "outputs" / "tiny" / "predict"
+    names = sorted(path.stem for path in (folder / "in").iterdir())
+    assert sorted(row["image"] for row in rows(out / "images.csv")) == names
+    size = (35, 45) if mode == "tile" else (32, 48)
+    plain, plain_grey = expected(model, image, size), expected(model, image[..., [0, 0, 0]], size)
+    assert plain.std() > 0.1 and 0.05 < (plain > 0.5).mean() < 0.95  # or nothing below could fail
+    for name in names:
+        mask, overlay, found = (read(out / f"{name}_{kind}.png") for kind in ("mask", "overlay", "probability"))
+        assert mask.shape == found.shape == (70, 90) and overlay.shape == (70, 90, 3)
+        assert mask.dtype == overlay.dtype == np.uint8 and found.dtype == np.uint16
+        np.testing.assert_array_equal(mask, np.where(found > 32767, 255, 0))
+        if "jpg" in name:
+            jpeg = cv2.imread(str(next((folder / "in").glob(f"{name}.*"))))[..., ::-1]
+            np.testing.assert_allclose(found / 65535, expected(model, jpeg, size), atol=1e-4)
+        elif "grey" in name or name in same:
+            np.testing.assert_allclose(found / 65535, plain_grey if "grey" in name else plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (40, 1)])
+def test_thin_pictures(workplace, monkeypatch, shape):
+    folder, _ = workplace
+    cv2.imwrite("thin.png", soft_picture(*shape))
+    for mode in ("tile", "resize"):
+        assert call(monkeypatch, "thin.png", "--mode", mode) == 0
+        assert read(folder / "outputs/tiny/predict/thin_mask.png").shape == shape
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels(tmp_path, monkeypatch, channels):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "models" / "c", input_channels=channels, mean=[0.5] * channels, std=[0.2] * channels)
+    cv2.imwrite("a.png", soft_picture())
+    assert call(monkeypatch, "a.png") == 0
+    assert read("outputs/c/predict/a_mask.png").shape == (70, 90)
+    assert read("outputs/c/predict/a_overlay.png").shape == (70, 90, 3)
+
+
+def test_several_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "models" / "two", num_classes=2)
+    cv2.imwrite("a.png", soft_picture())
+    assert call(monkeypatch, "a.png", "--probability", "--threshold", "0.25") == 0
+    out = tmp_path / "outputs" / "two" / "predict"
+    [row], objects = rows(out / "images.csv"), rows(out / "objects.csv")
+    for k in ("0", "1"):
+        mask = read(out / f"a_mask_{k}.png")
+        np.testing.assert_array_equal(mask > 0, read(out / f"a_probability_{k}.png") > 0.25 * 65535)
+        assert int(row[f"pixels_{k}"]) == (mask > 0).sum()
+        assert int(row[f"objects_{k}"]) == sum(o["class"] == k for o in objects) == cv2.connectedComponents(mask)[0] - 1
+        assert sum(int(o["area"]) for o in objects if o["class"] == k) == (mask > 0).sum()
+    assert not (out / "a_mask.png").exists() and (out / "a_overlay.png").exists()
+
+
+def test_levels(workplace):
+    _, model = workplace
+    image = soft_picture(32, 48)[None]
+    seen = (torch.from_numpy(image).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
+        STD
+    ).view(3, 1, 1)
+    with torch.no_grad():
+        heads = [torch.sigmoid(head)[0, 0].numpy() for head in model(seen)]
+    for level, head in [*zip("1234", heads, strict=True), ("mean", np.mean(heads, axis=0))]:
+        probability, config = predict.torch_probability(Namespace(name=None, level=level, device="cpu", amp="off"))
+        found = probability(image)
+        assert config["name"] == "tiny" and found.dtype == np.float32
+        np.testing.assert_allclose(found, head[None, ..., None], atol=1e-5)
+
+
+def test_the_scale_is_the_runs_own_or_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = write_run(tmp_path / "models" / "old", scale=None)
+    image = soft_picture()
+    cv2.imwrite("a.png", image[..., ::-1])
+    for args, size in (((), (70, 90)), (("--scale", "0.3"), (21, 27))):
+        assert call(monkeypatch, "a.png", "--probability", *args) == 0
+        assert ("taking --scale 1" in capsys.readouterr().out) == (not args)
+        found = read("outputs/old/predict/a_probability.png") / 65535
+        np.testing.assert_allclose(found, expected(model, image, size), atol=1e-4)
+
+
+def test_an_earlier_result_is_replaced_and_strangers_stay(workplace, monkeypatch):
+    folder, _ = workplace
+    for name in ("a", "b"):
+        cv2.imwrite(f"{name}.png", soft_picture())
+    out = folder / "outputs" / "tiny" / "predict"
+    assert call(monkeypatch, "a.png", "--probability") == 0
+    (out / "notes.txt").write_text("mine")
+    Path("bad.png").write_text("no picture")
+    with pytest.raises(ValueError):  # nothing new: the old results stay
+        call(monkeypatch, "bad.png")
+    assert (out / "a_mask.png").is_file()
+    assert call(monkeypatch, "b.png") == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "b_mask.png",
+        "b_overlay.png",
+        "images.csv",
+        "notes.txt",
+        "objects.csv",
+    ]
+
+
+def test_an_interrupted_run_keeps_its_tables(workplace, monkeypatch):
+    for name in ("a", "b", "c"):
+        cv2.imwrite(f"{name}.png", soft_picture())
+    calls = itertools.count()
+
+    def interrupted(*args):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return predict_tiled(*args)
+
+    monkeypatch.setattr(predict, "predict_tiled", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, "a.png", "b.png", "c.png", "--batch_size", "1")
+    assert [row["image"] for row in rows("outputs/tiny/predict/images.csv")] == ["a", "b"]
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize("overlap", [0, 16, 64])
+@pytest.mark.parametrize("length", [16, 64, 80, 96, 112, 256, 272, 1040])
+def test_weights_of_tiles_sum_to_one(length, overlap):
+    tile = 96
+    starts, weights = windows(length, tile, overlap)
+    total = np.zeros(length)
+    for start, weight in zip(starts, weights, strict=True):
+        assert start % 16 == 0 and len(weight) == min(tile, length)
+        total[start : start + len(weight)] += weight
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+    assert starts[0] == 0 and starts[-1] + weights.shape[1] == length and weights.min() > 0
+    assert all(b - a <= tile - overlap for a, b in itertools.pairwise(starts))
+    if length <= tile:
+        np.testing.assert_array_equal(weights, 1)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (40, 150), (64, 64), (131, 97), (300, 65)])
+def test_tiles_give_every_pixel_back(height, width):
+    images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+    images[0, 0, 0], images[1, -1, -1] = (0, 255, 128), (255, 0, 1)
+    seen = []
+
+    def probability(batch):
+        seen.append(batch.shape)
+        return (batch / 255).astype(np.float32)
+
+    found = predict_tiled(probability, images, 3, (96, 80), 3)
+    assert found.dtype == np.uint16 and found.shape == (2, 3, height, width)
+    np.testing.assert_array_equal(found, images.transpose(0, 3, 1, 2).astype(np.uint16) * 257)  # 255 -> 65535
+    assert len({shape[1:] for shape in seen}) == 1 and max(shape[0] for shape in seen) <= 3
+    assert seen[0][1] <= 96 and seen[0][2] <= 80
+
+
+def test_one_tile_is_the_whole_picture(workplace):
+    probability, _ = predict.torch_probability(Namespace(name="tiny", level="4", device="cpu", amp="off"))
+    image = soft_picture(100, 70)[None]
+    whole, tiled = probability(image), predict_tiled(probability, image, 1, (TILE, TILE), 4)
+    np.testing.assert_allclose(tiled[0, 0] / 65535, whole[0, ..., 0], atol=1e-5)
+
+
+def test_no_seam():
+    """A filter that sees 33 pixels around, and false colours at the border of a tile as a network does."""
+
+    def probability(batch):
+        return np.stack([cv2.blur(i, (33, 33), borderType=cv2.BORDER_CONSTANT) for i in batch])[..., None] / np.float32(
+            255
+        )
+
+    images = np.stack([soft_picture(640, 480)[..., 0]] * 2)[..., None]
+    whole = predict_tiled(probability, images, 1, (2048, 2048), 1) / 65535
+    tiled = predict_tiled(probability, images, 1, (TILE, TILE), 4) / 65535
+    difference = np.abs(tiled - whole)[:, :, 16:-16, 16:-16]
+    assert OVERLAP == 64 and difference.max() < 0.02, difference.max()  # with a hard cut it is 0.5
+    steps = np.abs(np.diff(tiled - whole, axis=3))[:, :, :, 16:-16]
+    assert steps.max() < 0.005, steps.max()
+
+
+def test_tta_is_the_average_by_hand():
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 9, 3), np.uint8)
+
+    def probability(batch):  # of no symmetry
+        ramp = np.linspace(0, 1, batch.shape[1])[:, None] + np.linspace(0, 3, batch.shape[2]) ** 2
+        return (batch[..., :2] / 255 * ramp[..., None]).astype(np.float32)
+
+    turned = []
+    for flip_y, flip_x, transpose in itertools.product((1, -1), (1, -1), (False, True)):
+        seen = images[:, ::flip_y, ::flip_x]
+        found = probability(seen.swapaxes(1, 2)).swapaxes(1, 2) if transpose else probability(seen)
+        turned.append(found[:, ::flip_y, ::flip_x])
+    assert len({found.tobytes() for found in turned}) == 8
+    np.testing.assert_allclose(eight_ways(probability)(images), np.mean(turned, axis=0), rtol=1e-5)
+
+
+def test_tta_from_the_command_line(workplace, monkeypatch):
+    _, model = workplace
+    image = soft_picture(64, 96)
+    cv2.imwrite("a.png", image[..., ::-1])
+    assert call(monkeypatch, "a.png", "--tta", "--probability", "--mode", "resize") == 0
+    small, turned = squeeze(image, (32, 48)), []
+    for flip_y, flip_x, transpose in itertools.product((1, -1), (1, -1), (False, True)):
+        seen = np.ascontiguousarray(small[::flip_y, ::flip_x])
+        seen = np.ascontiguousarray(seen.swapaxes(0, 1)) if transpose else seen
+        found = expected(model, seen, seen.shape[:2])
+        turned.append((found.T if transpose else found)[::flip_y, ::flip_x])
+    average = cv2.resize(np.mean(turned, axis=0), (96, 64), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(read("outputs/tiny/predict/a_probability.png") / 65535, average, atol=1e-4)
+
+
+# ---------------------------------------------------------------- files and names
+
+
+def test_find_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["b.png", "a.TIF", "sub/c.jpeg", "sub/d.txt", ".hidden.png", "out/e.png", "x[1].bmp", "x1.bmp"]
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    output = Path("out")
+
+    def found(*paths):
+        files, failed = find_files(paths, output)
+        return [path.as_posix() for path in files], [f"{path}: {reason}" for path, reason in failed]
+
+    assert found(".") == (["a.TIF", "b.png", "sub/c.jpeg", "x1.bmp", "x[1].bmp"], [])
+    assert found("sub/d.txt", "out/e.png") == (["sub/d.txt", "out/e.png"], [])  # named is named
+    assert found("b.png", "*.png", str(tmp_path / "b.png"), "sub/../b.png")[1] == []
+    assert len(found("b.png", "*.png", str(tmp_path / "b.png"), "sub/../b.png")[0]) == 1
+    assert found("x[1].bmp") == (["x[1].bmp"], []) and found("x[0-9].bmp") == (["x1.bmp"], [])
+    assert found("**/*.jpeg") == (["sub/c.jpeg"], []) and found("s*") == (["sub/c.jpeg"], [])
+    (tmp_path / "empty").mkdir()
+    assert found("empty", "nothing.png", "*.gif") == (
+        [],
+        ["empty: holds no picture", "nothing.png: no such file", "*.gif: no such file"],
+    )
+
+
+def test_output_names():
+    def names(*paths):
+        return list(output_names([Path(path) for path in paths]).values())
+
+    assert names("x/a.png", "x/b.png") == ["a", "b"]
+    assert names("x/a.png", "y/a.png") == ["x_a", "y_a"]
+    assert names("x/a.png", "x/a.jpg") == ["x_a", "x_a_2"]
+    assert names("1/x/a.png", "2/x/a.png", "3/x/A.png") == ["x_a", "x_a_2", "x_A_3"]
+    paths = [Path(path) for path in ("x/a.png", "y/a.png", "y/x_a.png", "x/a.tif", "x_a_2.png")]
+    found = output_names(paths)
+    assert len({name.casefold() for name in found.values()}) == 5
+    assert found[Path("y/x_a.png")] == "x_a" and found[Path("x_a_2.png")] == "x_a_2" and found[Path("y/a.png")] == "y_a"
+    long = names(f"x/{'é' * 120}.png", f"x/{'é' * 119}n.png")
+    assert len(set(long)) == 2 and all(len(name.encode()) < 210 for name in long)
+
+
+def test_equal_stems_do_not_meet(workplace, monkeypatch):
+    for number, path in enumerate(("x/a.png", "x/a.jpg", "y/a.png")):
+        Path(path).parent.mkdir(exist_ok=True)
+        cv2.imwrite(path, soft_picture(20 + number, 30))
+    assert call(monkeypatch, "x", "y") == 0
+    sizes = {row["image"]: (row["path"], int(row["height"])) for row in rows("outputs/tiny/predict/images.csv")}
+    assert sizes == {"x_a": ("x/a.jpg", 21), "x_a_2": ("x/a.png", 20), "y_a": ("y/a.png", 22)}
+    for name, (_, height) in sizes.items():
+        assert read(f"outputs/tiny/predict/{name}_mask.png").shape == (height, 30)
+
+
+def test_batches_hold_pictures_of_one_size(workplace, monkeypatch):
+    for number, width in enumerate((30, 30, 30, 40, 30)):
+        cv2.imwrite(f"{number}.png", soft_picture(20, width))
+    Path("bad.png").write_text("no picture")
+    files = [Path(f"{number}.png") for number in (0, 1, 2, 3, 4)]
+    files.insert(1, Path("bad.png"))
+    config, failed = {"input_channels": 3, "input_h": 32, "input_w": 48}, []
+
+    def sizes(**options):
+        options = Namespace(**{"mode": "tile", "scale": 1.0, "max_pixels": 10**6, "batch_size": 2} | options)
+        return [len(batch) for batch in predict.read_batches(files, options, config, failed)]
+
+    assert sizes() == [2, 1, 1, 1] and [path.name for path, _ in failed] == ["bad.png"]
+    assert sizes(mode="resize", batch_size=4) == [4, 1]
+    monkeypatch.setattr(predict, "HELD_BYTES", 2 * 20 * 30 * 3)
+    assert sizes(mode="resize", batch_size=4) == [2, 1, 1, 1]
+    failed.clear()
+    assert sizes(scale=100.0) == [] and len(failed) == 6  # 2000 x 3000 pixels to see are more than a million
+
+
+# ---------------------------------------------------------------- tables and outlines, by hand
+
+
+def test_tables_by_hand(tmp_path):
+    planes = np.zeros((1, 8, 10), np.uint16)
+    planes[0, 1:3, 2:6] = 65535  # 8 pixels, centre (3.5, 1.5)
+    planes[0, 5, 0], planes[0, 6, 1] = 40000, 32768  # one object, joined by a corner
+    planes[0, 7, 9] = 32767  # 0.49999, below the threshold
+    image = np.full((8, 10, 3), 100, np.uint8)
+    picture = Picture(Path("in/cells.png"), image, image, 1.5)
+    results = Results(tmp_path / "p", {picture.path: "cells"}, Namespace(threshold=0.5, probability=True))
+    results.add(picture, planes)
+    results.write_tables()
+    [row] = rows(tmp_path / "p" / "images.csv")
+    assert float(row.pop("seconds")) >= 1.5
+    assert row == {
+        "image": "cells",
+        "path": "in/cells.png",
+        "width": "10",
+        "height": "8",
+        "pixels": "10",
+        "fraction": "0.125",
+        "objects": "2",
+    }
+    assert (tmp_path / "p" / "objects.csv").read_text().split() == [
+        "image,class,object,area,centroid_x,centroid_y,left,top,width,height",
+        "cells,0,1,8,3.5,1.5,2,1,4,2",
+        "cells,0,2,2,0.5,5.5,0,5,2,2",
+    ]
+    np.testing.assert_array_equal(read(tmp_path / "p" / "cells_probability.png"), planes[0])
+    np.testing.assert_array_equal(read(tmp_path / "p" / "cells_mask.png"), np.where(planes[0] > 32767, 255, 0))
+    assert not list((tmp_path / "p").glob(".*"))
+
+
+def test_outlines_are_the_inner_edge():
+    image = np.full((20, 20, 3), 255, np.uint8)
+    mask = np.zeros((20, 20), bool)
+    mask[5:10, 4:10] = True
+    mask[15:, 15:] = True  # at the border of the picture it stays open
+    edge = mask.copy()
+    edge[6:9, 5:9] = edge[16:, 16:] = False
+    drawn = predict.draw_outlines(image, [mask])
+    np.testing.assert_array_equal(drawn, np.where(edge[..., None], np.uint8(report.PALETTE[0]), np.uint8(255)))
+    two = predict.draw_outlines(image[..., :1], [mask, ~mask])
+    assert {tuple(map(int, colour)) for colour in two.reshape(-1, 3)} == {(255,) * 3, *report.PALETTE[:2]}
+    wide = predict.draw_outlines(np.zeros((600, 40, 3), np.uint8), [np.ones((600, 40), bool)] * 9)
+    assert not wide.any()
+
+
+# ---------------------------------------------------------------- bad inputs and exit statuses, as a user meets them
+
+
+def png_that_claims(width, height):
+    """A PNG of a few bytes whose header promises width x height pixels."""
+    data = bytearray(cv2.imencode(".png", np.zeros((4, 4), np.uint8))[1].tobytes())
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+def test_bad_files_are_skipped_and_named(workplace):
+    folder, _ = workplace
+    good = cv2.imencode(".png", soft_picture())[1].tobytes()
+    files = {"good.png": good, "cut.png": good[: len(good) // 2], "text.png": b"hello", "empty.jpg": b""}
+    files |= {"notes.txt": b"no picture, and not meant to be one", "bomb.png": png_that_claims(60_000, 60_000)}
+    (folder / "in").mkdir()
+    for name, data in files.items():
+        (folder / "in" / name).write_bytes(data)
+    Image.fromarray(np.ones((9, 9), np.float32)).save(folder / "in" / "float.tif")
+    (folder / "gone").mkdir()
+    said = run_script("predict.py", "in", "nowhere.png", "gone", cwd=folder, ok=None)
+    assert said.returncode == 1
+    assert said.stdout.strip().endswith("predict: 1 pictures, " + said.stdout.split("1 pictures, ")[1].strip())
+    complaints = [line.split(": ", 1)[1] for line in said.stderr.strip().split("\n") if line.startswith("predict.py: ")]
+    assert [line.split(": ")[0] for line in complaints] == [
+        "skipped nowhere.png",
+        "skipped gone",
+        "skipped in/bomb.png",
+        "skipped in/cut.png",
+        "skipped in/empty.jpg",
+        "skipped in/float.tif",
+        "skipped in/text.png",
+    ]
+    assert "60000 x 60000 pixels are more than 400,000,000; --max_pixels raises the limit" in complaints[2]
+    assert "Traceback" not in said.stderr and (folder / "outputs/tiny/predict/good_mask.png").is_file()
+
+
+def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch):
+    folder, _ = workplace
+    cv2.imwrite("a.png", soft_picture())
+    Path("text.png").write_text("hello")
+    Path("empty").mkdir()
+    assert "required: PATH" in run_script("predict.py", cwd=folder, ok=False).stderr
+    said = run_script("predict.py", "text.png", "nowhere.png", cwd=folder, ok=False)
+    assert "nothing to predict; nowhere.png: no such file (and 1 more)" in said.stderr
+    for args, expected_words in [
+        (["empty"], "nothing to predict; empty: holds no picture"),
+        (["a.png", "--name", "other"], "the runs are: tiny"),
+        (["a.png", "--max_pixels", "6299"], "90 x 70 pixels are more than 6,299"),
+        (["a.png", "--onnx", "x.onnx", "--level", "2"], "--level is no option of --onnx"),
+        (["a.png", "--onnx", "x.onnx"], "x.onnx"),
+        (["a.png", "--onnx", "a.png"], "a.png is no ONNX file of export.py"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=expected_words):
+            call(monkeypatch, *args, device=())
+    assert not Path("outputs").exists()
+
+
+# ---------------------------------------------------------------- ONNX
+
+
+def write_onnx(path, **metadata):
+    """The mean of the channels over 255, in the shapes of export.py."""
+    onnx = pytest.importorskip("onnx")
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    constants = [onnx.numpy_helper.from_array(np.float32(255), "full")]
+    constants += [onnx.numpy_helper.from_array(np.int64([3]), "axes")]
+    nodes = [
+        node("Cast", ["images"], ["floats"], to=onnx.TensorProto.FLOAT),
+        node("ReduceMean", ["floats", "axes"], ["grey"], keepdims=1),
+        node("Div", ["grey", "full"], ["probabilities"]),
+    ]
+    images = value("images", onnx.TensorProto.UINT8, ["N", "H", "W", 3])
+    output = value("probabilities", onnx.TensorProto.FLOAT, ["N", "H", "W", 1])
+    graph = onnx.helper.make_graph(nodes, "grey", [images], [output], constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, str(path))
+
+
+def test_onnx_needs_no_torch(tmp_path):
+    pytest.importorskip("onnxruntime")
+    write_onnx(tmp_path / "grey.onnx", name="grey", input_h="32", input_w="48", scale="1.0", threshold="0.5")
+    image = soft_picture(40, 300)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "torch.py").write_text("raise ImportError('no torch here')")
+    path = {"PYTHONPATH": str(tmp_path / "blocked")}
+    run_script("predict.py", "--onnx", "grey.onnx", "a.png", "--probability", "--tta", cwd=tmp_path, env=path)
+    found = read(tmp_path / "outputs" / "grey" / "predict" / "a_probability.png") / 65535
+    np.testing.assert_allclose(found, image.mean(axis=2) / 255, atol=1e-4)
+    (tmp_path / "blocked" / "onnxruntime.py").write_text("raise ImportError('not installed')")
+    said = run_script("predict.py", "--onnx", "grey.onnx", "a.png", cwd=tmp_path, env=path, ok=False)
+    assert "pip install onnxruntime" in said.stderr
+
+
+def test_an_onnx_file_of_others(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    write_onnx("grey.onnx", name="grey")
+    with pytest.raises(ValueError, match="no ONNX file of export.py"):
+        call(monkeypatch, "--onnx", "grey.onnx", "a.png", device=())

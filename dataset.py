@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -300,21 +301,25 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_m
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers start with Ctrl-C held back: a fork swallows it, and it is not theirs to answer."""
+    """A DataLoader that answers a Ctrl-C during the start of its workers after it: a fork would swallow it."""
 
     def __iter__(self):
-        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows
+        if not self.num_workers or threading.current_thread() is not threading.main_thread():
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        held = []
+        before = signal.signal(signal.SIGINT, lambda *received: held.append(received))  # and no worker answers it
         try:
-            return super().__iter__()
+            iterator = super().__iter__()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.signal(signal.SIGINT, before)
+        if held and callable(before):
+            before(*held[0])
+        return iterator
 
 
 def _quiet_worker(worker_id):
     cv2.setNumThreads(0)  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
 
 
 def set_epoch(loader, epoch):

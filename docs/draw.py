@@ -1,0 +1,151 @@
+"""The figures of HOW_IT_WORKS.md, drawn from the model itself: its nodes, and what a trained run sees in them.
+
+PYTHONPATH=. python docs/draw.py --name run1 --image ID    # writes docs/nodes.png and docs/features.png
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from archs import DEPTH, NestedUNet
+from cli import Parser, parse_options, run_script
+from dataset import standardise
+from images import decode, to_channels
+from report import BLUE, PALETTE
+from utils import count_params, read_yaml
+from val import load_trained
+
+DOCS = Path(__file__).parent
+COLOURS = [(150, 150, 150), PALETTE[6], PALETTE[1], PALETTE[2], BLUE]  # of the diagonals i + j = 0 ... 4
+SIDE = 96
+
+
+def build_parser():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", required=True, help="models/<name>, trained with deep supervision")
+    parser.add_argument("--image", help="an id of its data set; default: the first to validate")
+    return parser
+
+
+def colour(level, light=0.0):
+    """Of a diagonal, mixed with white."""
+    return tuple((1 - light) * channel / 255 + light for channel in COLOURS[level])
+
+
+def place(i, j):
+    """Where X^{i,j} stands: each row half a step to the right of the one above, as in the paper's figure."""
+    return 2.4 * j + 1.2 * i, -1.35 * i
+
+
+def arrow(axis, start, end, **style):
+    curve = style.pop("curve", 0)
+    shape = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 21, "shrinkB": 21}
+    axis.annotate("", end, start, arrowprops={**shape, "connectionstyle": f"arc3,rad={curve}", **style}, zorder=1)
+
+
+def draw_nodes(path):
+    """The nodes by level, their channels and sizes for an image of 96 x 96, and what each level keeps."""
+    model = NestedUNet(deep_supervision=True).eval()
+    with torch.inference_mode():
+        shapes = {node: tuple(x.shape[1:]) for node, x in model.forward_nodes(torch.zeros(1, 3, SIDE, SIDE)).items()}
+    figure = Figure(figsize=(10, 6.6), dpi=100)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_xlim(-1.0, 11.0)
+    axis.set_ylim(-6.1, 1.85)
+    axis.axis("off")
+    for i, j in shapes:
+        for k in range(j):
+            curve = -0.17 if j - k > 1 else 0
+            arrow(axis, place(i, k), place(i, j), color="#8a8a8a", linewidth=0.9, linestyle=(0, (3, 2)), curve=curve)
+        if j:
+            arrow(axis, place(i + 1, j - 1), place(i, j), color=colour(4), linewidth=1.4)
+        elif i:
+            arrow(axis, place(i - 1, 0), place(i, 0), color="#222222", linewidth=1.4)
+    for (i, j), (channels, height, width) in shapes.items():
+        box = {
+            "boxstyle": "round,pad=0.35",
+            "facecolor": colour(i + j, 0.72),
+            "edgecolor": colour(i + j),
+            "linewidth": 1.5,
+        }
+        words = f"$X^{{{i},{j}}}$\n{channels} x {height} x {width}"
+        axis.text(*place(i, j), words, ha="center", va="center", fontsize=8.5, bbox=box, linespacing=1.35)
+    for level in range(1, DEPTH + 1):
+        x, y = place(0, level)
+        arrow(axis, (x, y), (x, y + 1.28), color=colour(level), linewidth=1.4, shrinkB=9)
+        pruned = model.prune(level)
+        axis.text(x, y + 1.35, f"L{level}", ha="center", va="center", fontsize=13, weight="bold", color=colour(level))
+        kept = f"{len(pruned.nodes)} nodes, {count_params(pruned) / 1e6:.1f} M"
+        axis.text(x, y + 1.66, kept, ha="center", va="center", fontsize=8.5, color="#333333")
+    keys = [
+        ("#222222", "-", "halve: maximum of 2 x 2"),
+        (colour(4), "-", "double: bilinear"),
+        ("#8a8a8a", "--", "skip: as it is"),
+    ]
+    for row, (shade, line, words) in enumerate(keys):
+        y = -4.3 - 0.42 * row
+        axis.plot([8.0, 8.6], [y, y], line, color=shade, linewidth=1.5)
+        axis.text(8.75, y, words, va="center", fontsize=9.5)
+    axis.text(
+        -0.8,
+        -4.3,
+        "A level keeps the nodes of\nits own colour and of all\ncolours to their left.",
+        va="center",
+        fontsize=9.5,
+    )
+    figure.savefig(path)
+
+
+def telling(features, probability):
+    """(channels, h, w), (H, W) -> (h, w): the channel that is most alike to the probability, or to its negative."""
+    seen = torch.nn.functional.adaptive_avg_pool2d(probability[None], features.shape[1:]).flatten()
+    both = torch.cat([seen[None], features.flatten(1)])
+    alike = torch.nan_to_num(torch.corrcoef(both)[0, 1:]).abs()  # a channel that is 0 everywhere is like nothing
+    return features[alike.argmax()].numpy()
+
+
+def draw_features(path, name, img_id):
+    """One image, the heads' probabilities, and in each node the channel that is most alike to the last of them."""
+    model, config = load_trained(name, torch.device("cpu"), level="mean")
+    img_id = img_id or read_yaml(Path("models") / name / "split.yml")["val"][0]
+    source = Path("inputs") / config["dataset"] / "images" / f"{img_id}{config['img_ext']}"
+    image = to_channels(decode(source.read_bytes()), config["input_channels"])
+    batch = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
+    with torch.inference_mode():
+        padded = model.pad(standardise(batch, config["mean"], config["std"]))
+        features = model.forward_nodes(padded)
+        heads = {j: torch.sigmoid(getattr(model, f"final{j}")(features[0, j]))[0, 0] for j in model.levels}
+
+    figure = Figure(figsize=(8, 9.6), dpi=100)
+    step, side = 1.58, 1.36  # inches
+
+    def panel(i, j, picture, words, shade, **style):
+        x, y = 0.1 + step * (j + i / 2), 9.58 - (i + 2) * step
+        axis = figure.add_axes((x / 8, y / 9.6, side / 8, side / 9.6))
+        axis.imshow(picture, interpolation="nearest", **style)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set(color=shade, linewidth=2)
+        axis.set_title(words, fontsize=9, pad=3)
+
+    panel(-1, 0.5, image.squeeze(), "the image", "#222222", cmap="gray")
+    for j, probability in heads.items():
+        panel(-1, j + 0.5, probability, f"L{j}: probability", colour(j), cmap="gray", vmin=0, vmax=1)
+    for (i, j), x in features.items():
+        words = f"$X^{{{i},{j}}}$  {x.shape[2]} x {x.shape[3]}"
+        panel(i, j, telling(x[0], heads[DEPTH]), words, colour(i + j), cmap="gray")
+    figure.savefig(path)
+
+
+def main():
+    options, _ = parse_options(build_parser)
+    draw_nodes(DOCS / "nodes.png")
+    draw_features(DOCS / "features.png", options.name, options.image)
+    print(f"nodes.png and features.png are in {DOCS}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -24,9 +24,10 @@ from cli import Parser, parse_options, run_script
 from dataset import standardise
 from images import decode, squeeze, to_channels
 from metrics import THRESHOLDS
+from runs import newest_run
 from synthetic import nuclei
 from utils import atomic_path, count_params, read_yaml
-from val import LEVELS, load_trained, newest_run
+from val import LEVELS, load_trained
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 IN_CONFIG = ("name", "arch", "num_classes", "input_channels", "input_h", "input_w", "scale")  # what goes along
@@ -123,7 +124,7 @@ def differences(deployed, path, images, sizes):
 def main():
     options, _ = parse_options(build_parser)
     check_packages()
-    name = options.name or newest_run()
+    name = options.name or newest_run("arch")
     head = f"L{options.level}".replace("Lmean", "mean")
     output = options.output or Path("outputs") / name / f"{name}_{head}.onnx"
     if output.exists() and not options.overwrite:

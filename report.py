@@ -8,38 +8,26 @@ nothing. To see one:
 
 import base64
 import collections
-import contextlib
 import html
 import json
 import math
 import numbers
-import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-# Okabe and Ito's palette, which people with any kind of colour vision can tell apart (https://jfly.uni-koeln.de/color):
-# vermilion, sky blue, bluish green, yellow, reddish purple, blue, orange
-PALETTE = [(213, 94, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (0, 114, 178), (230, 159, 0)]
-VERMILION, SKY, GREEN, *_, BLUE, _ = PALETTE
+from utils import atomic_path
+
+# Okabe and Ito's palette, which people with any kind of colour vision can tell apart (https://jfly.uni-koeln.de/color)
+VERMILION, SKY, GREEN, BLUE = (213, 94, 0), (86, 180, 233), (0, 158, 115), (0, 114, 178)
+YELLOW, PURPLE, ORANGE = (240, 228, 66), (204, 121, 167), (230, 159, 0)
+PALETTE = [YELLOW, PURPLE, BLUE, ORANGE, GREEN, SKY, VERMILION]  # of classes: the colours of errors come last
 OUTCOMES = {  # of a pixel: colour, opacity, meaning; painted in this order, so that errors stay on top
     "found": (GREEN, 0.3, "labelled and predicted"),
     "false alarm": (SKY, 0.95, "predicted only"),
     "missed": (VERMILION, 0.95, "labelled only"),
 }
-
-
-@contextlib.contextmanager
-def _atomic(path):
-    """Yields a temporary path beside `path`, renamed on success, removed on failure: no reader meets half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- pictures
@@ -124,7 +112,7 @@ def contact_sheet(rows_of_arrays, path, captions=None, size=256):
             style = {"fontsize": 8, "va": "center", "ha": "center", "color": "#333", "parse_math": False}
             figure.text(x, height - top - line / 2 + 2, caption, transform=None, **style)
     figure.figimage(sheet, origin="upper")
-    with _atomic(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
@@ -173,7 +161,7 @@ def plot_curves(rows, path, title=""):
         axis.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title, fontsize=11, parse_math=False)
-    with _atomic(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
@@ -298,7 +286,7 @@ def write_page(path, title, sections, subtitle=""):
         style=STYLE,
         script=SCRIPT,
     )
-    with _atomic(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # file names may hold what UTF-8 cannot
 
 

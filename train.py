@@ -7,7 +7,6 @@ python train.py --dataset my_cells --num_classes 2   # inputs/my_cells/{images,m
 
 import argparse
 import math
-import os
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from dataset import build_dataset, check_split, list_ids, make_loader, set_epoch
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
+from runs import earlier_files, resolve_machine, resumed, run_folder
 from utils import (
     atomic_path,
     count_params,
@@ -37,7 +37,7 @@ from utils import (
     str2bool,
     write_yaml,
 )
-from val import evaluate, read_config, run_folder
+from val import evaluate, read_config
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
@@ -147,36 +147,15 @@ def new_config(options):
     if not config["name"]:
         supervision = "wDS" if config["deep_supervision"] else "woDS"
         config["name"] = f"{Path(config['dataset']).name}_{config['arch']}_{supervision}"
-    device = pick_device(config["device"])
-    amp = pick_amp(config["amp"], device)
-    config["device"] = str(device)
-    config["amp"] = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp]
-    if config["channels_last"] == "auto":
-        config["channels_last"] = amp is not None
-    if config["num_workers"] < 0:  # on a CPU the workers would take the cores from the training
-        config["num_workers"] = 0 if device.type == "cpu" else min(8, os.cpu_count())
-    return config
+    return resolve_machine(config)
 
 
 def resumed_config(options, given):
     """The config of the run to resume, with the options that may change; ValueError where others were changed."""
-    if not options.name or options.overwrite:
-        raise ValueError("--resume needs --name, the run to go on with, and takes no --overwrite")
+    if not options.name:
+        raise ValueError("--resume needs --name, the run to go on with")
     folder = run_folder(options.name)
-    config = read_config(folder)
-    if not (folder / "last.pth").is_file():
-        raise FileNotFoundError(f"{folder}/last.pth: no such file, no epoch was finished; start again with --overwrite")
-    if missing := sorted(vars(options).keys() - set(ABOUT_THE_COMMAND) - config.keys()):
-        raise ValueError(f"{folder}/config.yml is damaged: {', '.join(missing)} missing")
-    asked = {key: getattr(options, key) for key in given - set(ABOUT_THE_COMMAND) if getattr(options, key) != "auto"}
-    free = {key: value for key, value in asked.items() if key in FREE_ON_RESUME}
-    differing = sorted(f"{k} {v} (run: {config.get(k)})" for k, v in asked.items() - free.items() if v != config.get(k))
-    if differing:
-        raise ValueError(
-            f"--resume goes on with the options of {folder}/config.yml, but these differ: {', '.join(differing)}; "
-            f"leave them out, or start a new run with --weights {options.name}"
-        )
-    return config | {key: value for key, value in free.items() if value != -1}
+    return resumed(read_config(folder), folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
 
 
 # ---------------------------------------------------------------- building
@@ -397,11 +376,7 @@ def main():
     options, given = parse_options(build_parser, read_config=read_recipe)
     config = resumed_config(options, given) if options.resume else new_config(options)
     folder = run_folder(config["name"])
-    earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if earlier and not (options.resume or options.overwrite):
-        raise FileExistsError(
-            f"{folder} exists; --resume goes on with it, --overwrite replaces it, --name takes another"
-        )
+    earlier = earlier_files(folder, RUN_FILES, options)
 
     device = pick_device(config["device"])
     torch.backends.cudnn.benchmark = True  # all batches have one size: let cuDNN find its fastest convolutions

@@ -31,6 +31,7 @@ from classification import confusion_matrix, format_confusion, heat_overlay, not
 from cli import Parser, number, parse_options, run_script
 from folders import set_epoch, to_device
 from resnet18 import ResNet18, fill_body, grad_cam
+from runs import earlier_files, newest_run, resolve_machine, resumed, run_folder
 from utils import (
     atomic_path,
     count_params,
@@ -50,7 +51,6 @@ DATA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 DATA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
 RUN_FILES = ("config.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("resume", "overwrite", "predict", "demo", "download", "raw")  # config.yml does not keep these
-PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FREE_ON_RESUME = {"name", "device", "num_workers", *ABOUT_THE_COMMAND}  # the result does not depend on them
 
 # What an option that nobody gave becomes, by the kind of training (kind_of_training).
@@ -145,13 +145,7 @@ def new_config(options, given):
     recipe = RECIPES[kind_of_training(argparse.Namespace(**config))]
     config.update({key: value for key, value in recipe.items() if config[key] is None})
     config["name"] = config["name"] or default_name(config["data_dir"])
-    device = pick_device(config["device"])
-    amp = pick_amp(config["amp"], device)
-    config["device"] = str(device)
-    config["amp"] = next(name for name, dtype in PRECISIONS.items() if dtype == amp)
-    if config["num_workers"] < 0:  # on a CPU the workers would take the cores from the training
-        config["num_workers"] = 0 if device.type == "cpu" else min(8, os.cpu_count())
-    return config
+    return resolve_machine(config)
 
 
 def default_name(data_dir):
@@ -165,24 +159,7 @@ def resumed_config(options, given):
     config = read_yaml(folder / "config.yml")
     if "classes" not in config:
         raise ValueError(f"{folder} is no run of this script (its config.yml has no `classes`); --name another one")
-    if not (folder / "last.pth").is_file():
-        raise FileNotFoundError(f"{folder}/last.pth: no such file; the run has no whole epoch yet, --overwrite it")
-    asked = {key: getattr(options, key) for key in given - set(ABOUT_THE_COMMAND)}
-    differing = [
-        f"--{key} {value} (the run has {config.get(key)})"
-        for key, value in sorted(asked.items())
-        if key not in FREE_ON_RESUME and value not in (config.get(key), "auto")
-    ]
-    if differing:
-        raise ValueError(f"--resume goes on with the options of {folder}/config.yml; leave out {', '.join(differing)}")
-    config.update({key: value for key, value in asked.items() if key in FREE_ON_RESUME and value not in ("auto", -1)})
-    return config
-
-
-def run_folder(name):
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ValueError(f"--name {name!r}: expected a plain folder name, the run will be models/<name>")
-    return Path("models") / name
+    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
 
 
 # ---------------------------------------------------------------- data
@@ -411,7 +388,7 @@ def train_model(
 def fit(config, model, datasets, folder, resume):
     """Train the model as the config says, keeping the run's files -> rows; the model ends with its best weights."""
     device = pick_device(config["device"])
-    amp = PRECISIONS[config["amp"]]
+    amp = pick_amp(config["amp"], device)
     loaders = build_loaders(config, datasets, model, device, amp)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
     optimizer, scheduler = build_optimizer(model, config)
@@ -456,7 +433,7 @@ def write_log(rows, path):
 def conclude(config, model, datasets, rows, folder):
     """Print accuracy and confusion of the finished run and write outputs/<name>/report.html."""
     device, classes, dataset = pick_device(config["device"]), config["classes"], datasets["val"]
-    amp = PRECISIONS[config["amp"]]
+    amp = pick_amp(config["amp"], device)
     loader = DataLoader(dataset, 64)
     _, _, logits = run_epoch(model, loader, nn.CrossEntropyLoss(), device, amp=amp, label="best weights")
     probabilities = logits.softmax(1).cpu().numpy()
@@ -517,15 +494,6 @@ def gallery_items(model, dataset, probabilities, labels, classes, device):
 # ---------------------------------------------------------------- predict
 
 
-def newest_run():
-    """The name of the run of this script that was trained last."""
-    candidates = [path.parent for path in Path("models").glob("*/model.pth") if (path.parent / "config.yml").is_file()]
-    for folder in sorted(candidates, key=lambda folder: (folder / "model.pth").stat().st_mtime, reverse=True):
-        if "classes" in read_yaml(folder / "config.yml"):
-            return folder.name
-    raise FileNotFoundError("models/ holds no run of this script; train one first, --demo is the quickest")
-
-
 def load_run(name, device):
     """-> model in eval mode with the best weights of models/<name>, its config."""
     folder = run_folder(name)
@@ -556,7 +524,7 @@ def predict(options):
     """Classify files and folders -> outputs/<name>/predictions.csv; 1 when some could not be read, else 0."""
     device = pick_device(options.device)
     amp = pick_amp(options.amp, device)
-    name = options.name or newest_run()
+    name = options.name or newest_run("classes")
     model, config = load_run(name, device)
     print(f"models/{name}: {', '.join(config['classes'])}")
     files, failed = list_files(options.predict)
@@ -606,11 +574,7 @@ def main():
         return predict(options)
     config = resumed_config(options, given) if options.resume else new_config(options, given)
     folder = run_folder(config["name"])
-    earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if earlier and not (options.resume or options.overwrite):
-        raise FileExistsError(
-            f"{folder} exists; --resume goes on with it, --overwrite replaces it, --name takes another"
-        )
+    earlier = earlier_files(folder, RUN_FILES, options)
     provide_data(options, config["data_dir"])
     datasets, classes, fingerprint = build_data(config)
 

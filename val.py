@@ -37,6 +37,7 @@ from metrics import (
     per_class,
     summarise,
 )
+from runs import newest_run, run_folder
 from utils import atomic_path, device_name, load_checkpoint, pick_amp, pick_device, read_yaml
 
 HEADINGS = {  # of the printed table; the definitions follow it
@@ -74,21 +75,6 @@ def build_parser():
 
 
 # ---------------------------------------------------------------- a trained run
-
-
-def run_folder(name):
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ValueError(f"--name {name!r}: expected the plain name of a folder, the run is models/<name>")
-    return Path("models") / name
-
-
-def newest_run(models="models"):
-    """The name of the segmentation run whose weights are newest."""
-    weights = sorted(Path(models).glob("*/model.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in weights:
-        if (path.parent / "config.yml").is_file() and "arch" in read_yaml(path.parent / "config.yml"):
-            return path.parent.name
-    raise FileNotFoundError(f"no trained run in {models}/; train one first: python train.py --name run1")
 
 
 def read_config(folder):
@@ -324,7 +310,7 @@ def write_report(path, config, what, headline, by_epoch, by_class, items, curves
 
 def main():
     options, _ = parse_options(build_parser)
-    name = options.name or newest_run()
+    name = options.name or newest_run("arch")
     folder, output = run_folder(name), Path("outputs") / name
     device = pick_device(options.device)
     amp = pick_amp(options.amp, device)

@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 
 FILES = sorted(path.name for path in REPOSITORY.glob("*.py"))
 GROUND = {"utils", "images"}  # import no file of the project
-SHARED = {"cli", "report", "download", "synthetic", "distributed"}  # for every stage
+SHARED = {"cli", "runs", "report", "download", "synthetic", "distributed"}  # for every stage
 SEGMENTATION = {"archs", "losses", "metrics", "dataset"}
 TRANSFER = {"folders", "resnet18", "classification"}
 

@@ -192,11 +192,31 @@ def test_the_scale_is_the_runs_own_or_said(tmp_path, monkeypatch, capsys):
     model = write_run(tmp_path / "models" / "old", scale=None)
     image = soft_picture()
     cv2.imwrite("a.png", image[..., ::-1])
-    for args, size in (((), (70, 90)), (("--scale", "0.3"), (21, 27))):
+    for args, size in ((("--mode", "tile"), (70, 90)), (("--scale", "0.3"), (21, 27)), ((), (32, 48))):
         assert call(monkeypatch, "a.png", "--probability", *args) == 0
-        assert ("taking --scale 1" in capsys.readouterr().out) == (not args)
+        assert ("taking --scale 1" in capsys.readouterr().out) == ("--mode" in args)
         found = read("outputs/old/predict/a_probability.png") / 65535
         np.testing.assert_allclose(found, expected(model, image, size), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape, resize, tile",  # at scale 0.5, 32 x 48 are seen of 64 x 96; of 320 x 480 and of 13 x 19 in auto, too
+    [
+        ((64, 96), True, (32, 48)),
+        ((319, 480), True, (160, 240)),
+        ((321, 480), False, (160, 240)),
+        ((12, 19), False, (6, 10)),
+    ],
+)
+def test_auto_takes_tiles_where_resizing_goes_too_far(shape, resize, tile):
+    config = {"input_h": 32, "input_w": 48, "scale": 0.5}
+
+    def size(mode, **changes):
+        return predict.seen_size(shape, Namespace(mode=mode, scale=None), config | changes)
+
+    assert size("resize") == (32, 48) and size("tile") == tile
+    assert size("auto") == ((32, 48) if resize else tile)
+    assert size("auto", scale=None) == (32, 48) and size("tile", scale=None) == shape
 
 
 def test_an_earlier_result_is_replaced_and_strangers_stay(workplace, monkeypatch):
@@ -422,6 +442,7 @@ def test_tables_by_hand(tmp_path):
         "path": "in/cells.png",
         "width": "10",
         "height": "8",
+        "scale": "1.0",
         "pixels": "10",
         "fraction": "0.125",
         "objects": "2",
@@ -503,6 +524,7 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch):
         (["empty"], "nothing to predict; empty: holds no picture"),
         (["a.png", "--name", "other"], "the runs are: tiny"),
         (["a.png", "--max_pixels", "6299"], "90 x 70 pixels are more than 6,299"),
+        (["a.png", "--mode", "resize", "--scale", "0.5"], "--scale is an option of --mode tile"),
         (["a.png", "--onnx", "x.onnx", "--level", "2"], "--level is no option of --onnx"),
         (["a.png", "--onnx", "x.onnx"], "x.onnx"),
         (["a.png", "--onnx", "a.png"], "a.png is no ONNX file of export.py"),

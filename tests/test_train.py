@@ -242,7 +242,7 @@ def test_control_c_keeps_the_last_epoch_and_says_how_to_go_on():
 
 def test_resume_refuses_other_options_and_other_data(go):
     refused(go, "--resume", match="--resume needs --name")
-    refused(go, "--resume", "--name", "base", "--overwrite", match="no --overwrite")
+    refused(go, "--resume", "--name", "base", "--overwrite", match="give one of them")
     refused(go, "--resume", "--name", "nope", match="nope/config.yml")
     refused(go, "--resume", "--name", "base", "--lr", 5, "--epochs", 9, match=r"epochs 9 \(run: 2\), lr 5.0 \(run:")
     write_data_set("inputs/changing", count=5)

@@ -204,11 +204,11 @@ def test_resuming_gives_the_same_bits(extra, monkeypatch, capsys):
 
 def test_resume_keeps_to_the_runs_options_and_data(place):
     run(*SMALL, "--epochs", 1)
-    assert "leave out --lr 0.5" in refused("--name", "run", "--resume", "--lr", 0.5)
+    assert "these differ: lr 0.5 (run: 0.02); leave them out" in refused("--name", "run", "--resume", "--lr", 0.5)
     Path("inputs/hymenoptera_data/train/ants/0.png").unlink()
     assert "has changed" in refused("--name", "run", "--resume")
     assert "no such file" in refused("--name", "other", "--resume")
-    assert "plain folder name" in refused(*SMALL[:-1], "a/b")
+    assert "plain name of a folder" in refused(*SMALL[:-1], "a/b")
 
 
 # ---------------------------------------------------------------- frozen and thawed

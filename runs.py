@@ -1,0 +1,79 @@
+"""A run is a folder, models/<name>: where it lives, which one is the newest, how options become its config.
+
+folder = run_folder("run1")    # models/run1; ValueError for a name that climbs out of models/
+config = resolve_machine({"device": "auto", "amp": "auto", "num_workers": -1})
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from utils import pick_amp, pick_device, read_yaml
+
+MODELS = Path("models")
+MAKERS = {  # what only the config.yml of one script's runs holds, and a command that makes such a run
+    "arch": "python train.py --name run1",
+    "classes": "python transfer_resnet18.py --demo",
+}
+
+
+def run_folder(name):
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"--name {name!r}: expected the plain name of a folder, the run is models/<name>")
+    return MODELS / name
+
+
+def newest_run(key):
+    """The name of the run with the newest weights among those whose config.yml has `key`.
+
+    key: a key of MAKERS. FileNotFoundError when there is none; it names the command that makes one.
+    """
+    weights = MODELS.glob("*/model.pth")
+    for path in sorted(weights, key=lambda path: path.stat().st_mtime, reverse=True):
+        if (path.parent / "config.yml").is_file() and key in read_yaml(path.parent / "config.yml"):
+            return path.parent.name
+    raise FileNotFoundError(f"no trained run in {MODELS}/; train one first: {MAKERS[key]}")
+
+
+def earlier_files(folder, names, options):
+    """The files of an earlier run that stand in the way; FileExistsError unless --resume or --overwrite was given."""
+    earlier = [folder / name for name in names if (folder / name).exists()]
+    if earlier and not (options.resume or options.overwrite):
+        resume = "--resume goes on with it, " if folder / "last.pth" in earlier else ""
+        raise FileExistsError(f"{folder} exists; {resume}--overwrite replaces it, --name takes another")
+    return earlier
+
+
+def resolve_machine(config):
+    """The config with what `auto` and -1 mean on this machine: device, amp, channels_last and num_workers."""
+    device = pick_device(config["device"])
+    amp = pick_amp(config["amp"], device)
+    found = {"device": str(device), "amp": {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp]}
+    if config.get("channels_last") == "auto":
+        found["channels_last"] = amp is not None
+    if config["num_workers"] < 0:  # on a CPU the workers would take the cores from the training
+        found["num_workers"] = 0 if device.type == "cpu" else min(8, os.cpu_count())
+    return config | found
+
+
+def resumed(config, folder, options, given, free, leave_out):
+    """The config of the run in folder, to go on with; ValueError where an option was given that differs.
+
+    given: names of the options that the user gave; free: those that may differ, because no result depends on them;
+    leave_out: those that config.yml does not keep.
+    """
+    if options.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    if not (folder / "last.pth").is_file():
+        raise FileNotFoundError(f"{folder}/last.pth: no such file, no epoch was finished; start again with --overwrite")
+    if missing := sorted(vars(options).keys() - set(leave_out) - config.keys()):
+        raise ValueError(f"{folder}/config.yml is damaged: {', '.join(missing)} missing")
+    asked = {key: getattr(options, key) for key in given - set(leave_out) if getattr(options, key) != "auto"}
+    differing = sorted(f"{k} {v} (run: {config[k]})" for k, v in asked.items() if k not in free and v != config[k])
+    if differing:
+        raise ValueError(
+            f"--resume goes on with the options of {folder}/config.yml, but these differ: {', '.join(differing)}; "
+            "leave them out, or start a new run under another --name"
+        )
+    return config | {key: value for key, value in asked.items() if key in free and value != -1}

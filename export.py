@@ -58,6 +58,7 @@ class Deployed(torch.nn.Module):
     def __init__(self, model, mean, std):
         super().__init__()
         self.model, self.mean, self.std = model, mean, std
+        self.eval()  # all of it, because exporters put a module back into the mode in which they found it
 
     def forward(self, images):
         images = standardise(images.permute(0, 3, 1, 2), self.mean, self.std)
@@ -131,7 +132,7 @@ def main():
         raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another --output")
     model, config = load_trained(name, torch.device("cpu"), level=options.level)
     config["name"] = name  # of the folder, which a user may have renamed
-    deployed = Deployed(model.to(memory_format=torch.contiguous_format), config["mean"], config["std"]).eval()
+    deployed = Deployed(model.to(memory_format=torch.contiguous_format), config["mean"], config["std"])
     metadata = {key: config[key] for key in IN_CONFIG if key in config}
     metadata |= {"level": options.level, "threshold": THRESHOLDS[0]}
 

@@ -168,7 +168,7 @@ def windows(length, tile, overlap=OVERLAP):
 def predict_tiled(probability, images, num_classes, tile, batch_size):
     """(N, H, W, C) uint8 -> (N, num_classes, H, W) uint16, 65535 = 1; the network sees a batch of tiles at a time.
 
-    tile: (height, width), multiples of 16; images that fit are seen whole, in one. Sides are padded to a multiple of 16 at
+    tile: (height, width), multiples of 16; images that fit are seen whole. Sides are padded to a multiple of 16 at
     their ends by replication, as the network itself does, so that every tile begins on one and all have one size.
     The sums of one row of tiles are kept, and those lines that the next row does not reach go to the result.
     """

@@ -564,7 +564,8 @@ def test_onnx_needs_no_torch(tmp_path):
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "torch.py").write_text("raise ImportError('no torch here')")
     path = {"PYTHONPATH": str(tmp_path / "blocked")}
-    run_script("predict.py", "--onnx", "grey.onnx", "a.png", "--probability", "--tta", cwd=tmp_path, env=path)
+    args = ("--onnx", "grey.onnx", "a.png", "--scale", "1", "--probability", "--tta")
+    run_script("predict.py", *args, cwd=tmp_path, env=path)
     found = read(tmp_path / "outputs" / "grey" / "predict" / "a_probability.png") / 65535
     np.testing.assert_allclose(found, image.mean(axis=2) / 255, atol=1e-4)
     (tmp_path / "blocked" / "onnxruntime.py").write_text("raise ImportError('not installed')")

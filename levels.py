@@ -27,9 +27,9 @@ PAPER = {  # Zhou et al. 2020: nuclei at 96 x 96, their mean IoU as read from a 
 }
 PAPER_COLUMNS = {"paper_parameters": "paper: parameters", "paper_miou": "paper: mean IoU"}
 NOTE = (
-    f"pruned models, and all heads averaged (mean). ms/image: median of {ROUNDS} interleaved rounds of one batch of "
+    f"Pruned models, and all heads averaged (mean). ms/image: median of {ROUNDS} interleaved rounds of one batch of "
     "{batch}, {device}; peak MB: weights and the most that the tensors of a batch hold at once; paper: Zhou et al. on "
-    "nuclei, 2020, mean IoU in per cent"
+    "nuclei, 2020, mean IoU in per cent."
 )
 
 

@@ -421,8 +421,8 @@ def main():
     finally:
         if run.rows:
             plot_curves(run.rows, folder / "curves.png", title=config["name"])
-    best = f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {run.rows[-1]['val_iou']:.4f}"
-    print(f"{best}; the run is in {folder}\npython val.py --name {config['name']}")
+    print(f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {run.rows[-1]['val_iou']:.4f}")
+    print(f"the run is in {folder}; evaluate it: python val.py --name {config['name']}")
 
 
 def chosen_split(config, folder):

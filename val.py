@@ -276,11 +276,13 @@ def compare_levels(model, loader, tables, device, amp, output):
     about = levels.NOTE.format(batch=len(images), device=device_name(device))
     print(f"\nlevels: {about}")
     print_table(levels.with_text(rows), columns)
-    print(f"{sentence}")
+    print(sentence)
     output.mkdir(parents=True, exist_ok=True)
     levels.draw(rows, output / "levels.png")
     picture = report.picture(report.file_uri(output / "levels.png"), "IoU, time, parameters and memory of each level")
-    return "Levels", picture + report.paragraph(sentence + " " + about) + report.table(levels.with_text(rows), columns)
+    return "Levels", picture + report.paragraph(sentence) + report.paragraph(about) + report.table(
+        levels.with_text(rows), columns
+    )
 
 
 def write_report(path, config, what, headline, by_epoch, by_class, items, curves, more=()):

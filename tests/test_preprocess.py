@@ -75,7 +75,6 @@ def zipped(files):
 def run(tmp_path, monkeypatch, capsys):
     """run("--raw", path, ...) in tmp_path -> (data set's folder, standard output). Errors are raised."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preprocess, "stop_on_sigterm", lambda: None)
 
     def call(*options, output="inputs/dsb2018_16"):
         size = [] if "--img_size" in options else ["--img_size", "16"]

@@ -119,7 +119,9 @@ def test_the_flags_that_its_users_know():
 def test_the_last_line_is_the_val_command_and_the_default_name_tells_data_and_model(go, capsys):
     go(TINY, "--epochs", 1, "--deep_supervision", "True")
     name = "tiny_NestedUNet_wDS"
-    assert capsys.readouterr().out.rstrip().split("\n")[-1] == f"python val.py --name {name}"
+    assert capsys.readouterr().out.rstrip().split("\n")[-1] == (
+        f"the run is in models/{name}; evaluate it: python val.py --name {name}"
+    )
     assert (MODELS / name / "model.pth").is_file()
 
 

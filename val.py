@@ -280,9 +280,8 @@ def compare_levels(model, loader, tables, device, amp, output):
     output.mkdir(parents=True, exist_ok=True)
     levels.draw(rows, output / "levels.png")
     picture = report.picture(report.file_uri(output / "levels.png"), "IoU, time, parameters and memory of each level")
-    return "Levels", picture + report.paragraph(sentence) + report.paragraph(about) + report.table(
-        levels.with_text(rows), columns
-    )
+    words = report.paragraph(sentence) + report.paragraph(about)
+    return "Levels", picture + words + report.table(levels.with_text(rows), columns)
 
 
 def write_report(path, config, what, headline, by_epoch, by_class, items, curves, more=()):

@@ -30,7 +30,9 @@ NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest 
 def list_ids(img_dir, img_ext):
     """The ids of a folder of images, sorted, because the order of a directory differs between machines."""
     if not Path(img_dir).is_dir():
-        raise FileNotFoundError(f"{img_dir}: no such folder; expected the images of a prepared data set there")
+        raise FileNotFoundError(
+            f"{img_dir}: no such folder; preprocess_dsb2018.py makes a data set (--download, --demo)"
+        )
     names = [path.name for path in Path(img_dir).iterdir() if path.is_file() and not path.name.startswith(".")]
     ids = sorted(name.removesuffix(img_ext) for name in names if name.endswith(img_ext) and name != img_ext)
     if not ids:

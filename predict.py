@@ -44,9 +44,7 @@ from utils import atomic_path
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # looked for in folders; a file may have any name
 TILE, OVERLAP = 256, 64  # pixels that the network sees
-FARTHEST = (
-    5  # times the training's scale that resizing may be off, in --mode auto; DSB2018's own pictures are up to 4.2
-)
+FARTHEST = 5  # times the training's scale that --mode auto resizes to; DSB2018's own pictures are up to 4.2 off
 MULTIPLE = 16  # what a network pads to; tiles that begin on it pool the same pixels together as the whole picture does
 HELD_BYTES = 2**28  # of decoded pictures that wait in one batch, whatever --batch_size
 OWN_FILES = re.compile(r"(images|objects)\.csv|.*_(mask|overlay|probability)(_\d+)?\.png", re.DOTALL)
@@ -59,12 +57,7 @@ def build_parser():
     a("paths", nargs="+", metavar="PATH", help="a picture, a folder of pictures or a pattern such as 'scans/*.tif'")
     a("--name", help="models/<name>; default: the newest run")
     a("--onnx", type=Path, metavar="FILE", help="a file of export.py instead of a run; needs ONNX Runtime")
-    a(
-        "--level",
-        choices=("1", "2", "3", "4", "mean"),
-        default="4",
-        help="the head that answers; default 4, the deepest",
-    )
+    a("--level", choices=("1", "2", "3", "4", "mean"), default="4", help="head that answers; default 4, the deepest")
     a("--mode", choices=("auto", "resize", "tile"), default="auto", help="default auto; see above")
     a("--scale", type=number(float, 1e-3, 100), help="take tiles, of so many pixels per pixel; default: as in training")
     a("--tta", action="store_true", help="average the eight flips and rotations: eight times the work")

@@ -57,8 +57,8 @@ def plain_epoch(options):
     import torchvision
     from torchvision.transforms import v2
 
+    from devices import pick_device
     from folders import MEAN, STD, list_pictures
-    from utils import pick_device
 
     device = pick_device(options.device)
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
@@ -104,12 +104,13 @@ def our_epoch(options, words):
     import torch
 
     import transfer_resnet18 as script
-    from utils import pick_device
+    from devices import pick_amp, pick_device
 
     config = script.new_config(
         *parse_options(script.build_parser, ["--data_dir", options.data_dir, "--device", options.device, *words])
     )
-    device, amp = pick_device(config["device"]), script.PRECISIONS[config["amp"]]
+    device = pick_device(config["device"])
+    amp = pick_amp(config["amp"], device)
     datasets, classes, _ = script.build_data(config)
     model = script.ResNet18(len(classes), config["freeze_bn"], config["mirror"]).to(device)
     model.to(memory_format=torch.channels_last if amp else torch.contiguous_format)

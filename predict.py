@@ -84,8 +84,8 @@ def torch_probability(options):
 
     from archs import probabilities
     from dataset import standardise
+    from devices import pick_amp, pick_device
     from runs import newest_run
-    from utils import pick_amp, pick_device
     from val import load_trained
 
     device = pick_device(options.device)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from utils import pick_amp, pick_device, read_yaml
+from devices import pick_amp, pick_device
+from utils import read_yaml
 
 MODELS = Path("models")
 MAKERS = {  # what only the config.yml of one script's runs holds, and a command that makes such a run

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from archs import ARCHS, DEEPEST, as_heads, build_model
 from cli import Parser, number, parse_options, run_script
 from dataset import build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
+from devices import device_name, environment, pick_amp, pick_device
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
@@ -26,11 +27,7 @@ from runs import earlier_files, resolve_machine, resumed, run_folder
 from utils import (
     atomic_path,
     count_params,
-    device_name,
-    environment,
     load_checkpoint,
-    pick_amp,
-    pick_device,
     read_yaml,
     save_checkpoint,
     seed_everything,

@@ -29,17 +29,14 @@ import folders
 import report
 from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
 from cli import Parser, number, parse_options, run_script
+from devices import device_name, environment, pick_amp, pick_device
 from folders import set_epoch, to_device
 from resnet18 import ResNet18, fill_body, grad_cam
 from runs import earlier_files, newest_run, resolve_machine, resumed, run_folder
 from utils import (
     atomic_path,
     count_params,
-    device_name,
-    environment,
     load_checkpoint,
-    pick_amp,
-    pick_device,
     read_yaml,
     save_checkpoint,
     seed_everything,

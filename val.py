@@ -22,6 +22,7 @@ import report
 from archs import DEPTH, as_heads, build_model, probabilities
 from cli import Parser, number, parse_options, run_script
 from dataset import build_dataset, check_split, list_ids, make_loader
+from devices import device_name, pick_amp, pick_device
 from images import write_png
 from losses import LOSSES, mean_over_heads
 from metrics import (
@@ -38,7 +39,7 @@ from metrics import (
     summarise,
 )
 from runs import newest_run, run_folder
-from utils import atomic_path, device_name, load_checkpoint, pick_amp, pick_device, read_yaml
+from utils import atomic_path, load_checkpoint, read_yaml
 
 HEADINGS = {  # of the printed table; the definitions follow it
     "iou": "IoU",

@@ -4,6 +4,7 @@ from conftest import run_script, write_data_set
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
+
+# A shell's background job ignores Ctrl-C, and what it starts inherits that: the scripts under test shall not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_script(script, *args, cwd, ok=True, env=None, timeout=300):

@@ -4,13 +4,14 @@ folder = run_folder("run1")    # models/run1; ValueError for a name that climbs 
 config = resolve_machine({"device": "auto", "amp": "auto", "num_workers": -1})
 """
 
+import csv
 import os
 from pathlib import Path
 
 import torch
 
 from devices import pick_amp, pick_device
-from utils import read_yaml
+from utils import atomic_path, read_yaml
 
 MODELS = Path("models")
 MAKERS = {  # what only the config.yml of one script's runs holds, and a command that makes such a run
@@ -78,3 +79,11 @@ def resumed(config, folder, options, given, free, leave_out):
             "leave them out, or start a new run under another --name"
         )
     return config | {key: value for key, value in asked.items() if key in free and value != -1}
+
+
+def write_log(rows, path):
+    """log.csv, whole or not at all: a line for each of the rows, dicts with the same keys."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

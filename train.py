@@ -10,7 +10,6 @@ import math
 import time
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
@@ -23,9 +22,8 @@ from devices import device_name, environment, pick_amp, pick_device
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
-from runs import earlier_files, resolve_machine, resumed, run_folder
+from runs import earlier_files, resolve_machine, resumed, run_folder, write_log
 from utils import (
-    atomic_path,
     count_params,
     load_checkpoint,
     read_yaml,
@@ -311,12 +309,8 @@ class Run:
             self.best_iou, self.best_epoch = row["val_iou"], row["epoch"]
             save_checkpoint(folder / "model.pth", self.judged.state_dict())
         save_checkpoint(folder / "last.pth", self.state())
-        self.write_log(folder)
+        write_log(self.rows, folder / "log.csv")
         return better
-
-    def write_log(self, folder):
-        with atomic_path(folder / "log.csv") as temporary:
-            pd.DataFrame(self.rows).to_csv(temporary, index=False)
 
     def over(self):
         """Why no further epoch is due, or None."""
@@ -395,7 +389,7 @@ def main():
             run.load_state(load_checkpoint(folder / "last.pth"))
         except (KeyError, TypeError, AttributeError, RuntimeError):
             raise ValueError(f"{folder}/last.pth does not hold the training that config.yml describes") from None
-        run.write_log(folder)  # a kill may have come between the two files
+        write_log(run.rows, folder / "log.csv")  # a kill may have come between the two files
         print(f"resuming {folder} after epoch {run.epoch}")
     else:
         folder.mkdir(parents=True, exist_ok=True)

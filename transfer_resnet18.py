@@ -32,7 +32,7 @@ from cli import Parser, number, parse_options, run_script
 from devices import device_name, environment, pick_amp, pick_device
 from folders import set_epoch, to_device
 from resnet18 import ResNet18, fill_body, grad_cam
-from runs import earlier_files, newest_run, resolve_machine, resumed, run_folder
+from runs import earlier_files, newest_run, resolve_machine, resumed, run_folder, write_log
 from utils import (
     atomic_path,
     count_params,
@@ -415,13 +415,6 @@ def fit(config, model, datasets, folder, resume):
         raise SystemExit(130) from None
     report.plot_curves(rows, folder / "curves.png", title=config["name"])
     return rows
-
-
-def write_log(rows, path):
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 # ---------------------------------------------------------------- what came out

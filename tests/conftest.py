@@ -3,15 +3,19 @@
 from conftest import run_script, write_data_set
 """
 
+import contextlib
+import http.server
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -72,3 +76,27 @@ def tiny_data(tmp_path):
     """Six 32 x 32 RGB images and masks of one class in tmp_path/inputs/tiny -> that folder."""
     write_data_set(tmp_path / "inputs" / "tiny")
     return tmp_path / "inputs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As the processes of run_script have: the sums of two threads round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """An HTTP server of this machine that answers with `handler`, in a thread; `url` is its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -3,11 +3,11 @@
 import http.server
 import socket
 import stat
-import threading
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import serving
 
 import download
 from download import check_zip, fetch, safe_extract
@@ -56,15 +56,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(download, "RETRY_WAITS", (0, 0, 0))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.manners, server.etag, server.log = DATA, set(), '"v1"', []
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/data.zip"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as server:
+        server.content, server.manners, server.etag, server.log = DATA, set(), '"v1"', []
+        server.url += "/data.zip"
+        yield server
 
 
 def left_over(folder):

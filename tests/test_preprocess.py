@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from conftest import serving
 
 import download
 import preprocess_dsb2018 as preprocess
@@ -489,15 +489,9 @@ def server(tmp_path, monkeypatch):
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.cut, server.requests = {}, set(), []
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as server:
+        server.files, server.cut, server.requests = {}, set(), []
+        yield server
 
 
 def stage1_of(count):

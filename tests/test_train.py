@@ -22,15 +22,7 @@ import train
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 2 -b 4 --device cpu --amp off --ema 0.9"
 MODELS = Path("models")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes of run_script have: the sums of two threads round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from conftest import run_script, write_data_set
 import train
 import val
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAIN = "--width 4 --lr 0.03 --epochs 6 -b 2 --ema 0 --device cpu --amp off --input_h 47 --input_w 33"
 
 
@@ -26,15 +28,6 @@ def words(options):
 def call(monkeypatch, script, *options):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words(options)])
     script.main()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes of run_script have: the sums of two threads round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

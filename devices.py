@@ -8,6 +8,7 @@ torch is imported inside the functions that need it, so that `--help` starts fas
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -50,6 +51,21 @@ def pick_amp(name, device):
 def _cpuinfo():
     path = Path("/proc/cpuinfo")  # Linux only; elsewhere the answer is "nothing known"
     return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def keep_memory():
+    """Let the C library keep freed memory for the next tensor instead of returning it to the system and asking anew.
+
+    A training step frees and takes more than a gigabyte; with glibc's defaults the kernel clears those pages each time.
+    Nothing happens where the C library is another one, nor where MALLOC_... variables say what the user wants.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    import ctypes
+
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+        mallopt(option, value)
 
 
 def device_name(device):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from archs import ARCHS, DEEPEST, as_heads, build_model
 from cli import Parser, number, parse_options, run_script
 from dataset import build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
-from devices import device_name, environment, pick_amp, pick_device
+from devices import device_name, environment, keep_memory, pick_amp, pick_device
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
@@ -37,7 +37,14 @@ from val import evaluate, read_config
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
 FOUND_IN_DATA = ("mean", "std", "scale", "environment")  # what config.yml keeps beside the options
-FREE_ON_RESUME = {"name", "device", "num_workers", "cache", *ABOUT_THE_COMMAND}  # the result does not depend on them
+FREE_ON_RESUME = {
+    "name",
+    "device",
+    "num_workers",
+    "cache",
+    "checkpointing",
+    *ABOUT_THE_COMMAND,
+}  # the result does not depend on them
 
 
 def build_parser():
@@ -92,6 +99,7 @@ def build_parser():
     a("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; default auto")
     a("--channels_last", type=auto_or_bool, default="auto", help="memory layout; auto: with mixed precision")
     a("--compile", type=str2bool, default=False, help="torch.compile the model; default False")
+    a("--checkpointing", type=str2bool, default=False, help="less memory, more time, same results; default False")
     a("--cache", type=auto_or_bool, default="auto", help="keep decoded images in memory; auto: when they fit")
     a("--num_workers", type=number(int, -1, 1024), default=-1, help="loader processes; -1: 0 on a CPU, else up to 8")
     return parser
@@ -369,6 +377,7 @@ def main():
     folder = run_folder(config["name"])
     earlier = earlier_files(folder, RUN_FILES, options)
 
+    keep_memory()
     device = pick_device(config["device"])
     torch.backends.cudnn.benchmark = True  # all batches have one size: let cuDNN find its fastest convolutions
     seed_everything(config["seed"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from archs import ARCHS, DEPTH, NestedUNet, UNet, as_heads, build_model, probabilities
+from archs import ARCHS, DEPTH, NestedUNet, UNet, as_heads, build_model, probabilities, upsample
 from utils import count_params
 
 VARIANTS = [("UNet", False), ("NestedUNet", False), ("NestedUNet", True)]
@@ -387,3 +387,43 @@ def test_saved_and_loaded_gives_the_same(arch, deep, tmp_path):
 def test_depth_is_what_names_and_sizes_assume():
     """The names conv4_0, final4 and L4 and the multiple 16 above are those of four downsamplings."""
     assert DEPTH == 4 and {name for name, _ in NestedUNet(width=1).named_children()} >= {"conv4_0", "conv0_4"}
+
+
+# ---------------------------------------------------------------- training faster, and in less memory
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 5), (4, 4)], ids=str)
+def test_the_gradient_of_upsampling_is_that_of_interpolation(layout, size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    torch.testing.assert_close(upsample(x), doubled(x), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(upsample, x)
+    seen = torch.randn(2, 7, 2 * size[0], 2 * size[1], dtype=torch.float64).to(memory_format=layout)[:, 2:5]
+    (own,) = torch.autograd.grad(upsample(x), x, seen)
+    (expected,) = torch.autograd.grad(doubled(x), x, seen)
+    torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+def test_checkpointing_changes_no_result_and_keeps_fewer_bytes(arch, deep):
+    """Outputs, gradients and running statistics to the last bit: no batch norm sees a batch twice."""
+    keys = {"arch": arch, "num_classes": 1, "input_channels": 3, "deep_supervision": deep, "width": 4}
+    usual, checkpointed = build_model(keys), build_model({**keys, "checkpointing": True})
+    checkpointed.load_state_dict(usual.state_dict())
+    images, kept = torch.randn(2, 3, 32, 48), {}
+
+    for name, model in (("usual", usual), ("checkpointed", checkpointed)):
+        storages = {}
+
+        def note(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            sum(head.square().mean() for head in as_heads(model(images))).backward()
+        kept[name] = sum(storages.values())
+    for (name, a), b in zip(usual.named_parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+    for (name, a), b in zip(usual.named_buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert kept["checkpointed"] < 0.9 * kept["usual"]

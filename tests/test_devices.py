@@ -1,8 +1,13 @@
 """devices.py: what is picked on machines with and without GPUs, and what is written down."""
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 
 import devices
 from devices import device_name, environment, pick_amp, pick_device
@@ -82,3 +87,32 @@ def test_environment_is_plain_and_says_what_ran(tmp_path):
     assert (
         found["device"] == device_name(torch.device("cpu")) and f"{torch.get_num_threads()} threads" in found["device"]
     )
+
+
+COUNT_FAULTS = """
+import resource
+import torch
+from devices import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+keep_memory()
+faults()
+print(usual, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_kept_memory_is_not_asked_for_anew(tmp_path):
+    """Eight times the same 64 MB: with memory kept, hardly a page of it is new to the process."""
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COUNT_FAULTS]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    usual, kept = map(int, result.stdout.split())
+    assert kept < usual / 10

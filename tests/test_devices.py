@@ -102,8 +102,7 @@ def faults():
 
 usual = faults()
 keep_memory()
-faults()
-print(usual, faults())
+print(usual, min(faults() for _ in range(5)))  # the first time is new, and the kernel may move pages at any time
 """
 
 

@@ -98,7 +98,7 @@ def build_parser():
     a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default auto")
     a("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; default auto")
     a("--channels_last", type=auto_or_bool, default="auto", help="memory layout; auto: with mixed precision")
-    a("--compile", type=str2bool, default=False, help="torch.compile the model; default False")
+    a("--compile", type=str2bool, default=False, help="torch.compile; a CPU gains nothing; default False")
     a("--checkpointing", type=str2bool, default=False, help="less memory, more time, same results; default False")
     a("--cache", type=auto_or_bool, default="auto", help="keep decoded images in memory; auto: when they fit")
     a("--num_workers", type=number(int, -1, 1024), default=-1, help="loader processes; -1: 0 on a CPU, else up to 8")
@@ -237,12 +237,14 @@ def averaged(model, decay):
     Its memory is short at first, min(decay, (1 + t) / (10 + t)) after t steps, so that short trainings profit too.
     """
 
-    def average(average_value, value, updates):
-        if not value.is_floating_point():
-            return value
-        return average_value.lerp(value, 1 - min(decay, (1 + float(updates)) / (10 + float(updates))))
+    def average(averages, values, updates):
+        if averages[0].is_floating_point():
+            updates = float(updates)
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + updates) / (10 + updates)))
+        else:  # numbers of batches
+            torch._foreach_copy_(averages, values)
 
-    return AveragedModel(model, avg_fn=average, use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 # ---------------------------------------------------------------- training

@@ -29,7 +29,7 @@ import folders
 import report
 from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
 from cli import Parser, number, parse_options, run_script
-from devices import device_name, environment, pick_amp, pick_device
+from devices import device_name, environment, keep_memory, pick_amp, pick_device
 from folders import set_epoch, to_device
 from resnet18 import ResNet18, fill_body, grad_cam
 from runs import earlier_files, newest_run, resolve_machine, resumed, run_folder, write_log
@@ -562,6 +562,7 @@ def main():
     options, given = parse_options(build_parser)
     if options.predict:
         return predict(options)
+    keep_memory()
     config = resumed_config(options, given) if options.resume else new_config(options, given)
     folder = run_folder(config["name"])
     earlier = earlier_files(folder, RUN_FILES, options)

@@ -22,7 +22,7 @@ import report
 from archs import DEPTH, as_heads, build_model, probabilities
 from cli import Parser, number, parse_options, run_script
 from dataset import build_dataset, check_split, list_ids, make_loader
-from devices import device_name, pick_amp, pick_device
+from devices import device_name, keep_memory, pick_amp, pick_device
 from images import write_png
 from losses import LOSSES, mean_over_heads
 from metrics import (
@@ -314,6 +314,7 @@ def main():
     options, _ = parse_options(build_parser)
     name = options.name or newest_run("arch")
     folder, output = run_folder(name), Path("outputs") / name
+    keep_memory()
     device = pick_device(options.device)
     amp = pick_amp(options.amp, device)
     level = "mean" if options.levels else options.level

@@ -399,3 +399,27 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, place):
     result = run_script("train.py", *TINY.split(), cwd=tmp_path, ok=False)
     assert len(result.stderr.strip().split("\n")) == 1 and "models" in result.stderr
     assert (tmp_path / "models").read_text() == "a file"
+
+
+def test_averaged_weights_by_hand():
+    """Decays of min(0.9, (1 + t) / (10 + t)) after t = 1, 2 ... updates, the first of which copies; counts are copied."""
+    model = torch.nn.BatchNorm2d(1)
+    ema, expected = train.averaged(model, 0.9), None
+    for t, value in enumerate((1.0, 5.0, -2.0, 4.0)):
+        with torch.no_grad():
+            model.weight.fill_(value)
+            model.running_var.fill_(value / 2)
+            model.num_batches_tracked.fill_(t)
+        ema.update_parameters(model)
+        decay = min(0.9, (1 + t) / (10 + t))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+        assert ema.module.weight.item() == pytest.approx(expected, rel=1e-6)
+        assert ema.module.running_var.item() == pytest.approx(expected / 2, rel=1e-6)
+        assert ema.module.num_batches_tracked.item() == t
+    for _ in range(200):
+        ema.update_parameters(model)
+    before = ema.module.weight.item()
+    with torch.no_grad():
+        model.weight.fill_(before + 1)
+    ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(before + 0.1, rel=1e-5)  # the long memory is the option's

@@ -402,7 +402,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, place):
 
 
 def test_averaged_weights_by_hand():
-    """Decays of min(0.9, (1 + t) / (10 + t)) after t = 1, 2 ... updates, the first of which copies; counts are copied."""
+    """Decays of min(0.9, (1 + t) / (10 + t)) after t = 1, 2 ... updates, the first copying; counts are copied."""
     model = torch.nn.BatchNorm2d(1)
     ema, expected = train.averaged(model, 0.9), None
     for t, value in enumerate((1.0, 5.0, -2.0, 4.0)):

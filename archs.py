@@ -240,3 +240,25 @@ def as_heads(output):
 def probabilities(output):
     """What a model returned -> (N, num_classes, H, W) float32 in [0, 1]: the mean over its heads of their sigmoids."""
     return torch.stack([torch.sigmoid(logits.float()) for logits in as_heads(output)]).mean(0)
+
+
+class EightWays(nn.Module):
+    """A model that looks at the eight flips and rotations by 90 degrees of a batch (test-time augmentation).
+
+    Each head's logits are those of the mean of its eight probabilities, in float32.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head_names = model, model.head_names
+
+    def forward(self, images):
+        total = None
+        for turns in range(4):
+            for flipped in (False, True):
+                turned = torch.rot90(images, turns, (2, 3))
+                turned = turned.flip(3) if flipped else turned
+                found = [torch.sigmoid(logits.float()) for logits in as_heads(self.model(turned))]
+                found = [torch.rot90(head.flip(3) if flipped else head, -turns, (2, 3)) for head in found]
+                total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+        return [torch.logit(head / 8, eps=1e-7) for head in total]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import levels
 import report
-from archs import DEPTH, as_heads, build_model, probabilities
+from archs import DEPTH, EightWays, as_heads, build_model, probabilities
 from cli import Parser, number, parse_options, run_script
 from dataset import build_dataset, check_split, list_ids, make_loader
 from devices import device_name, keep_memory, pick_amp, pick_device
@@ -69,6 +69,7 @@ def build_parser():
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--level", choices=LEVELS, help="prune to this head; mean: judge the average of all heads")
     group.add_argument("--levels", action="store_true", help="measure each level: accuracy, time, memory, parameters")
+    a("--tta", action="store_true", help="judge the mean over the eight flips and rotations: eight times the work")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default auto")
     a("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; default auto")
     a("--num_workers", type=number(int, 0, 1024), default=0, help="loader processes; default 0")
@@ -319,17 +320,25 @@ def main():
     amp = pick_amp(options.amp, device)
     level = "mean" if options.levels else options.level
     model, config = load_trained(name, device, level=level)
+    if options.tta:
+        if options.levels:
+            raise ValueError("--levels measures single passes; leave --tta out, or judge one level with --level")
+        model = EightWays(model)
     head = "mean" if options.level == "mean" else model.head_names[-1]  # the one that is judged
     criterion = LOSSES[config["loss"]]()
     dataset, what = chosen_images(options, config, folder)
     loader = make_loader(dataset, options.batch_size, num_workers=options.num_workers)
-    print(f"{folder}: {what}, {len(dataset)} images, {str(amp or 'float32').removeprefix('torch.')}")
+    print(
+        f"{folder}: {what}, {len(dataset)} images, {str(amp or 'float32').removeprefix('torch.')}"
+        + ", mean over eight flips and rotations" * options.tta
+    )
 
     predictions = Predictions(head)
     found = evaluate(model, loader, criterion, device, amp=amp, thresholds=THRESHOLDS, on_batch=predictions, label=name)
     by_epoch = {"best epoch (model.pth)": rows_of_heads(found["tables"])}
     if (folder / "last.pth").is_file():
         last, _ = load_trained(name, device, "last", level)
+        last = EightWays(last) if options.tta else last
         of_last = evaluate(last, loader, criterion, device, amp=amp, thresholds=THRESHOLDS, label=name)
         by_epoch["last epoch (last.pth)"] = rows_of_heads(of_last["tables"])
     table = found["tables"][head]

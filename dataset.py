@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from images import decode, foreground, squeeze, squeeze_mask, to_channels
 
+GROUPED = "grouped"  # what --split takes beside a file of ids
 NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest is counted
 
 
@@ -69,6 +71,26 @@ def check_split(content, source):
     return split
 
 
+def changes(split, ids, found, every=True):
+    """What differs from the data that a run's split.yml describes, in words, [] when nothing does.
+
+    split: the content of split.yml; ids: those of the folder now; found: {part: what Dataset.check found, now};
+    every: whether the split was of every image there was, so that others are new.
+    """
+    known = {img_id: part for part in ("train", "val", "test") for img_id in split.get(part) or ()}
+    missing, new = sorted(known.keys() - set(ids)), sorted(set(ids) - known.keys())
+    said = [f"{len(missing)} of its images are gone ({name_ids(missing, 3)})"] if missing else []
+    if new and every:
+        said.append(f"{len(new)} images are new ({name_ids(new, 3)})")
+    for part, now in found.items():
+        then = split.get("sizes", {}).get(part, now["sizes"])
+        if now["sizes"] != then:
+            said.append(f"the {part} images are {' and '.join(now['sizes'])}, then {' and '.join(then)}")
+        elif now["fingerprint"] != split.get("fingerprint", {}).get(part):
+            said.append(f"the {part} images or masks have other contents")
+    return said
+
+
 # ---------------------------------------------------------------- what a network sees
 
 
@@ -102,9 +124,19 @@ def _memory():
         return 8 * 2**30
 
 
+def is_two_valued(array):
+    """Are all values of (H, W[, C]) 0 and 255, or all 0 and 1, as in a mask? Alpha says nothing."""
+    values = array if array.ndim == 2 else array[..., :3]
+    sparse = values[::8, ::8]  # tells of most pictures that they are none
+    return any(np.isin(sparse, pair).all() and np.isin(values, pair).all() for pair in ((0, 255), (0, 1)))
+
+
+def name_ids(ids, at_most=NAMED_AT_MOST):
+    return ", ".join(ids[:at_most]) + (f" and {len(ids) - at_most} more" if len(ids) > at_most else "")
+
+
 def _named(problem, ids):
-    more = f" and {len(ids) - NAMED_AT_MOST} more" if len(ids) > NAMED_AT_MOST else ""
-    return f"{problem}, {len(ids)} of the ids: {', '.join(ids[:NAMED_AT_MOST])}{more}"
+    return f"{problem}, {len(ids)} of the ids: {name_ids(ids)}"
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -172,23 +204,28 @@ class Dataset(torch.utils.data.Dataset):
         """The item before augmentation: image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1."""
         return self._cache[index] if self._cache else self._read(self.img_ids[index])[:2]
 
-    def check(self, cache="auto"):
+    def check(self, cache="auto", each=None):
         """Read every file once, before the first step: raises ValueError naming all that is wrong with any of them.
 
         cache: True keeps the decoded arrays in memory, False does not, "auto" does when they take less than a quarter
-        of the machine's memory (or of 8 GB where that is not known).
-        Returns {"fingerprint", "mean", "std", "foreground", "bytes", "cached"}: a hash of ids and files, the channels'
-        statistics in [0, 1], the foreground fraction of each class, the decoded size and whether it is kept.
+        of the machine's memory (or of 8 GB where that is not known). each: called with every image, in order.
+        Returns {"fingerprint", "sizes", "mean", "std", "foreground", "two_valued", "bytes", "cached"}: a hash of ids
+        and files, how many images have which size in their files, the channels' statistics in [0, 1], the foreground
+        fraction of each class, the number of images in black and white alone, the decoded size, whether it is kept.
         """
-        problems, kept, sums, digests = {}, [], [], []
-        keep = cache is not False
+        problems, kept, sums, digests, sizes = {}, [], [], [], Counter()
+        keep, two_valued = cache is not False, 0
 
         for img_id, item in self._read_all():
             if isinstance(item, ValueError):
                 for problem in item.args:
                     problems.setdefault(problem, []).append(img_id)
                 continue
-            image, mask, digest = item
+            image, mask, digest, (height, width, black_and_white) = item
+            sizes[f"{width} x {height}"] += 1
+            two_valued += black_and_white
+            if each:
+                each(image)
             pixels = image.reshape(-1, image.shape[2]) / 255.0
             sums.append((len(pixels), pixels.sum(0), (pixels**2).sum(0), mask.sum((0, 1), dtype=np.int64)))
             digests.append(digest)
@@ -205,9 +242,11 @@ class Dataset(torch.utils.data.Dataset):
         mean = total / count
         return {
             "fingerprint": hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
+            "sizes": dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:NAMED_AT_MOST]),
             "mean": [round(float(value), 6) for value in mean],
             "std": [round(float(value), 6) for value in np.sqrt(np.maximum(squares / count - mean**2, 1e-6))],
             "foreground": [float(value) for value in covered / count],
+            "two_valued": two_valued,
             "bytes": size,
             "cached": bool(kept),
         }
@@ -227,7 +266,8 @@ class Dataset(torch.utils.data.Dataset):
                 yield from zip(ids, pool.map(read, ids), strict=True)
 
     def _read(self, img_id):
-        """-> image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1, digest of the files.
+        """-> image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1, digest of the files, and of the image
+        as stored (height, width, is it black and white alone).
 
         Raises a ValueError whose args are all that is wrong with this id's files.
         """
@@ -246,6 +286,7 @@ class Dataset(torch.utils.data.Dataset):
                 return None
 
         image, masks = content(self.img_dir / f"{img_id}{self.img_ext}", "image"), []
+        black_and_white = image is not None and is_two_valued(image)
         for k in range(self.num_classes):
             folder = self.mask_dir / str(k)
             mask = content(folder / f"{img_id}{self.mask_ext}", "mask")
@@ -253,16 +294,17 @@ class Dataset(torch.utils.data.Dataset):
                 continue
             if image is not None and mask.shape[:2] != image.shape[:2]:
                 problems.append(f"mask of another size than its image ({folder})")
-            values = mask if mask.ndim == 2 else mask[..., :3]  # alpha says nothing
-            if not (np.isin(values, (0, 255)).all() or np.isin(values, (0, 1)).all()):
-                problems.append(f"mask values other than 0 and 255, or 0 and 1 ({folder})")
+            if not is_two_valued(mask):
+                swapped = "; the image has these alone: are images and masks swapped?" if black_and_white else ""
+                problems.append(f"mask values other than 0 and 255, or 0 and 1 ({folder}{swapped})")
             masks.append(foreground(mask))
         if problems:
             raise ValueError(*problems)
+        about = (*image.shape[:2], black_and_white)
         image = to_channels(image, self.input_channels)
         if self.size and image.shape[:2] != tuple(self.size):
             image, masks = squeeze(image, self.size), [squeeze_mask(mask, self.size) for mask in masks]
-        return image, np.stack(masks, axis=2).astype(np.uint8), digest.digest()
+        return image, np.stack(masks, axis=2).astype(np.uint8), digest.digest(), about
 
 
 def build_dataset(config, ids, augment=False):

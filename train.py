@@ -7,6 +7,7 @@ python train.py --dataset my_cells --num_classes 2   # inputs/my_cells/{images,m
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from tqdm import tqdm
 
 from archs import ARCHS, DEEPEST, as_heads, build_model
 from cli import Parser, number, parse_options, run_script
-from dataset import build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
+from dataset import GROUPED, build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
 from devices import device_name, environment, keep_memory, pick_amp, pick_device
+from lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
@@ -36,6 +38,7 @@ from val import evaluate, read_config
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
+MOSTLY = 0.8  # a larger foreground is taken for a mistake
 FOUND_IN_DATA = ("mean", "std", "scale", "environment")  # what config.yml keeps beside the options
 FREE_ON_RESUME = {
     "name",
@@ -75,7 +78,7 @@ def build_parser():
     a("--dataset", default="dsb2018_96", help="a folder of inputs/; default dsb2018_96")
     a("--img_ext", default=".png", help="default .png")
     a("--mask_ext", default=".png", help="default .png")
-    a("--split", help="a split.yml of your own instead of the seeded 80/20 split")
+    a("--split", help="grouped: look-alikes on one side; or a split.yml of your own; default: a seeded 80/20 split")
     a("--split_seed", type=number(int, 0, 2**32 - 1), default=41, help="default 41")
 
     a = parser.add_argument_group("optimisation").add_argument
@@ -165,17 +168,17 @@ def resumed_config(options, given):
 
 
 def build_data(config, split):
-    """-> training and validation Dataset, checked and cached, and their fingerprints.
+    """-> training and validation Dataset, checked and cached, and what split.yml notes about them.
 
     Adds what was found in the data to config: mean, std and, where dataset.yml tells it, scale (pixels of the input
     for a pixel of the raw image).
     """
     folder = Path("inputs") / config["dataset"]
     train_set, val_set = build_dataset(config, split["train"], augment=True), build_dataset(config, split["val"])
-    results, problems = [], []
+    results, problems, sketches = [], [], Sketches()
     for dataset in (train_set, val_set):
         try:
-            results.append(dataset.check(config["cache"]))
+            results.append(dataset.check(config["cache"], sketches.add))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -197,7 +200,27 @@ def build_data(config, split):
     foreground = ", ".join(f"{part:.1%}" for part in found["foreground"])
     print(f"{folder}: {len(train_set)} training and {len(val_set)} validation images, {size:.0f} MB, {kept}")
     print(f"foreground of the training masks {foreground}; mean {config['mean']}, std {config['std']}")
-    return train_set, val_set, {"train": found["fingerprint"], "val": found_val["fingerprint"]}
+    for suspicion in suspicions(folder, found, found_val, len(train_set) + len(val_set)):
+        print(f"train.py: warning: {suspicion}", file=sys.stderr)
+    of_twins = twins(sketches, split["train"], split["val"])
+    print(about_twins(of_twins, len(val_set)))
+    about = {key: {"train": found[key], "val": found_val[key]} for key in ("fingerprint", "sizes")}
+    return train_set, val_set, {**about, "twins": of_twins}
+
+
+def suspicions(folder, found, found_val, count):
+    """What is no error, but most likely a mistake. found: what Dataset.check found in training and validation."""
+    said = []
+    if found["two_valued"] + found_val["two_valued"] == count:
+        said.append(f"all {count} images of {folder / 'images'} are black and white alone; are they masks?")
+    for k, (part, part_val) in enumerate(zip(found["foreground"], found_val["foreground"], strict=True)):
+        masks = folder / "masks" / str(k)
+        if part > MOSTLY:
+            said.append(f"{part:.1%} of the pixels of {masks} are foreground; are the masks inverted?")
+        for name, share in (("training", part), ("validation", part_val)):
+            if not share:
+                said.append(f"all {name} masks of {masks} are empty")
+    return said
 
 
 def start_from(model, config):
@@ -387,14 +410,14 @@ def main():
     split = chosen_split(config, folder if options.resume else None)
     if config["weights"] and not options.resume:
         start_from(model, config)
-    train_set, val_set, fingerprint = build_data(config, split)
+    train_set, val_set, about = build_data(config, split)
     loader_options = {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
     loader = make_loader(train_set, config["batch_size"], shuffle=True, seed=config["seed"], **loader_options)
     val_loader = make_loader(val_set, config["batch_size"], **loader_options)
     run = Run(config, model, len(loader), device)
 
     if options.resume:
-        if fingerprint != read_yaml(folder / "split.yml").get("fingerprint"):
+        if about["fingerprint"] != read_yaml(folder / "split.yml").get("fingerprint"):
             raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
         try:
             run.load_state(load_checkpoint(folder / "last.pth"))
@@ -407,7 +430,7 @@ def main():
         for path in earlier:
             path.unlink()
         write_yaml(folder / "config.yml", {**config, "environment": environment(device)})
-        write_yaml(folder / "split.yml", {**split, "fingerprint": fingerprint})
+        write_yaml(folder / "split.yml", {**split, **about})
 
     precision = "float32" if run.amp is None else f"{config['amp']} autocast"
     layout = "channels_last" if config["channels_last"] else "contiguous"
@@ -428,11 +451,17 @@ def main():
 
 
 def chosen_split(config, folder):
-    """The ids of a resumed run's split.yml, of the user's --split file, or of the seeded 80/20 split."""
-    if folder or config["split"]:
+    """The ids of a resumed run's split.yml, of the user's --split file, or of a seeded 80/20 split."""
+    if folder or config["split"] not in (None, GROUPED):
         path = folder / "split.yml" if folder else config["split"]
         return check_split(read_yaml(path), path)
-    return split_ids(list_ids(Path("inputs") / config["dataset"] / "images", config["img_ext"]), config["split_seed"])
+    ids = list_ids(Path("inputs") / config["dataset"] / "images", config["img_ext"])
+    if not config["split"]:
+        return split_ids(ids, config["split_seed"])
+    sketches = Sketches()
+    build_dataset(config, ids).check(cache=False, each=sketches.add)
+    print(about_groups(groups(sketches)))
+    return grouped_split(ids, sketches, config["split_seed"])
 
 
 def read_recipe(path):

@@ -21,7 +21,7 @@ import levels
 import report
 from archs import DEPTH, EightWays, as_heads, build_model, probabilities
 from cli import Parser, number, parse_options, run_script
-from dataset import build_dataset, check_split, list_ids, make_loader
+from dataset import GROUPED, build_dataset, changes, check_split, list_ids, make_loader, name_ids
 from devices import device_name, keep_memory, pick_amp, pick_device
 from images import write_png
 from losses import LOSSES, mean_over_heads
@@ -170,10 +170,13 @@ def chosen_images(options, config, folder):
         ids, part = list_ids(root / "images", config["img_ext"]), "all images"
     else:
         ids, part = check_split(run_split, folder / "split.yml")["val"], "validation images of the run"
+    there = list_ids(root / "images", config["img_ext"])
+    if missing := sorted(set(ids) - set(there)):
+        raise ValueError(f"{root / 'images'} lacks {len(missing)} of {len(ids)} {part}: {name_ids(missing)}")
     dataset = build_dataset({**config, "dataset": name}, ids)
-    fingerprint = dataset.check()["fingerprint"]
-    if run_split and fingerprint != run_split.get("fingerprint", {}).get("val"):
-        print(f"val.py: warning: the files of {root} have changed since {folder} was trained", file=sys.stderr)
+    found = dataset.check()
+    if run_split and (said := changes(run_split, there, {"val": found}, config.get("split") in (None, GROUPED))):
+        print(f"val.py: warning: {root} is not what {folder} was trained on: {'; '.join(said)}", file=sys.stderr)
     return dataset, f"{name}, {part}"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_data_set
+from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from dataset import (
@@ -16,6 +17,7 @@ from dataset import (
     Dataset,
     augmentation,
     build_dataset,
+    changes,
     check_split,
     list_ids,
     make_loader,
@@ -23,6 +25,7 @@ from dataset import (
     split_ids,
     standardise,
 )
+from images import read_picture, to_channels
 
 IDS = [f"img{number:02d}" for number in range(6)]
 
@@ -176,6 +179,34 @@ def test_forms_of_a_mask(tmp_path, form):
     assert dataset[0][1].tolist() == [plane.tolist()]
 
 
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "jpg"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_red_is_the_first_channel_whoever_wrote_the_file(tmp_path, ending, mode):
+    """Pillow writes; both readers of pictures, this one and predict.py's, agree with it on the order of the colours."""
+    if mode == "RGBA" and ending in ("jpg", "bmp"):
+        pytest.skip("no alpha in these files")
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / f"a.{ending}"
+    Image.new("RGB", (16, 16), (200, 120, 40)).convert(mode).save(path, **({"quality": 100} if ending == "jpg" else {}))
+    write(tmp_path / "masks" / "0" / "a.png", np.eye(16, dtype=np.uint8) * 255)
+    for size in (None, (8, 8)):
+        dataset = Dataset(["a"], tmp_path / "images", tmp_path / "masks", f".{ending}", ".png", 1, size=size)
+        dataset.check()
+        assert np.abs(dataset.arrays(0)[0].astype(int) - (200, 120, 40)).max() <= 2 * (ending == "jpg")
+        tensor = dataset[0][0]
+        assert tensor.mean((1, 2)).tolist() == pytest.approx([200 / 255, 120 / 255, 40 / 255], abs=0.01)
+    assert np.abs(to_channels(read_picture(path), 3).astype(int) - (200, 120, 40)).max() <= 2 * (ending == "jpg")
+
+
+def test_masks_of_0_and_1_and_of_0_and_255_may_stand_in_one_folder(cells):
+    folder, _, masks = cells
+    for number, img_id in enumerate(IDS[:3]):
+        write(folder / "masks" / "0" / f"{img_id}.png", masks[number, 0])
+    dataset = open_dataset(folder)
+    assert dataset.check()["foreground"] == [pytest.approx(masks[:, 0].mean())]
+    assert all(np.array_equal(dataset.arrays(k)[1][..., 0], masks[k, 0]) for k in range(6))
+
+
 # ---------------------------------------------------------------- the check before the first step
 
 
@@ -210,6 +241,54 @@ def test_all_that_is_wrong_is_in_one_message(cells):
         f"mask values other than 0 and 255, or 0 and 1 ({zero}), 1 of the ids: img04",
         f"mask values other than 0 and 255, or 0 and 1 ({one}), 1 of the ids: img05",
     }
+
+
+def test_swapped_folders_are_called_so(cells):
+    folder = cells[0]
+    (folder / "masks" / "0").rename(folder / "kept")
+    (folder / "images").rename(folder / "masks" / "0")
+    (folder / "kept").rename(folder / "images")
+    with pytest.raises(ValueError) as caught:
+        open_dataset(folder).check()
+    assert str(caught.value) == (
+        f"{folder}: mask values other than 0 and 255, or 0 and 1 ({folder / 'masks' / '0'}; the image has these alone: "
+        f"are images and masks swapped?), 6 of the ids: {', '.join(IDS)}"
+    )
+
+
+def test_black_and_white_images_and_sizes_are_counted(cells):
+    folder, images, masks = cells
+    assert open_dataset(folder).check()["two_valued"] == 0
+    write(folder / "images" / "img00.png", masks[0, 0] * 255)
+    write(folder / "images" / "img01.png", np.dstack([masks[1, 0]] * 3))
+    for img_id, kind in (("img02", "images"), ("img02", "masks/0")):
+        write(folder / kind / f"{img_id}.png", np.zeros((9, 7), np.uint8))
+    found = open_dataset(folder, size=(16, 16)).check()
+    assert found["two_valued"] == 3 and found["sizes"] == {"12 x 8": 5, "7 x 9": 1}
+    seen = []
+    open_dataset(folder, size=(16, 16)).check(each=seen.append)
+    assert [image.shape for image in seen] == [(16, 16, 3)] * 6
+
+
+def test_what_has_changed_is_said():
+    now = {"fingerprint": "0f", "sizes": {"96 x 96": 2}}
+    split = {"train": ["a", "b", "c", "d"], "val": ["e", "f"]}
+    split |= {"fingerprint": {"train": "1", "val": "0f"}, "sizes": {"train": {"96 x 96": 4}, "val": {"96 x 96": 2}}}
+    assert changes(split, list("fedcba"), {"val": now}) == []
+    assert changes(split, list("xyfe"), {"val": now}) == [
+        "4 of its images are gone (a, b, c and 1 more)",
+        "2 images are new (x, y)",
+    ]
+    assert changes(split, list("abcdefx"), {"val": now}, every=False) == []
+    assert changes(split | {"test": ["x"]}, list("abcdefx"), {"val": now}) == []
+    other = now | {"fingerprint": "2"}
+    assert changes(split, list("abcdef"), {"val": other}) == ["the val images or masks have other contents"]
+    larger = other | {"sizes": {"256 x 256": 1, "320 x 256": 1}}
+    assert changes(split, list("abcdef"), {"val": larger}) == [
+        "the val images are 256 x 256 and 320 x 256, then 96 x 96"
+    ]
+    del split["sizes"]  # a run of an earlier version
+    assert changes(split, list("abcdef"), {"val": larger}) == ["the val images or masks have other contents"]
 
 
 def test_many_ids_are_counted(cells):

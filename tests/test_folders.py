@@ -121,6 +121,14 @@ def test_modes_become_rgb(tmp_path, mode, value, expected):
     assert tuple(folders.read_picture(tmp_path / "a.png", 8)[:, 0, 0].tolist()) == expected
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp"])
+def test_red_is_the_first_channel(tmp_path, ending):
+    save(tmp_path / f"a.{ending}", (200, 200), (200, 120, 40))
+    for side in (200, 20):  # as it is, and shrunk while a JPEG is decoded
+        picture = folders.read_picture(tmp_path / f"a.{ending}", side)
+        assert (picture.float().mean((1, 2)) - torch.tensor([200.0, 120, 40])).abs().max() <= 2
+
+
 def test_sixteen_bits_become_eight(tmp_path):
     Image.fromarray(np.full((4, 4), 0x8040, np.uint16)).save(tmp_path / "a.png")
     assert folders.read_picture(tmp_path / "a.png", 8).unique().tolist() == [0x80]

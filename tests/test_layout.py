@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 FILES = sorted(path.name for path in REPOSITORY.glob("*.py"))
 GROUND = {"utils", "images", "devices"}  # import no file of the project
 SHARED = {"cli", "runs", "report", "download", "synthetic", "distributed"}  # for every stage
-SEGMENTATION = {"archs", "losses", "metrics", "dataset"}
+SEGMENTATION = {"archs", "losses", "metrics", "dataset", "lookalikes"}
 TRANSFER = {"folders", "resnet18", "classification"}
 
 MAY_IMPORT = {

@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -357,6 +358,41 @@ def test_mistakes_in_data_are_listed_together(go):
     assert not (MODELS / "no").exists()
 
 
+def test_suspicious_data_are_trained_on_and_said(go, capsys):
+    """Inverted masks, masks in both folders, and a validation part without anything to find."""
+    ids = write_data_set("inputs/odd", count=5)
+    split = yaml.safe_load((MODELS / "base" / "split.yml").read_text())
+    go(TINY, "--epochs 1 --name odd --overwrite")
+    assert "warning" not in capsys.readouterr().err
+    for path in Path("inputs/odd/masks/0").iterdir():
+        path.write_bytes(cv2.imencode(".png", 255 - cv2.imread(str(path), cv2.IMREAD_GRAYSCALE))[1].tobytes())
+    go(TINY, "--dataset odd --epochs 1 --name odd --overwrite")
+    assert re.search(
+        r"warning: 8\d\.\d% of the pixels of inputs/odd/masks/0 are foreground; are the masks inverted\?\n",
+        capsys.readouterr().err,
+    )
+    for img_id in ids:
+        shutil.copy(f"inputs/odd/masks/0/{img_id}.png", f"inputs/odd/images/{img_id}.png")
+    go(TINY, "--dataset odd --epochs 1 --name odd --overwrite")
+    said = capsys.readouterr().err
+    assert "warning: all 5 images of inputs/odd/images are black and white alone; are they masks?\n" in said
+    val = train.split_ids(ids)["val"]
+    for img_id in val:
+        Path(f"inputs/odd/masks/0/{img_id}.png").write_bytes(flat_mask(0))
+    go(TINY, "--dataset odd --epochs 1 --name odd --overwrite")
+    assert "warning: all validation masks of inputs/odd/masks/0 are empty\n" in capsys.readouterr().err
+
+
+def test_swapped_folders_stop_before_the_first_epoch(go):
+    write_data_set("inputs/swapped", count=5)
+    folder = Path("inputs/swapped")
+    (folder / "images").rename(folder / "kept")
+    (folder / "masks" / "0").rename(folder / "images")
+    (folder / "kept").rename(folder / "masks" / "0")
+    refused(go, TINY, "--dataset swapped", "--name no", match="are images and masks swapped")
+    assert not (MODELS / "no").exists()
+
+
 def flat_mask(value):
     return cv2.imencode(".png", np.full((32, 32), value, np.uint8))[1].tobytes()
 
@@ -375,6 +411,48 @@ def test_splits_of_ones_own(go):
     go(TINY, "--split", "split.yml", "--name", "split", "--epochs", 1)
     written = yaml.safe_load((MODELS / "split" / "split.yml").read_text())
     assert [written[part] for part in ("train", "val", "test")] == [ids[:5], ids[5:7], ids[7:]]
+
+
+def field(seed, side=32):
+    """Soft blots, bright where the mask is."""
+    blots = cv2.GaussianBlur(np.random.default_rng(seed).normal(size=(side, side)).astype(np.float32), (0, 0), 2)
+    level = 60 + 20 * (seed % 7)
+    picture = np.clip(level + 40 * blots / blots.std(), 0, 255).astype(np.uint8)
+    return np.dstack([picture, picture // (1 + seed % 3), picture]), (picture > level).astype(np.uint8) * 255
+
+
+def test_twins_on_both_sides_are_named_and_grouped_keeps_them_together(go, capsys):
+    folder = Path("inputs/twins")
+    for kind in ("images", "masks/0"):
+        (folder / kind).mkdir(parents=True)
+    for k in range(12):
+        picture, mask = field(k)
+        for copy, (a, b) in enumerate(((picture, mask), (picture[::-1], mask[::-1]))):
+            cv2.imwrite(str(folder / "images" / f"f{k:02d}_{copy}.png"), a)
+            cv2.imwrite(str(folder / "masks/0" / f"f{k:02d}_{copy}.png"), b)
+    options = f"{TINY} --dataset twins --epochs 1 --overwrite"
+    go(options, "--name leaky")
+    split = yaml.safe_load((MODELS / "leaky" / "split.yml").read_text())
+    other = {img_id: img_id[:-1] + str(1 - int(img_id[-1])) for img_id in split["train"] + split["val"]}
+    expected = {img_id: other[img_id] for img_id in split["val"] if other[img_id] in split["train"]}
+    assert len(expected) >= 3 and split["twins"]["identical"] == expected
+    said = capsys.readouterr().out
+    assert f"look-alikes: {len(expected)} of 5 validation" in said and f"({len(expected)} the same pixels)" in said
+    assert min(expected) in said
+    for seed in (41, 5):
+        go(options, "--name grouped --split grouped --split_seed", seed)
+        grouped = yaml.safe_load((MODELS / "grouped" / "split.yml").read_text())
+        assert sorted(grouped["train"] + grouped["val"]) == sorted(other) and len(grouped["val"]) == 4
+        assert not {other[img_id] for img_id in grouped["val"]} & set(grouped["train"])
+        assert grouped["twins"] == {"identical": {}, "seam": {}, "alike": {}}
+        assert "groups of look-alikes" in capsys.readouterr().out
+    assert yaml.safe_load((MODELS / "grouped" / "config.yml").read_text())["split"] == "grouped"
+    go("--name grouped --resume")
+    assert "all 1 epochs are done" in capsys.readouterr().out
+    for path in (folder / "images").iterdir():
+        shutil.copy(folder / "images" / "f00_0.png", path)
+    refused(go, options, "--name no --split grouped", match="24 images fall into 1 groups of look-alikes")
+    assert not (MODELS / "no").exists()
 
 
 def test_other_mistakes(go):

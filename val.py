@@ -167,7 +167,7 @@ def chosen_images(options, config, folder):
         if not ids:
             raise ValueError(f"{options.split} has no `test:` ids; list the ids to evaluate there")
     elif options.dataset:
-        ids, part = list_ids(root / "images", config["img_ext"]), "all images"
+        ids, part = list_ids(root / "images", config["img_ext"]), "images of the folder"
     else:
         ids, part = check_split(run_split, folder / "split.yml")["val"], "validation images of the run"
     there = list_ids(root / "images", config["img_ext"])
@@ -177,7 +177,26 @@ def chosen_images(options, config, folder):
     found = dataset.check()
     if run_split and (said := changes(run_split, there, {"val": found}, config.get("split") in (None, GROUPED))):
         print(f"val.py: warning: {root} is not what {folder} was trained on: {'; '.join(said)}", file=sys.stderr)
+    if name == config["dataset"] and not run_split and (folder / "split.yml").is_file():
+        trained = set(read_yaml(folder / "split.yml").get("train", ()))
+        if seen := [img_id for img_id in ids if img_id in trained]:
+            about = f"{len(seen)} of {len(ids)} {part} were trained on by {folder}"
+            print(f"val.py: warning: {about}: {name_ids(seen, 3)}", file=sys.stderr)
     return dataset, f"{name}, {part}"
+
+
+def iou_by_twins(img_ids, table, folder):
+    """One line: pooled IoU of the images with and without a twin in training, as split.yml lists them; or None."""
+    of_way = read_yaml(folder / "split.yml").get("twins") or {}
+    twins = {img_id for pairs in of_way.values() for img_id in pairs}
+    has_twin = np.array([img_id in twins for img_id in img_ids])
+    if has_twin.all() or not has_twin.any():
+        return None
+    with_twin, without = (summarise(table[mask])["iou"] for mask in (has_twin, ~has_twin))
+    return (
+        f"IoU of the {has_twin.sum()} images with a look-alike in training {with_twin:.4f}, of the "
+        f"{(~has_twin).sum()} others {without:.4f}"
+    )
 
 
 # ---------------------------------------------------------------- results
@@ -360,6 +379,8 @@ def main():
         print(f"{HEADINGS[key]:<12}{text}")
     scores, (low, high) = summarise(table), bootstrap_interval(table)
     print(f"\nIoU {scores['iou']:.4f} ({low:.4f} to {high:.4f}, 95 % bootstrap over images), Dice {scores['dice']:.4f}")
+    if not (options.dataset or options.split) and (said := iou_by_twins(dataset.img_ids, table, folder)):
+        print(said)
     more = [compare_levels(model, loader, found["tables"], device, amp, output)] if options.levels else []
 
     predictions.write(output)

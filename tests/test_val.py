@@ -147,7 +147,7 @@ def test_no_figure_depends_on_the_batch_size(go):
 
 def test_newest_run_other_data_and_splits(go, place):
     assert go().out.startswith("models/one: one, validation images of the run, 2 images")
-    assert go("--dataset other").out.startswith("models/one: other, all images, 3 images")
+    assert go("--dataset other").out.startswith("models/one: other, images of the folder, 3 images")
     ids = [f"img{k:02d}" for k in range(6)]
     Path("mine.yml").write_text(yaml.safe_dump({"train": ids[:2], "val": ids[2:3], "test": ids[3:]}))
     assert go("--split mine.yml").out.startswith("models/one: one, test ids of mine.yml, 3 images")
@@ -198,6 +198,40 @@ def test_says_when_the_images_have_another_size(go):
     finally:
         shutil.rmtree("inputs/one")
         Path("kept").rename("inputs/one")
+
+
+def test_images_with_and_without_a_twin_are_scored_apart(go):
+    path = Path("models/two/split.yml")
+    before = path.read_text()
+    split = yaml.safe_load(before)
+    first, *others = split["val"]
+    none, way = {"identical": {}, "seam": {}, "alike": {}}, {"seam": {first: split["train"][0]}}
+    path.write_text(yaml.safe_dump({**split, "twins": none | way}))
+    try:
+        said = go("--name two --amp off").out
+        rows = pd.read_csv("outputs/two/metrics.csv").set_index("img_id")
+
+        def pooled(ids):
+            of = rows.loc[ids]
+            parts = [(of[f"intersection_{k}"].sum(), (of[f"predicted_{k}"] + of[f"true_{k}"]).sum()) for k in (0, 1)]
+            return np.mean([overlap / (total - overlap) for overlap, total in parts])
+
+        one, two = pooled([first]), pooled(others)
+        assert f"IoU of the 1 images with a look-alike in training {one:.4f}, of the 2 others {two:.4f}" in said
+        path.write_text(yaml.safe_dump({**split, "twins": none}))
+        assert "look-alike" not in go("--name two --amp off").out
+    finally:
+        path.write_text(before)
+
+
+def test_images_that_were_trained_on_are_named(go):
+    split = yaml.safe_load(Path("models/one/split.yml").read_text())
+    said = go("--name one --dataset one").err
+    assert (
+        f"warning: 4 of 6 images of the folder were trained on by models/one: {', '.join(sorted(split['train'])[:3])}"
+        in said
+    )
+    assert "warning" not in go("--name one --dataset other").err
 
 
 def test_bfloat16_and_float32_agree(go):

@@ -199,7 +199,7 @@ def groups(sketches):
 
 
 def kind_of(look):
-    """ "dark grey", "bright coloured" ...: by the median, and by how far the channels' quantiles lie apart."""
+    """dark or bright, by the median, and grey or coloured, by how far the channels' quantiles lie apart."""
     quantiles = look[: 3 * len(QUANTILES)].reshape(-1, 3)
     bright = quantiles[QUANTILES.index(50)].max() >= 80  # a value of 100
     coloured = (quantiles.max(1) - quantiles.min(1)).max() >= 12
@@ -237,7 +237,7 @@ def grouped_split(ids, sketches, seed):
     if not len(ids) / 10 <= len(val) <= len(ids) * 3 / 10:
         largest = max(map(len, members.values()))
         raise ValueError(
-            f"--split grouped: {len(ids)} images fall into {len(members)} groups of look-alikes, the largest of "
+            f"--split grouped: {len(ids)} images fall into {len(members)} group(s) of look-alikes, the largest of "
             f"{largest}; whole groups make {len(val)} images to validate, nowhere near a fifth; leave --split out, or "
             "give a --split FILE with ids of your own under `train:` and `val:`"
         )
@@ -247,7 +247,7 @@ def grouped_split(ids, sketches, seed):
 
 def about_groups(labels):
     sizes = np.unique(labels, return_counts=True)[1]
-    return f"{len(sizes)} groups of look-alikes, the largest of {sizes.max()} images"
+    return f"groups of look-alikes: {len(sizes)}, the largest of {sizes.max()} images"
 
 
 def about_twins(found, validated):

@@ -148,7 +148,7 @@ def test_twins_of_twins_are_one_group(slide):
     chain = Sketches([flat((100, 100, 100)), flat(10), flat((100, 100, 106)), flat((100, 100, 112)), flat(10)])
     assert np.abs(chain.looks[0] - chain.looks[3]).sum() > ALIKE  # joined by the one between
     assert groups(chain).tolist() == [0, 1, 0, 0, 1]
-    assert about_groups(groups(chain)) == "2 groups of look-alikes, the largest of 3 images"
+    assert about_groups(groups(chain)) == "groups of look-alikes: 2, the largest of 3 images"
 
 
 # ---------------------------------------------------------------- the split
@@ -193,7 +193,7 @@ def test_without_twins_it_is_a_plain_fifth():
 @pytest.mark.parametrize("sizes", [(10,), (40, 1), (5, 5)])
 def test_groups_too_large_to_split_say_so(sizes):
     ids, sketches = families(*sizes)
-    with pytest.raises(ValueError, match=f"fall into {len(sizes)} groups.*largest of {max(sizes)}.*--split FILE"):
+    with pytest.raises(ValueError, match=f"fall into {len(sizes)} group.*largest of {max(sizes)}.*--split FILE"):
         grouped_split(ids, sketches, 0)
 
 
@@ -209,7 +209,7 @@ def test_thousands_of_twins_are_no_burden():
     sketches.digests, sketches._looks, sketches._borders = (
         part * 1500 for part in (sketches.digests, sketches._looks, sketches._borders)
     )
-    assert about_groups(groups(sketches)) == "1 groups of look-alikes, the largest of 1500 images"
+    assert about_groups(groups(sketches)) == "groups of look-alikes: 1, the largest of 1500 images"
 
 
 # ---------------------------------------------------------------- the real images

@@ -445,14 +445,14 @@ def test_twins_on_both_sides_are_named_and_grouped_keeps_them_together(go, capsy
         assert sorted(grouped["train"] + grouped["val"]) == sorted(other) and len(grouped["val"]) == 4
         assert not {other[img_id] for img_id in grouped["val"]} & set(grouped["train"])
         assert grouped["twins"] == {"identical": {}, "seam": {}, "alike": {}}
-        assert "groups of look-alikes" in capsys.readouterr().out
+        assert "groups of look-alikes: " in capsys.readouterr().out
     assert yaml.safe_load((MODELS / "grouped" / "config.yml").read_text())["split"] == "grouped"
     go("--name grouped --resume")
     assert "all 1 epochs are done" in capsys.readouterr().out
     same = (folder / "images" / "f00_0.png").read_bytes()
     for path in (folder / "images").iterdir():
         path.write_bytes(same)
-    refused(go, options, "--name no --split grouped", match="24 images fall into 1 groups of look-alikes")
+    refused(go, options, "--name no --split grouped", match="24 images fall into 1 group")
     assert not (MODELS / "no").exists()
 
 

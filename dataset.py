@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from distributed import SharedBatches, local_processes, whole_batches
+from distributed import SharedBatches, WholeBatches, local_processes
 from images import decode, foreground, squeeze, squeeze_mask, to_channels
 
 NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest is counted
@@ -295,7 +295,7 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_m
         order = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
         batches = SharedBatches(order, batch_size)
     else:
-        batches = whole_batches(len(dataset), batch_size)
+        batches = WholeBatches(range(len(dataset)), batch_size)
     return Loader(
         dataset,
         batch_sampler=batches,

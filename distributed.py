@@ -192,12 +192,36 @@ def share(items):
     return items[start : start + each + (rank() < larger)]
 
 
-class SharedBatches:
+class WholeBatches:
+    """This process's part of the batches of a validation, as a DataLoader's batch_sampler; none comes twice.
+
+    sampler: the order of all items, the same in every process, with or without set_epoch; batches are cut from it.
+    """
+
+    def __init__(self, sampler, batch_size, drop_last=False):
+        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
+
+    def set_epoch(self, epoch):
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def _of_all(self, items):
+        """The batches of all processes."""
+        batches = [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
+        return batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches
+
+    def __len__(self):
+        return len(share(self._of_all(range(len(self.sampler)))))
+
+    def __iter__(self):
+        return iter(share(self._of_all(list(self.sampler))))
+
+
+class SharedBatches(WholeBatches):
     """This process's share of every batch of a training, as a DataLoader's batch_sampler.
 
-    sampler: the order of all items, the same in every process. Batches of batch_size are cut from it as for one
-    process, and each is shared. In a last batch of fewer items than processes, those without one take its first item,
-    since all must take part; with_shares says that theirs does not count.
+    The batches are those of one process, and each is cut into shares. In a last batch of fewer items than processes,
+    those without one take its first item, since all must take part; with_shares says that theirs does not count.
     """
 
     def __init__(self, sampler, batch_size, drop_last=False):
@@ -205,24 +229,17 @@ class SharedBatches:
             raise ValueError(
                 f"--batch_size {batch_size} is shared by {world_size()} processes; give at least {world_size()}"
             )
-        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
-
-    def set_epoch(self, epoch):
-        self.sampler.set_epoch(epoch)
-
-    def _cut(self, items):
-        batches = [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
-        return batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches
+        super().__init__(sampler, batch_size, drop_last)
 
     def __len__(self):
-        return len(self._cut(range(len(self.sampler))))
+        return len(self.sizes())
 
     def __iter__(self):
-        return iter([share(batch) or batch[:1] for batch in self._cut(list(self.sampler))])
+        return iter([share(batch) or batch[:1] for batch in self._of_all(list(self.sampler))])
 
     def sizes(self):
         """(items of this process that count, items of all processes) of each batch."""
-        return [(len(share(batch)), len(batch)) for batch in self._cut(range(len(self.sampler)))]
+        return [(len(share(batch)), len(batch)) for batch in self._of_all(range(len(self.sampler)))]
 
 
 def with_shares(loader):
@@ -240,8 +257,3 @@ def with_shares(loader):
         raise ValueError("several processes need a loader whose batch_sampler is a distributed.SharedBatches")
     for batch in loader:
         yield batch, len(batch[0]), len(batch[0])
-
-
-def whole_batches(count, batch_size):
-    """This process's part of the batches of items 0 ... count - 1, for a validation: none twice, none cut."""
-    return share([list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)])

@@ -61,18 +61,21 @@ def processes(device):
 
     device = _own_device(device)
     options = {"device_id": device} if device.type == "cuda" else {}
-    with _default_signals():  # nothing is to be tidied up yet
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    try:
+        with _default_signals():  # nothing is to be tidied up yet
+            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    except RuntimeError as error:
+        raise ConnectionError(f"torchrun's processes could not be connected: {error}") from None
     try:
         with contextlib.ExitStack() as stack:
             if not is_main():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield device
+        distributed.barrier()  # nobody leaves while another still waits for its numbers
     except RuntimeError as error:
         if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
             raise
         raise ConnectionError("another process of this training has ended; its own message says why") from None
-    distributed.barrier()  # nobody leaves while another still waits for its numbers
     distributed.destroy_process_group()
 
 

@@ -342,8 +342,8 @@ def run_epoch(model, loader, criterion, device, *, optimizer=None, scaler=None, 
         losses.append(loss.detach() * own)
         correct.append((logits.detach()[:own].argmax(1) == labels[:own]).sum())
         logits_of_all.append(logits.detach()[:own].float())
-    own = (torch.stack(losses).cpu(), torch.stack(correct).cpu(), torch.cat(logits_of_all).cpu()) if losses else None
-    losses, correct, logits = map(torch.cat, zip(*filter(None, gather(own)), strict=True))
+    mine = (torch.stack(losses).cpu(), torch.stack(correct).cpu(), torch.cat(logits_of_all).cpu()) if losses else None
+    losses, correct, logits = map(torch.cat, zip(*filter(None, gather(mine)), strict=True))
     return losses.sum().item() / len(logits), correct.sum().item() / len(logits), logits
 
 

@@ -10,6 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
+from distributed import is_main, speak_in_turn
+
 
 def number(kind, low=-math.inf, high=math.inf):
     """An argparse type: an int or a float (`kind`) within [low, high]; NaN and infinity are refused."""
@@ -34,6 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
+        speak_in_turn()
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
@@ -74,12 +77,15 @@ def run_script(main):
     """Run a script's main and exit: a user's mistake (ValueError, OSError) is one line on stderr and status 2.
 
     So is a GPU's or the machine's memory that does not suffice. Ctrl-C is status 130, SIGTERM 143. With DEBUG=1 in the
-    environment the traceback is shown instead.
+    environment the traceback is shown instead. Of torchrun's processes only the main one speaks of being stopped.
     """
     if os.environ.get("DEBUG"):
         sys.exit(main())
     name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, _terminate)
+    if is_main():
+        signal.signal(signal.SIGTERM, _terminate)
+    else:  # it writes no files: let it end even where it waits for the others inside a library
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         sys.exit(main())
     except KeyboardInterrupt as stop:
@@ -91,5 +97,6 @@ def run_script(main):
                 raise
             error = "the GPU's memory does not suffice; take a smaller --batch_size or image"
         message = " ".join(str(error).split()) or type(error).__name__
+        speak_in_turn()
         print(f"{name}: error: {message}", file=sys.stderr)
         sys.exit(2)

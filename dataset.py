@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from distributed import SharedBatches, WholeBatches, local_processes
 from images import decode, foreground, squeeze, squeeze_mask, to_channels
 
 GROUPED = "grouped"  # what --split takes beside a file of ids
@@ -208,7 +209,8 @@ class Dataset(torch.utils.data.Dataset):
         """Read every file once, before the first step: raises ValueError naming all that is wrong with any of them.
 
         cache: True keeps the decoded arrays in memory, False does not, "auto" does when they take less than a quarter
-        of the machine's memory (or of 8 GB where that is not known). each: called with every image, in order.
+        of the machine's memory (or of 8 GB where that is not known), shared by the processes on this machine.
+        each: called with every image, in order.
         Returns {"fingerprint", "sizes", "mean", "std", "foreground", "two_valued", "bytes", "cached"}: a hash of ids
         and files, how many images have which size in their files, the channels' statistics in [0, 1], the foreground
         fraction of each class, the number of images in black and white alone, the decoded size, whether it is kept.
@@ -230,7 +232,7 @@ class Dataset(torch.utils.data.Dataset):
             sums.append((len(pixels), pixels.sum(0), (pixels**2).sum(0), mask.sum((0, 1), dtype=np.int64)))
             digests.append(digest)
             size = (image.nbytes + mask.nbytes) * len(self)
-            keep = keep and (cache is True or size < _memory() / 4)
+            keep = keep and (cache is True or size < _memory() / 4 / local_processes())
             if keep:
                 kept.append((image, mask))
             else:
@@ -330,12 +332,16 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_m
     """Batches in order, or, with shuffle, in an order of each epoch's own drawn from (seed, epoch).
 
     The last batch may be smaller: no image is left out, however few there are. Call set_epoch(loader, epoch) first.
+    Under torchrun each process gets its share of every shuffled batch, or whole batches of those in order.
     """
-    sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed) if shuffle else None
+    if shuffle:  # the order of all images: one replica, since the batches are shared after they were drawn
+        order = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
+        batches = SharedBatches(order, batch_size)
+    else:
+        batches = WholeBatches(range(len(dataset)), batch_size)
     return Loader(
         dataset,
-        batch_size,
-        sampler=sampler,
+        batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
@@ -368,4 +374,4 @@ def _quiet_worker(worker_id):
 
 def set_epoch(loader, epoch):
     loader.dataset.set_epoch(epoch)
-    loader.sampler.set_epoch(epoch)
+    loader.batch_sampler.set_epoch(epoch)

@@ -7,7 +7,6 @@ dataset = Pictures(samples["train"], img_size=224, augmentation=augmentation(224
 image, label = dataset[5, 0]   # picture 0 as epoch 5 sees it: (3, 224, 224) float32, int
 """
 
-import math
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
+
+from distributed import gather, is_main, local_processes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]; the weights expect them
@@ -174,25 +175,27 @@ class Pictures(torch.utils.data.Dataset):
     """(3, img_size, img_size) float32 and the label of each sample; indices are (index, epoch) pairs or plain indices.
 
     Every file is decoded at construction, in threads, so that an unreadable one is reported before the training begins.
-    The shrunk pictures stay in memory while they fit in CACHE_BYTES, else files are read again each time.
+    The shrunk pictures stay in memory while they fit in CACHE_BYTES (of all processes of torchrun on this machine
+    together), else files are read again each time.
     augmentation: None gives the middle of each picture, the same in every epoch.
     """
 
     def __init__(self, samples, img_size, augmentation=None, seed=0, label="decode"):
         self.samples, self.img_size, self.augmentation, self.seed = samples, img_size, augmentation, seed
-        self.kept, self.bytes, broken = [], 0, []
+        self.kept, self.bytes, broken, room = [], 0, [], CACHE_BYTES / local_processes()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             pictures = threads.map(self._read_or_error, (path for path, _ in samples))
-            for picture in tqdm(pictures, label, len(samples), unit="img", leave=False, disable=None):
+            shown = {"unit": "img", "leave": False, "disable": not is_main() or None}
+            for picture in tqdm(pictures, label, len(samples), **shown):
                 if isinstance(picture, ValueError):
                     broken.append(picture)
-                elif self.bytes <= CACHE_BYTES:
+                elif self.bytes <= room:
                     self.kept.append(picture)
                     self.bytes += picture.nbytes
         if broken:
             more = f"; {len(broken) - 1} more files like it" if len(broken) > 1 else ""
             raise ValueError(f"{broken[0]}{more}; repair or remove it")
-        if self.bytes > CACHE_BYTES:
+        if self.bytes > room:
             self.kept = []
 
     def _read_or_error(self, path):
@@ -257,8 +260,8 @@ def to_device(images, device, amp):
 
 
 def set_epoch(loader, epoch):
-    """Tell the loader, or its sampler, the epoch, where it wants to know."""
-    for listener in (loader, getattr(loader, "sampler", None)):
+    """Tell the loader, or its sampler of items or batches, the epoch, where it wants to know."""
+    for listener in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         if hasattr(listener, "set_epoch"):
             listener.set_epoch(epoch)
 
@@ -266,33 +269,37 @@ def set_epoch(loader, epoch):
 class Features:
     """Batches of (features, labels) of a fixed body: computed once, or once an epoch where the pictures change.
 
-    Features are computed in large batches, in the pictures' order; the head then sees them in small ones, shuffled.
+    Features are computed in large batches, in the pictures' order, by all processes of torchrun together; the head then
+    sees them in the batches of `batch_sampler`, lists of indices or of (index, epoch) pairs.
     """
 
-    def __init__(self, body, loader, batch_size, device, amp, order=None, once=False):
-        self.body, self.loader, self.batch_size, self.device, self.amp = body, loader, batch_size, device, amp
-        self.order, self.once, self.kept = order, once, None
+    def __init__(self, body, loader, batch_sampler, device, amp, once=False):
+        self.body, self.loader, self.batch_sampler, self.device, self.amp = body, loader, batch_sampler, device, amp
+        self.once, self.kept = once, None
 
     def __len__(self):
-        return math.ceil(len(self.loader.dataset) / self.batch_size)
+        return len(self.batch_sampler)
 
     def set_epoch(self, epoch):
         set_epoch(self.loader, epoch)
-        self.order and self.order.set_epoch(epoch)
 
     @torch.no_grad()
     def compute(self):
+        """-> (N, 512) features and (N,) labels of all pictures, on the device."""
         features, labels = [], []
         for images, targets in self.loader:
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 features.append(self.body(to_device(images, self.device, self.amp)).float())
             labels.append(targets.to(self.device))
-        return torch.cat(features), torch.cat(labels)
+        parts = gather((torch.cat(features).cpu(), torch.cat(labels).cpu()) if features else None)
+        features, labels = zip(*filter(None, parts), strict=True)
+        return torch.cat(features).to(self.device), torch.cat(labels).to(self.device)
 
     def __iter__(self):
         if self.kept is None or not self.once:
             self.kept = self.compute()
         features, labels = self.kept
-        order = [index for index, _ in self.order] if self.order else range(len(labels))
-        order = torch.tensor(list(order), device=features.device)
-        return ((features[part], labels[part]) for part in order.split(self.batch_size))
+        for batch in self.batch_sampler:
+            indices = [index[0] if isinstance(index, tuple) else index for index in batch]
+            indices = torch.tensor(indices, device=features.device)
+            yield features[indices], labels[indices]

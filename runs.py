@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from devices import pick_amp, pick_device
+from distributed import local_processes
 from utils import atomic_path, read_yaml
 
 MODELS = Path("models")
@@ -55,7 +56,7 @@ def resolve_machine(config):
     if config.get("channels_last") == "auto":
         found["channels_last"] = amp is not None
     if config["num_workers"] < 0:  # on a CPU the workers would take the cores from the training
-        found["num_workers"] = 0 if device.type == "cpu" else min(8, os.cpu_count())
+        found["num_workers"] = 0 if device.type == "cpu" else min(8, max(1, os.cpu_count() // local_processes()))
     return config | found
 
 

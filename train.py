@@ -2,6 +2,7 @@
 
 python train.py --arch NestedUNet --deep_supervision True --name run1
 python train.py --name run1 --resume                 # go on with a stopped run
+torchrun --nproc_per_node=4 train.py --name run1     # on four GPUs, or in four processes
 python train.py --dataset my_cells --num_classes 2   # inputs/my_cells/{images,masks/0,masks/1}
 """
 
@@ -20,6 +21,17 @@ from archs import ARCHS, DEEPEST, as_heads, build_model
 from cli import Parser, number, parse_options, run_script
 from dataset import GROUPED, build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
 from devices import device_name, environment, keep_memory, pick_amp, pick_device
+from distributed import (
+    check_same,
+    copy_main,
+    gather,
+    is_main,
+    parallel,
+    processes,
+    sync_batch_norm,
+    with_shares,
+    world_size,
+)
 from lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
@@ -62,7 +74,7 @@ def build_parser():
     a("--weights", help="start from the weights of a run (its name) or a file")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="initial weights, order, augmentation (default 0)")
     a("--epochs", type=natural, default=60, help="default 60")
-    a("-b", "--batch_size", type=natural, default=16, help="default 16")
+    a("-b", "--batch_size", type=natural, default=16, help="of all processes together; default 16")
     a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better val_iou; 0: never")
 
     a = parser.add_argument_group("model").add_argument
@@ -105,6 +117,7 @@ def build_parser():
     a("--checkpointing", type=str2bool, default=False, help="less memory, more time, same results; default False")
     a("--cache", type=auto_or_bool, default="auto", help="keep decoded images in memory; auto: when they fit")
     a("--num_workers", type=number(int, -1, 1024), default=-1, help="loader processes; -1: 0 on a CPU, else up to 8")
+    a("--sync_bn", type=str2bool, default=False, help="torchrun: batch norm over the GPUs' batches; default False")
     return parser
 
 
@@ -278,35 +291,37 @@ def train_one_epoch(
 ):
     """One pass over the loader -> {"loss": mean over images, "iou": pooled IoU of the deepest head}.
 
-    Raises FloatingPointError, with the step, at a loss that is not finite.
+    Both are of all processes, and so is the error: FloatingPointError, with the step, at a loss that is not finite.
     """
     model.train()
-    counts, losses, sizes = PixelCounts(thresholds=(0.5,)), [], []
+    counts, parts, losses, sizes = PixelCounts(thresholds=(0.5,)), [], [], []
     look_every = 1 if device.type == "cpu" else 10  # looking at a loss waits for the GPU
-    with tqdm(total=len(loader.sampler), desc=label, unit="img", leave=False, disable=None) as bar:
-        for step, (images, masks, _) in enumerate(loader, 1):
+    with tqdm(total=len(loader.dataset), desc=label, unit="img", leave=False, disable=not is_main() or None) as bar:
+        for step, ((images, masks, _), own, total) in enumerate(with_shares(loader), 1):
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 heads = as_heads(model(images))
             loss = mean_over_heads(criterion, heads, masks)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            scaler.scale(loss * (own * world_size() / total)).backward()
             scaler.step(optimizer)
             scaler.update()
             if step_scheduler:
                 step_scheduler.step()
             if ema:
                 ema.update_parameters(model)
-            losses.append(loss.detach())
-            sizes.append(len(images))
-            counts.update(torch.sigmoid(heads[-1].detach()), masks)
-            bar.update(len(images))
+            parts.append(loss.detach() * (own / total))
+            sizes.append(total)
+            counts.update(torch.sigmoid(heads[-1].detach()[:own]), masks[:own])
+            bar.update(total)
             if step % look_every == 0 or step == len(loader):
-                values = torch.stack(losses).tolist()
-                if wrong := [k for k, value in enumerate(values, 1) if not math.isfinite(value)]:
-                    raise FloatingPointError(f"the loss is {values[wrong[0] - 1]} at step {wrong[0]}")
-                mean = sum(map(math.prod, zip(values, sizes, strict=True))) / sum(sizes)
-                iou = summarise(counts.table())["iou"]
+                found = gather((torch.stack(parts).tolist(), counts.table().sum(0, keepdims=True)))
+                losses += [sum(of_step) for of_step in zip(*(values for values, _ in found), strict=True)]
+                parts.clear()
+                if wrong := [k for k, value in enumerate(losses, 1) if not math.isfinite(value)]:
+                    raise FloatingPointError(f"the loss is {losses[wrong[0] - 1]} at step {wrong[0]}")
+                mean = sum(map(math.prod, zip(losses, sizes, strict=True))) / sum(sizes)
+                iou = summarise(sum(table for _, table in found))["iou"]
                 bar.set_postfix(loss=f"{mean:.4f}", iou=f"{iou:.4f}")
     return {"loss": mean, "iou": iou}
 
@@ -340,9 +355,11 @@ class Run:
         self.rows.append(row)
         if better := row["val_iou"] > self.best_iou:
             self.best_iou, self.best_epoch = row["val_iou"], row["epoch"]
-            save_checkpoint(folder / "model.pth", self.judged.state_dict())
-        save_checkpoint(folder / "last.pth", self.state())
-        write_log(self.rows, folder / "log.csv")
+        if is_main():
+            if better:
+                save_checkpoint(folder / "model.pth", self.judged.state_dict())
+            save_checkpoint(folder / "last.pth", self.state())
+            write_log(self.rows, folder / "log.csv")
         return better
 
     def over(self):
@@ -368,7 +385,8 @@ class Run:
 def fit(run, loader, val_loader, criterion, folder):
     """Train from run.epoch + 1 to the last epoch, writing log.csv, model.pth and last.pth after each."""
     config, device = run.config, run.device
-    model = torch.compile(run.model) if config["compile"] else run.model
+    model = parallel(run.model, device)
+    model = torch.compile(model) if config["compile"] else model
     each_step = run.scheduler if config["scheduler"] == "OneCycleLR" else None
     while not run.over():
         start, epoch = time.time(), run.epoch + 1
@@ -378,6 +396,7 @@ def fit(run, loader, val_loader, criterion, folder):
         parts = {"amp": run.amp, "scaler": run.scaler, "step_scheduler": each_step, "ema": run.ema, "label": label}
         try:
             trained = train_one_epoch(model, loader, criterion, run.optimizer, device, **parts)
+            copy_main(run.judged)
             judged = evaluate(run.judged, val_loader, criterion, device, amp=run.amp)
             if not math.isfinite(judged["loss"]):
                 raise FloatingPointError(f"the validation loss after step {len(loader)} is {judged['loss']}")
@@ -401,14 +420,20 @@ def main():
     config = resumed_config(options, given) if options.resume else new_config(options)
     folder = run_folder(config["name"])
     earlier = earlier_files(folder, RUN_FILES, options)
+    with processes(pick_device(config["device"])) as device:
+        train(*prepare(config, folder, earlier, device, options.resume), folder)
 
+
+def prepare(config, folder, earlier, device, resume):
+    """-> the Run, its training and its validation loader; a new run's folder holds its config and split afterwards."""
     keep_memory()
-    device = pick_device(config["device"])
     torch.backends.cudnn.benchmark = True  # all batches have one size: let cuDNN find its fastest convolutions
     seed_everything(config["seed"])
     model = build_model(config)
-    split = chosen_split(config, folder if options.resume else None)
-    if config["weights"] and not options.resume:
+    if config["sync_bn"]:
+        model = sync_batch_norm(model, device)
+    split = chosen_split(config, folder if resume else None)
+    if config["weights"] and not resume:
         start_from(model, config)
     train_set, val_set, about = build_data(config, split)
     loader_options = {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
@@ -416,25 +441,42 @@ def main():
     val_loader = make_loader(val_set, config["batch_size"], **loader_options)
     run = Run(config, model, len(loader), device)
 
-    if options.resume:
+    if resume:
         if about["fingerprint"] != read_yaml(folder / "split.yml").get("fingerprint"):
             raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
         try:
             run.load_state(load_checkpoint(folder / "last.pth"))
         except (KeyError, TypeError, AttributeError, RuntimeError):
             raise ValueError(f"{folder}/last.pth does not hold the training that config.yml describes") from None
-        write_log(run.rows, folder / "log.csv")  # a kill may have come between the two files
         print(f"resuming {folder} after epoch {run.epoch}")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in earlier:
-            path.unlink()
-        write_yaml(folder / "config.yml", {**config, "environment": environment(device)})
-        write_yaml(folder / "split.yml", {**split, **about})
+    same = {key: value for key, value in config.items() if key not in FREE_ON_RESUME - {"name"}}
+    check_same({**same, "environment": None, "data": about["fingerprint"], "epoch": run.epoch})
+    if is_main():
+        write_start(run, folder, earlier, {**split, **about}, resume)
 
     precision = "float32" if run.amp is None else f"{config['amp']} autocast"
     layout = "channels_last" if config["channels_last"] else "contiguous"
-    print(f"{config['arch']}, {count_params(model):,} parameters, {device_name(device)}, {precision}, {layout}")
+    many = f"{world_size()} processes, each on " if world_size() > 1 else ""
+    print(f"{config['arch']}, {count_params(model):,} parameters, {many}{device_name(device)}, {precision}, {layout}")
+    return run, loader, val_loader
+
+
+def write_start(run, folder, earlier, split, resume):
+    """What a run's folder holds before the first of its epochs; the files of an earlier run go."""
+    if resume:
+        write_log(run.rows, folder / "log.csv")  # a kill may have come between the two files
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in earlier:
+        path.unlink()
+    machine = environment(run.device) | ({"processes": world_size()} if world_size() > 1 else {})
+    write_yaml(folder / "config.yml", {**run.config, "environment": machine})
+    write_yaml(folder / "split.yml", split)
+
+
+def train(run, loader, val_loader, folder):
+    """Fit, and end with the curves and a word on where the run is or how it goes on."""
+    config = run.config
     try:
         fit(run, loader, val_loader, LOSSES[config["loss"]](), folder)
     except KeyboardInterrupt:
@@ -444,7 +486,7 @@ def main():
             print("\nno epoch was finished; start again with the same command and --overwrite")
         raise
     finally:
-        if run.rows:
+        if run.rows and is_main():
             plot_curves(run.rows, folder / "curves.png", title=config["name"])
     print(f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {run.rows[-1]['val_iou']:.4f}")
     print(f"the run is in {folder}; evaluate it: python val.py --name {config['name']}")

@@ -5,6 +5,7 @@ python transfer_resnet18.py --freeze --name ants_bees_frozen       # features fi
 python transfer_resnet18.py --data_dir my_pictures --name mine     # my_pictures/{train,val}/<class>/*.jpg
 python transfer_resnet18.py --name mine --predict a.jpg holiday/   # class and probability of new pictures
 python transfer_resnet18.py --demo                                 # generated pictures, offline, a minute
+torchrun --nproc_per_node=2 transfer_resnet18.py --name mine       # on two GPUs, or in two processes
 """
 
 import argparse
@@ -30,6 +31,20 @@ import report
 from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
 from cli import Parser, number, parse_options, run_script
 from devices import device_name, environment, keep_memory, pick_amp, pick_device
+from distributed import (
+    SharedBatches,
+    WholeBatches,
+    check_same,
+    copy_main,
+    gather,
+    is_main,
+    launched,
+    parallel,
+    processes,
+    sync_batch_norm,
+    with_shares,
+    world_size,
+)
 from folders import set_epoch, to_device
 from resnet18 import ResNet18, fill_body, grad_cam
 from runs import earlier_files, newest_run, resolve_machine, resumed, run_folder, write_log
@@ -74,7 +89,7 @@ def build_parser():
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="order, augmentation, initial weights (default 0)")
     a("--epochs", type=natural, help=f"default {_by_recipe('epochs')}")
-    a("-b", "--batch_size", type=natural, default=16, help="default 16")
+    a("-b", "--batch_size", type=natural, default=16, help="of all processes together; default 16")
 
     a = parser.add_argument_group("data").add_argument
     a("--data_dir", default="inputs/hymenoptera_data", help="{train,val}/<class>/; default inputs/hymenoptera_data")
@@ -109,6 +124,7 @@ def build_parser():
     a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default auto")
     a("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; default auto")
     a("--num_workers", type=number(int, -1, 1024), default=-1, help="loader processes; -1: 0 on a CPU, else up to 8")
+    a("--sync_bn", type=str2bool, default=False, help="torchrun: batch norm over the GPUs' batches; default False")
     return parser
 
 
@@ -142,6 +158,8 @@ def new_config(options, given):
     recipe = RECIPES[kind_of_training(argparse.Namespace(**config))]
     config.update({key: value for key, value in recipe.items() if config[key] is None})
     config["name"] = config["name"] or default_name(config["data_dir"])
+    if config["sync_bn"] and (config["freeze"] or config["freeze_bn"]):
+        raise ValueError("--sync_bn True needs batch norm that learns: leave out --freeze, give --freeze_bn False")
     return resolve_machine(config)
 
 
@@ -223,22 +241,23 @@ def build_loaders(config, datasets, model, device, amp):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
     workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
     workers["pin_memory"] = device.type == "cuda"
-    count, val = len(datasets["train"]), DataLoader(datasets["val"], 64, **workers)
-    order = folders.EpochSampler(count, config["seed"])
+    count, in_order = len(datasets["train"]), WholeBatches(range(len(datasets["val"])), 64)
+    # batch norm that learns its statistics cannot do so from one small picture at the end
+    drop_last = count % config["batch_size"] == 1 and count > 1 and not config["freeze_bn"] and not config["freeze"]
+    shuffled = SharedBatches(folders.EpochSampler(count, config["seed"]), config["batch_size"], drop_last)
+    val = DataLoader(datasets["val"], batch_sampler=in_order, **workers)
     if not config["freeze"]:
-        # batch norm that learns its statistics cannot do so from one small picture at the end
-        drop_last = count % config["batch_size"] == 1 and count > 1 and not config["freeze_bn"]
-        train = DataLoader(datasets["train"], config["batch_size"], sampler=order, drop_last=drop_last, **workers)
-        return {"train": train, "val": val}
+        return {"train": DataLoader(datasets["train"], batch_sampler=shuffled, **workers), "val": val}
     model.eval()
-    train = DataLoader(datasets["train"], 64, sampler=folders.EpochSampler(count, shuffle=False), **workers)
+    each_once = WholeBatches(folders.EpochSampler(count, shuffle=False), 64)
+    train = DataLoader(datasets["train"], batch_sampler=each_once, **workers)
 
     def body(images):
         return model.pool(model.maps(images))
 
     return {
-        "train": folders.Features(body, train, config["batch_size"], device, amp, order, once=not config["augment"]),
-        "val": folders.Features(model.features, val, 64, device, amp, once=True),
+        "train": folders.Features(body, train, shuffled, device, amp, once=not config["augment"]),
+        "val": folders.Features(model.features, val, in_order, device, amp, once=True),
     }
 
 
@@ -300,11 +319,16 @@ def build_optimizer(model, config):
 
 
 def run_epoch(model, loader, criterion, device, *, optimizer=None, scaler=None, amp=None, label=""):
-    """One pass over (images, labels) batches, learning when there is an optimizer -> loss, accuracy, (N, C) logits."""
+    """One pass over (images, labels) batches, learning when there is an optimizer -> loss, accuracy, (N, C) logits.
+
+    All three are those of all processes of torchrun; in a validation the logits stand in the loader's order.
+    """
     training = optimizer is not None
     model.train(training)
     losses, correct, logits_of_all = [], [], []
-    for images, labels in tqdm(loader, label, leave=False, disable=None):
+    batches = with_shares(loader) if training else ((batch, len(batch[1]), len(batch[1])) for batch in loader)
+    bar = {"total": len(loader), "leave": False, "disable": not is_main() or None}
+    for (images, labels), own, total in tqdm(batches, label, **bar):
         images, labels = to_device(images, device, amp), labels.to(device, non_blocking=True)
         with torch.set_grad_enabled(training):
             with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -312,14 +336,15 @@ def run_epoch(model, loader, criterion, device, *, optimizer=None, scaler=None, 
             loss = criterion(logits.float(), labels)
         if training:
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            scaler.scale(loss * (own * world_size() / total)).backward()
             scaler.step(optimizer)
             scaler.update()
-        losses.append(loss.detach() * len(labels))
-        correct.append((logits.detach().argmax(1) == labels).sum())
-        logits_of_all.append(logits.detach().float())
-    logits = torch.cat(logits_of_all)
-    return torch.stack(losses).sum().item() / len(logits), torch.stack(correct).sum().item() / len(logits), logits
+        losses.append(loss.detach() * own)
+        correct.append((logits.detach()[:own].argmax(1) == labels[:own]).sum())
+        logits_of_all.append(logits.detach()[:own].float())
+    mine = (torch.stack(losses).cpu(), torch.stack(correct).cpu(), torch.cat(logits_of_all).cpu()) if losses else None
+    losses, correct, logits = map(torch.cat, zip(*filter(None, gather(mine)), strict=True))
+    return losses.sum().item() / len(logits), correct.sum().item() / len(logits), logits
 
 
 def train_model(
@@ -341,9 +366,11 @@ def train_model(
     is told the epoch, 1, 2 ...  after_epoch(progress, better): called with everything that resuming needs, a dict that
     can be given back as `resume`, together with the best weights so far as resume["best"].
     A loss that is not finite raises ValueError, before anything of that epoch is kept. Best: the highest validation
-    accuracy, the first of equals.
+    accuracy, the first of equals. In a block of distributed.processes every process calls it: the loader to train on
+    needs a distributed.SharedBatches as its batch_sampler then, that to validate on a WholeBatches.
     """
     device = device or next(model.parameters()).device
+    together = parallel(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     progress, best = {"epoch": 0, "best_acc": -1.0, "best_epoch": 0, "rows": []}, None
@@ -356,7 +383,8 @@ def train_model(
         for loader in dataloaders.values():
             set_epoch(loader, epoch)
         learn = {"optimizer": optimizer, "scaler": scaler, "amp": amp}
-        loss, acc, _ = run_epoch(model, dataloaders["train"], criterion, device, label=label, **learn)
+        loss, acc, _ = run_epoch(together, dataloaders["train"], criterion, device, label=label, **learn)
+        copy_main(model)
         val_loss, val_acc, _ = run_epoch(model, dataloaders["val"], criterion, device, amp=amp, label=f"{label} val")
         if not (math.isfinite(loss) and math.isfinite(val_loss)):
             raise ValueError(
@@ -382,17 +410,21 @@ def train_model(
     return model, progress["rows"]
 
 
-def fit(config, model, datasets, folder, resume):
+def fit(config, model, datasets, folder, resume, device):
     """Train the model as the config says, keeping the run's files -> rows; the model ends with its best weights."""
-    device = pick_device(config["device"])
     amp = pick_amp(config["amp"], device)
+    model.to(device)
+    if config["amp"] != "off":
+        model.to(memory_format=torch.channels_last)
+    copy_main(model)
     loaders = build_loaders(config, datasets, model, device, amp)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
     optimizer, scheduler = build_optimizer(model, config)
+    many = f"{world_size()} processes, each on " if world_size() > 1 else ""
     trained = model.fc if config["freeze"] else model  # a frozen body is a fixed function: its features are the data
     print(
         f"ResNet-18, {count_params(model):,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, on "
-        f"{device_name(device)}: {'float32' if amp is None else config['amp'] + ' autocast, channels last'}"
+        f"{many}{device_name(device)}: {'float32' if amp is None else config['amp'] + ' autocast, channels last'}"
     )
     if resume:
         best = load_checkpoint(folder / "model.pth")
@@ -401,6 +433,8 @@ def fit(config, model, datasets, folder, resume):
         resume = {**resume, "best": best}
 
     def keep(progress, better):
+        if not is_main():
+            return
         write_log(progress["rows"], folder / "log.csv")
         if better:
             save_checkpoint(folder / "model.pth", model.state_dict())
@@ -413,16 +447,17 @@ def fit(config, model, datasets, folder, resume):
         go_on = "--resume" if (folder / "last.pth").is_file() else "--overwrite (there was no whole epoch yet)"
         print(f"\nstopped; python transfer_resnet18.py --name {config['name']} {go_on}", file=sys.stderr)
         raise SystemExit(130) from None
-    report.plot_curves(rows, folder / "curves.png", title=config["name"])
+    if is_main():
+        report.plot_curves(rows, folder / "curves.png", title=config["name"])
     return rows
 
 
 # ---------------------------------------------------------------- what came out
 
 
-def conclude(config, model, datasets, rows, folder):
+def conclude(config, model, datasets, rows, folder, device):
     """Print accuracy and confusion of the finished run and write outputs/<name>/report.html."""
-    device, classes, dataset = pick_device(config["device"]), config["classes"], datasets["val"]
+    classes, dataset = config["classes"], datasets["val"]
     amp = pick_amp(config["amp"], device)
     loader = DataLoader(dataset, 64)
     _, _, logits = run_epoch(model, loader, nn.CrossEntropyLoss(), device, amp=amp, label="best weights")
@@ -561,41 +596,53 @@ def write_predictions(rows, classes, target, shown=40):
 def main():
     options, given = parse_options(build_parser)
     if options.predict:
+        if launched() > 1:
+            raise ValueError("--predict runs in one process; start it without torchrun")
         return predict(options)
     keep_memory()
     config = resumed_config(options, given) if options.resume else new_config(options, given)
     folder = run_folder(config["name"])
     earlier = earlier_files(folder, RUN_FILES, options)
-    provide_data(options, config["data_dir"])
-    datasets, classes, fingerprint = build_data(config)
+    with processes(pick_device(config["device"])) as device:
+        if is_main():
+            provide_data(options, config["data_dir"])
+        gather(None)  # the others wait for the data
+        datasets, classes, fingerprint = build_data(config)
+        model, resume = build_trained(config, classes, fingerprint, folder if options.resume else None)
+        if config["sync_bn"]:
+            model = sync_batch_norm(model, device)
+        config.update(classes=classes, mean=list(folders.MEAN), std=list(folders.STD), data=fingerprint)
+        same = {key: value for key, value in config.items() if key not in FREE_ON_RESUME - {"name"}}
+        check_same({**same, "environment": None, "epoch": resume and resume["epoch"]})
+        if not resume and is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in earlier:
+                path.unlink()
+            machine = environment(device) | ({"processes": world_size()} if world_size() > 1 else {})
+            write_yaml(folder / "config.yml", {**config, "environment": machine})
+        rows = fit(config, model, datasets, folder, resume, device)
+    if is_main():
+        conclude(config, model, datasets, rows, folder, device)
+    return 0
 
+
+def build_trained(config, classes, fingerprint, folder):
+    """-> the model with the weights to start from, and the checkpoint of the run in `folder` to go on with, or None."""
     seed_everything(config["seed"])
     model = ResNet18(len(classes), config["freeze_bn"] or config["freeze"], config["mirror"])
-    resume = None
-    if options.resume:
-        resume = load_checkpoint(folder / "last.pth")
-        if not isinstance(resume, dict) or "rows" not in resume:
-            raise ValueError(f"{folder}/last.pth is no checkpoint of this script; start the run again with --overwrite")
-        if fingerprint != config["data"]:
-            now = f"{config['data']}, now {fingerprint}"
-            raise ValueError(f"{config['data_dir']} has changed since {folder} was trained ({now})")
-        fill_body(model, load_checkpoint(folder / "model.pth"), folder / "model.pth")
-        print(f"resuming {folder} after epoch {resume['epoch']}")
-    elif config["weights"] != "none":
-        load_weights(model, config["weights"])
-    device = pick_device(config["device"])
-    model.to(device)
-    if config["amp"] != "off":
-        model.to(memory_format=torch.channels_last)
-    if not resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in earlier:
-            path.unlink()
-        config.update(classes=classes, mean=list(folders.MEAN), std=list(folders.STD), data=fingerprint)
-        write_yaml(folder / "config.yml", {**config, "environment": environment(device)})
-    rows = fit(config, model, datasets, folder, resume)
-    conclude(config, model, datasets, rows, folder)
-    return 0
+    if not folder:
+        if config["weights"] != "none" and is_main():  # the others get them from this process, as the training starts
+            load_weights(model, config["weights"])
+        return model, None
+    resume = load_checkpoint(folder / "last.pth")
+    if not isinstance(resume, dict) or "rows" not in resume:
+        raise ValueError(f"{folder}/last.pth is no checkpoint of this script; start the run again with --overwrite")
+    if fingerprint != config["data"]:
+        now = f"{config['data']}, now {fingerprint}"
+        raise ValueError(f"{config['data_dir']} has changed since {folder} was trained ({now})")
+    fill_body(model, load_checkpoint(folder / "model.pth"), folder / "model.pth")
+    print(f"resuming {folder} after epoch {resume['epoch']}")
+    return model, resume
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from archs import DEPTH, EightWays, as_heads, build_model, probabilities
 from cli import Parser, number, parse_options, run_script
 from dataset import GROUPED, build_dataset, changes, check_split, list_ids, make_loader, name_ids
 from devices import device_name, keep_memory, pick_amp, pick_device
+from distributed import gather, launched
 from images import write_png
 from losses import LOSSES, mean_over_heads
 from metrics import (
@@ -129,12 +130,12 @@ def load_trained(name, device, which="best", level=None):
 
 @torch.inference_mode()
 def evaluate(model, loader, criterion, device, *, amp=None, thresholds=(0.5,), on_batch=None, label=None):
-    """Loss and pixel counts of every head over all images of a loader.
+    """Loss and pixel counts of every head over all images of a loader, of all processes where torchrun started several.
 
-    amp: the autocast dtype, or None for float32. on_batch(img_ids, {head: probabilities}, masks) sees every batch;
-    label: of a progress bar, or None. Returns {"loss": the criterion, mean over heads and images, "tables": {head:
-    int64 (images, classes, thresholds, 4)}} with the model's head_names, the deepest last, and, for more than one head,
-    "mean", the mean of their probabilities.
+    amp: the autocast dtype, or None for float32. on_batch(img_ids, {head: probabilities}, masks) sees every batch of
+    this process; label: of a progress bar, or None. Returns {"loss": the criterion, mean over heads and images,
+    "tables": {head: int64 (images, classes, thresholds, 4)}} with the model's head_names, the deepest last, and, for
+    more than one head, "mean", the mean of their probabilities.
     """
     model.eval()
     counts, losses = {}, []
@@ -150,8 +151,12 @@ def evaluate(model, loader, criterion, device, *, amp=None, thresholds=(0.5,), o
             counts.setdefault(name, PixelCounts(thresholds)).update(values, masks)
         if on_batch:
             on_batch(info["img_id"], of_head, masks)
-    tables = {name: count.table() for name, count in counts.items()}
-    return {"loss": torch.stack(losses).sum().item() / len(tables[model.head_names[-1]]), "tables": tables}
+    losses = torch.stack(losses).tolist() if losses else []  # under torchrun there may be more processes than batches
+    found = gather((losses, {name: count.table() for name, count in counts.items()}))
+    parts = [part for part in found if part[0]]  # put together they are in the images' order
+    tables = {name: np.concatenate([of_part[name] for _, of_part in parts]) for name in parts[0][1]}
+    loss = torch.tensor([value for of_part, _ in parts for value in of_part]).sum().item()
+    return {"loss": loss / len(tables[model.head_names[-1]]), "tables": tables}
 
 
 # ---------------------------------------------------------------- what to evaluate
@@ -335,6 +340,8 @@ def write_report(path, config, what, headline, by_epoch, by_class, items, curves
 
 def main():
     options, _ = parse_options(build_parser)
+    if launched() > 1:
+        raise ValueError("val.py evaluates in one process; start it without torchrun: python val.py")
     name = options.name or newest_run("arch")
     folder, output = run_folder(name), Path("outputs") / name
     keep_memory()

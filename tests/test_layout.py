@@ -8,8 +8,8 @@ import pytest
 from conftest import REPOSITORY
 
 FILES = sorted(path.name for path in REPOSITORY.glob("*.py"))
-GROUND = {"utils", "images", "devices"}  # import no file of the project
-SHARED = {"cli", "runs", "report", "download", "synthetic", "distributed"}  # for every stage
+GROUND = {"utils", "images", "devices", "distributed"}  # import no file of the project
+SHARED = {"cli", "runs", "report", "download", "synthetic"}  # for every stage
 SEGMENTATION = {"archs", "losses", "metrics", "dataset", "lookalikes"}
 TRANSFER = {"folders", "resnet18", "classification"}
 

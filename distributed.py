@@ -1,0 +1,262 @@
+"""Many processes, one training: everything that torchrun brings. Without it there is one process and nothing happens.
+
+torchrun --nproc_per_node=2 train.py --name run1
+
+    with processes(device) as device:                     # this process's GPU, or the CPU
+        loader = DataLoader(dataset, batch_sampler=SharedBatches(sampler, 16))
+        parallel_model = parallel(model, device)
+        for batch, own, total in with_shares(loader):
+            (loss * (own * world_size() / total)).backward()
+        every = gather(numbers)                           # one entry a process, in the order of the ranks
+
+What is computed does not depend on the number of processes: each global batch, its order and its augmentation are those
+of one process. Only batch norm sees a part of the batch, unless it is synchronised, and sums round differently.
+torch is imported inside the functions that need it, so that `--help` starts fast.
+"""
+
+import contextlib
+import os
+import time
+
+
+def launched():
+    """The number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+def is_main():
+    """Is this the one process that prints and writes files? Before, in and after the block of `processes`."""
+    return launched() == 1 or os.environ["RANK"] == "0"
+
+
+def local_processes():
+    """The number of processes that share this machine's memory and processor."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() > 1 else 1
+
+
+def speak_in_turn(seconds=10):
+    """Call before an error is told. The first process of a machine speaks at once, the others wait.
+
+    A mistake that all have made ends the first, torchrun then ends those that wait, and it was told once. One that
+    only this process has made is told after the wait.
+    """
+    if launched() > 1 and os.environ["LOCAL_RANK"] != "0":
+        time.sleep(seconds)
+
+
+# ---------------------------------------------------------------- the process group
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Join torchrun's processes for the length of a block -> the torch.device of this one.
+
+    NCCL connects GPUs, one a process, and Gloo CPUs. In all but the main process nothing is printed. ValueError for a
+    device that cannot be shared; ConnectionError when another process ends before its time.
+    """
+    if launched() == 1:
+        yield device
+        return
+    from torch import distributed
+
+    device = _own_device(device)
+    options = {"device_id": device} if device.type == "cuda" else {}
+    try:
+        with _default_signals():  # nothing is to be tidied up yet
+            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    except RuntimeError as error:
+        raise ConnectionError(f"torchrun's processes could not be connected: {error}") from None
+    try:
+        with contextlib.ExitStack() as stack:
+            if not is_main():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            yield device
+        distributed.barrier()  # nobody leaves while another still waits for its numbers
+    except RuntimeError as error:
+        if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise ConnectionError("another process of this training has ended; its own message says why") from None
+    distributed.destroy_process_group()
+
+
+def _own_device(device):
+    import torch
+
+    if device.type == "cpu":
+        return device
+    count = launched()
+    if device.type != "cuda" or device.index is not None:
+        raise ValueError(
+            f"--device {device} cannot be shared by {count} processes; give --device cuda (a GPU each) or cpu"
+        )
+    index, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if index >= there:
+        raise ValueError(
+            f"{local_processes()} processes on this machine, but it has {there} GPUs: --nproc_per_node={there}"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def _default_signals():
+    """SIGINT and SIGTERM end the process even where Python waits for a library and could not answer them."""
+    import signal
+
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def world_size():
+    """The number of processes of the group; 1 outside of the block of `processes`."""
+    if launched() == 1:
+        return 1
+    from torch import distributed
+
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank():
+    from torch import distributed
+
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+# ---------------------------------------------------------------- numbers that all must know
+
+
+def gather(value):
+    """[value of the first process, of the second, ...] in every process; any picklable value, of any size."""
+    if world_size() == 1:
+        return [value]
+    from torch import distributed
+
+    values = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def check_same(values):
+    """ValueError in every process unless all have the same dict; also: nobody goes on before all have come here."""
+    for other, found in enumerate(gather(values)):
+        if differing := ", ".join(key for key in values if found.get(key) != values[key]):
+            raise ValueError(
+                f"processes {rank()} and {other} differ in {differing}; start all with the same options and data"
+            )
+
+
+def copy_main(model):
+    """Give every process the parameters and buffers of the main one: batch norm's statistics differ between them."""
+    if world_size() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            dense = tensor.contiguous()  # channels_last weights are not
+            distributed.broadcast(dense, src=0)
+            tensor.copy_(dense)
+
+
+# ---------------------------------------------------------------- models
+
+
+def parallel(model, device):
+    """The model whose backward() averages the gradients of all processes; it shares its parameters with `model`."""
+    if world_size() == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def sync_batch_norm(model, device):
+    """The model with batch norm over the whole global batch. ValueError where PyTorch has no such thing."""
+    if device.type != "cuda":
+        raise ValueError(f"--sync_bn True needs GPUs: PyTorch's SyncBatchNorm does not run on {device.type}")
+    from torch.nn import SyncBatchNorm
+
+    return SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+# ---------------------------------------------------------------- who takes which images
+
+
+def share(items):
+    """This process's contiguous part of a list; the parts differ by one item at most, the first are the larger."""
+    count, each = world_size(), len(items) // world_size()
+    larger = len(items) % count  # parts that are one item longer
+    start = rank() * each + min(rank(), larger)
+    return items[start : start + each + (rank() < larger)]
+
+
+class WholeBatches:
+    """This process's part of the batches of a validation, as a DataLoader's batch_sampler; none comes twice.
+
+    sampler: the order of all items, the same in every process, with or without set_epoch; batches are cut from it.
+    """
+
+    def __init__(self, sampler, batch_size, drop_last=False):
+        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
+
+    def set_epoch(self, epoch):
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def _of_all(self, items):
+        """The batches of all processes."""
+        batches = [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
+        return batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches
+
+    def __len__(self):
+        return len(share(self._of_all(range(len(self.sampler)))))
+
+    def __iter__(self):
+        return iter(share(self._of_all(list(self.sampler))))
+
+
+class SharedBatches(WholeBatches):
+    """This process's share of every batch of a training, as a DataLoader's batch_sampler.
+
+    The batches are those of one process, and each is cut into shares. In a last batch of fewer items than processes,
+    those without one take its first item, since all must take part; with_shares says that theirs does not count.
+    """
+
+    def __init__(self, sampler, batch_size, drop_last=False):
+        if batch_size < world_size():
+            raise ValueError(
+                f"--batch_size {batch_size} is shared by {world_size()} processes; give at least {world_size()}"
+            )
+        super().__init__(sampler, batch_size, drop_last)
+
+    def __len__(self):
+        return len(self.sizes())
+
+    def __iter__(self):
+        return iter([share(batch) or batch[:1] for batch in self._of_all(list(self.sampler))])
+
+    def sizes(self):
+        """(items of this process that count, items of all processes) of each batch."""
+        return [(len(share(batch)), len(batch)) for batch in self._of_all(range(len(self.sampler)))]
+
+
+def with_shares(loader):
+    """Batches of a training, each with its number of own items that count and that of all processes.
+
+    A mean over the own items, weighted with own * world_size() / total, has gradients whose average over the processes
+    is the gradient of the mean over the global batch.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    if isinstance(batches, SharedBatches):
+        for batch, (own, total) in zip(loader, batches.sizes(), strict=True):
+            yield batch, own, total
+        return
+    if world_size() > 1:
+        raise ValueError("several processes need a loader whose batch_sampler is a distributed.SharedBatches")
+    for batch in loader:
+        yield batch, len(batch[0]), len(batch[0])

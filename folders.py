@@ -208,7 +208,12 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.samples)
 
     def _picture(self, index):
-        return self.kept[index] if self.kept else self._read(self.samples[index][0])
+        if self.kept:
+            return self.kept[index]
+        try:
+            return self._read(self.samples[index][0])
+        except ValueError as error:  # it was readable at the start: the files have changed since
+            raise OSError(str(error)) from None
 
     def seen(self, index):
         """What the network looks at in validation, for people: (img_size, img_size, 3) uint8."""
@@ -267,11 +272,12 @@ class Features:
     """Batches of (features, labels) of a fixed body: computed once, or once an epoch where the pictures change.
 
     Features are computed in large batches, in the pictures' order; the head then sees them in small ones, shuffled.
+    after_step(): called after each of the large ones; what it raises ends the training.
     """
 
-    def __init__(self, body, loader, batch_size, device, amp, order=None, once=False):
+    def __init__(self, body, loader, batch_size, device, amp, order=None, once=False, after_step=lambda: None):
         self.body, self.loader, self.batch_size, self.device, self.amp = body, loader, batch_size, device, amp
-        self.order, self.once, self.kept = order, once, None
+        self.order, self.once, self.kept, self.after_step = order, once, None, after_step
 
     def __len__(self):
         return math.ceil(len(self.loader.dataset) / self.batch_size)
@@ -287,6 +293,7 @@ class Features:
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 features.append(self.body(to_device(images, self.device, self.amp)).float())
             labels.append(targets.to(self.device))
+            self.after_step()
         return torch.cat(features), torch.cat(labels)
 
     def __iter__(self):

@@ -16,13 +16,13 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from archs import ARCHS, DEEPEST, as_heads, build_model
-from cli import Parser, number, parse_options, run_script
+from cli import Parser, Stops, number, parse_options, run_script
 from dataset import build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
 from devices import device_name, environment, keep_memory, pick_amp, pick_device
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
-from runs import earlier_files, resolve_machine, resumed, run_folder, write_log
+from runs import earlier_files, keeping, only_trainer, resolve_machine, resumed, run_folder, write_log
 from utils import (
     count_params,
     load_checkpoint,
@@ -251,11 +251,22 @@ def averaged(model, decay):
 
 
 def train_one_epoch(
-    model, loader, criterion, optimizer, device, *, amp=None, scaler=None, step_scheduler=None, ema=None, label=""
+    model,
+    loader,
+    criterion,
+    optimizer,
+    device,
+    *,
+    amp=None,
+    scaler=None,
+    step_scheduler=None,
+    ema=None,
+    label="",
+    after_step=lambda: None,
 ):
     """One pass over the loader -> {"loss": mean over images, "iou": pooled IoU of the deepest head}.
 
-    Raises FloatingPointError, with the step, at a loss that is not finite.
+    Raises FloatingPointError, with the step, at a loss that is not finite. after_step(): may end the training.
     """
     model.train()
     counts, losses, sizes = PixelCounts(thresholds=(0.5,)), [], []
@@ -285,6 +296,7 @@ def train_one_epoch(
                 mean = sum(map(math.prod, zip(values, sizes, strict=True))) / sum(sizes)
                 iou = summarise(counts.table())["iou"]
                 bar.set_postfix(loss=f"{mean:.4f}", iou=f"{iou:.4f}")
+            after_step()
     return {"loss": mean, "iou": iou}
 
 
@@ -342,20 +354,25 @@ class Run:
         self.rows, self.best_iou, self.best_epoch = state["rows"], state["best_iou"], state["best_epoch"]
 
 
-def fit(run, loader, val_loader, criterion, folder):
-    """Train from run.epoch + 1 to the last epoch, writing log.csv, model.pth and last.pth after each."""
+def fit(run, loader, val_loader, criterion, folder, check_stop=lambda *_: None):
+    """Train from run.epoch + 1 to the last epoch, writing log.csv, model.pth and last.pth after each.
+
+    check_stop(*_): called after each step and epoch, never while files are written; what it raises ends the training.
+    """
     config, device = run.config, run.device
     model = torch.compile(run.model) if config["compile"] else run.model
     each_step = run.scheduler if config["scheduler"] == "OneCycleLR" else None
     while not run.over():
         start, epoch = time.time(), run.epoch + 1
         set_epoch(loader, epoch)
+        torch.manual_seed(config["seed"] + epoch)  # what a network may draw (dropout) is resumed alike
         lr = run.optimizer.param_groups[0]["lr"]
         label = f"epoch {epoch}/{config['epochs']}"
         parts = {"amp": run.amp, "scaler": run.scaler, "step_scheduler": each_step, "ema": run.ema, "label": label}
+        parts["after_step"] = check_stop
         try:
             trained = train_one_epoch(model, loader, criterion, run.optimizer, device, **parts)
-            judged = evaluate(run.judged, val_loader, criterion, device, amp=run.amp)
+            judged = evaluate(run.judged, val_loader, criterion, device, amp=run.amp, on_batch=check_stop)
             if not math.isfinite(judged["loss"]):
                 raise FloatingPointError(f"the validation loss after step {len(loader)} is {judged['loss']}")
         except FloatingPointError as error:
@@ -370,6 +387,7 @@ def fit(run, loader, val_loader, criterion, folder):
         better = run.finish_epoch(row, folder)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         print(f"{label}  lr {lr:.1e}  {shown}{'*' if better else ' '} {row['seconds']:.1f} s", flush=True)
+        check_stop()
     print(run.over())
 
 
@@ -377,15 +395,21 @@ def main():
     options, given = parse_options(build_parser, read_config=read_recipe)
     config = resumed_config(options, given) if options.resume else new_config(options)
     folder = run_folder(config["name"])
-    earlier = earlier_files(folder, RUN_FILES, options)
+    with only_trainer(folder, RUN_FILES):
+        train(config, options, folder)
 
+
+def train(config, options, folder):
+    """The run in `folder` from its first or next epoch to its last."""
+    earlier = earlier_files(folder, RUN_FILES, options)
+    begun = options.resume and (folder / "last.pth").is_file()
     keep_memory()
     device = pick_device(config["device"])
     torch.backends.cudnn.benchmark = True  # all batches have one size: let cuDNN find its fastest convolutions
     seed_everything(config["seed"])
     model = build_model(config)
     split = chosen_split(config, folder if options.resume else None)
-    if config["weights"] and not options.resume:
+    if config["weights"] and not begun:
         start_from(model, config)
     train_set, val_set, fingerprint = build_data(config, split)
     loader_options = {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
@@ -393,36 +417,35 @@ def main():
     val_loader = make_loader(val_set, config["batch_size"], **loader_options)
     run = Run(config, model, len(loader), device)
 
-    if options.resume:
-        if fingerprint != read_yaml(folder / "split.yml").get("fingerprint"):
-            raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
+    if options.resume and fingerprint != read_yaml(folder / "split.yml").get("fingerprint"):
+        raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
+    if begun:
         try:
             run.load_state(load_checkpoint(folder / "last.pth"))
         except (KeyError, TypeError, AttributeError, RuntimeError):
             raise ValueError(f"{folder}/last.pth does not hold the training that config.yml describes") from None
         write_log(run.rows, folder / "log.csv")  # a kill may have come between the two files
         print(f"resuming {folder} after epoch {run.epoch}")
+    elif options.resume:
+        print(f"{folder} has no whole epoch yet: starting with the first")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         for path in earlier:
             path.unlink()
-        write_yaml(folder / "config.yml", {**config, "environment": environment(device)})
         write_yaml(folder / "split.yml", {**split, "fingerprint": fingerprint})
+        write_yaml(
+            folder / "config.yml", {**config, "environment": environment(device)}
+        )  # last: the run can be resumed
 
     precision = "float32" if run.amp is None else f"{config['amp']} autocast"
     layout = "channels_last" if config["channels_last"] else "contiguous"
     print(f"{config['arch']}, {count_params(model):,} parameters, {device_name(device)}, {precision}, {layout}")
-    try:
-        fit(run, loader, val_loader, LOSSES[config["loss"]](), folder)
-    except KeyboardInterrupt:
-        if (folder / "last.pth").is_file():
-            print(f"\nlast whole epoch kept; go on with: python train.py --name {config['name']} --resume")
-        else:
-            print("\nno epoch was finished; start again with the same command and --overwrite")
-        raise
-    finally:
+
+    def draw_curves():
         if run.rows:
             plot_curves(run.rows, folder / "curves.png", title=config["name"])
+
+    with keeping(folder, "train.py", draw_curves), Stops() as stops:
+        fit(run, loader, val_loader, LOSSES[config["loss"]](), folder, stops.check)
     print(f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {run.rows[-1]['val_iou']:.4f}")
     print(f"the run is in {folder}; evaluate it: python val.py --name {config['name']}")
 

@@ -12,6 +12,7 @@ import copy
 import csv
 import math
 import os
+import shutil
 import sys
 import time
 import zlib
@@ -28,14 +29,16 @@ import download
 import folders
 import report
 from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
-from cli import Parser, number, parse_options, run_script
+from cli import Parser, Stops, number, parse_options, run_script
 from devices import device_name, environment, keep_memory, pick_amp, pick_device
 from folders import set_epoch, to_device
+from images import write_png
 from resnet18 import ResNet18, fill_body, grad_cam
-from runs import earlier_files, newest_run, resolve_machine, resumed, run_folder, write_log
+from runs import earlier_files, keeping, newest_run, only_trainer, resolve_machine, resumed, run_folder, write_log
 from utils import (
     atomic_path,
     count_params,
+    leave_signals_to_main,
     load_checkpoint,
     read_yaml,
     save_checkpoint,
@@ -183,20 +186,23 @@ def provide_data(options, data_dir):
 
 def write_demo(folder, counts=(("train", 60), ("val", 20)), size=96):
     """Generated ants and bees as <folder>/{train,val}/{ants,bees}/*.png, in place only when all are written."""
-    import cv2
-
     from synthetic import two_classes
 
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     seed = 0
-    for part, count in counts:
-        for label in ("ants", "bees"):
-            target = scratch / part / label
-            target.mkdir(parents=True)
-            for index in range(count):
-                cv2.imwrite(str(target / f"{index:03d}.png"), two_classes(seed, label, size)[..., ::-1])
-                seed += 1
-    scratch.rename(folder)
+    try:
+        for part, count in counts:
+            for label in ("ants", "bees"):
+                target = scratch / part / label
+                target.mkdir(parents=True)
+                for index in range(count):
+                    write_png(target / f"{index:03d}.png", two_classes(seed, label, size))
+                    seed += 1
+        scratch.rename(folder)
+    except OSError as error:
+        raise OSError(f"{folder} was not written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def build_data(config):
@@ -219,9 +225,10 @@ def build_data(config):
     return datasets, classes, f"{sizes}, crc {zlib.crc32(names.encode()):08x}"
 
 
-def build_loaders(config, datasets, model, device, amp):
+def build_loaders(config, datasets, model, device, amp, check_stop):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
     workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
+    workers["worker_init_fn"] = leave_signals_to_main
     workers["pin_memory"] = device.type == "cuda"
     count, val = len(datasets["train"]), DataLoader(datasets["val"], 64, **workers)
     order = folders.EpochSampler(count, config["seed"])
@@ -236,9 +243,10 @@ def build_loaders(config, datasets, model, device, amp):
     def body(images):
         return model.pool(model.maps(images))
 
+    how = {"device": device, "amp": amp, "after_step": check_stop}
     return {
-        "train": folders.Features(body, train, config["batch_size"], device, amp, order, once=not config["augment"]),
-        "val": folders.Features(model.features, val, 64, device, amp, once=True),
+        "train": folders.Features(body, train, config["batch_size"], order=order, once=not config["augment"], **how),
+        "val": folders.Features(model.features, val, 64, once=True, **how),
     }
 
 
@@ -299,8 +307,13 @@ def build_optimizer(model, config):
 # ---------------------------------------------------------------- training
 
 
-def run_epoch(model, loader, criterion, device, *, optimizer=None, scaler=None, amp=None, label=""):
-    """One pass over (images, labels) batches, learning when there is an optimizer -> loss, accuracy, (N, C) logits."""
+def run_epoch(
+    model, loader, criterion, device, *, optimizer=None, scaler=None, amp=None, label="", after_step=lambda: None
+):
+    """One pass over (images, labels) batches, learning when there is an optimizer -> loss, accuracy, (N, C) logits.
+
+    after_step(): called after each batch; what it raises ends the training.
+    """
     training = optimizer is not None
     model.train(training)
     losses, correct, logits_of_all = [], [], []
@@ -318,6 +331,7 @@ def run_epoch(model, loader, criterion, device, *, optimizer=None, scaler=None, 
         losses.append(loss.detach() * len(labels))
         correct.append((logits.detach().argmax(1) == labels).sum())
         logits_of_all.append(logits.detach().float())
+        after_step()
     logits = torch.cat(logits_of_all)
     return torch.stack(losses).sum().item() / len(logits), torch.stack(correct).sum().item() / len(logits), logits
 
@@ -334,12 +348,14 @@ def train_model(
     amp=None,
     after_epoch=None,
     resume=None,
+    check_stop=lambda: None,
 ):
     """Train, validate after every epoch, and return (model with its best epoch's weights, rows of the log).
 
     dataloaders: {"train": ..., "val": ...} of (images, labels) batches; one with set_epoch, or whose sampler has it,
     is told the epoch, 1, 2 ...  after_epoch(progress, better): called with everything that resuming needs, a dict that
     can be given back as `resume`, together with the best weights so far as resume["best"].
+    check_stop(): called after each step and epoch, never during after_epoch; what it raises ends the training.
     A loss that is not finite raises ValueError, before anything of that epoch is kept. Best: the highest validation
     accuracy, the first of equals.
     """
@@ -355,9 +371,9 @@ def train_model(
         start, lr, label = time.perf_counter(), optimizer.param_groups[0]["lr"], f"epoch {epoch}/{num_epochs}"
         for loader in dataloaders.values():
             set_epoch(loader, epoch)
-        learn = {"optimizer": optimizer, "scaler": scaler, "amp": amp}
-        loss, acc, _ = run_epoch(model, dataloaders["train"], criterion, device, label=label, **learn)
-        val_loss, val_acc, _ = run_epoch(model, dataloaders["val"], criterion, device, amp=amp, label=f"{label} val")
+        both, learn = {"amp": amp, "after_step": check_stop}, {"optimizer": optimizer, "scaler": scaler}
+        loss, acc, _ = run_epoch(model, dataloaders["train"], criterion, device, label=label, **learn, **both)
+        val_loss, val_acc, _ = run_epoch(model, dataloaders["val"], criterion, device, label=f"{label} val", **both)
         if not (math.isfinite(loss) and math.isfinite(val_loss)):
             raise ValueError(
                 f"{label}: the loss is {loss}, in validation {val_loss}; stopped, the best weights so far are kept. "
@@ -378,6 +394,7 @@ def train_model(
             f"{'*' if better else ' '}  {row['seconds']:.1f} s",
             flush=True,
         )
+        check_stop()
     model.load_state_dict(best)
     return model, progress["rows"]
 
@@ -386,7 +403,8 @@ def fit(config, model, datasets, folder, resume):
     """Train the model as the config says, keeping the run's files -> rows; the model ends with its best weights."""
     device = pick_device(config["device"])
     amp = pick_amp(config["amp"], device)
-    loaders = build_loaders(config, datasets, model, device, amp)
+    stops, rows = Stops(), []
+    loaders = build_loaders(config, datasets, model, device, amp, stops.check)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
     optimizer, scheduler = build_optimizer(model, config)
     trained = model.fc if config["freeze"] else model  # a frozen body is a fixed function: its features are the data
@@ -398,22 +416,24 @@ def fit(config, model, datasets, folder, resume):
         best = load_checkpoint(folder / "model.pth")
         if config["freeze"]:
             best = {key.removeprefix("fc."): value for key, value in best.items() if key.startswith("fc.")}
-        resume = {**resume, "best": best}
+        resume, rows = {**resume, "best": best}, resume["rows"]
+        write_log(rows, folder / "log.csv")  # a kill may have come between the two files
 
     def keep(progress, better):
-        write_log(progress["rows"], folder / "log.csv")
+        nonlocal rows
         if better:
             save_checkpoint(folder / "model.pth", model.state_dict())
         save_checkpoint(folder / "last.pth", progress)
+        rows = progress["rows"]
+        write_log(rows, folder / "log.csv")
 
-    keywords = {"device": device, "amp": amp, "after_epoch": keep, "resume": resume}
-    try:
-        _, rows = train_model(trained, loaders, criterion, optimizer, scheduler, config["epochs"], **keywords)
-    except KeyboardInterrupt:
-        go_on = "--resume" if (folder / "last.pth").is_file() else "--overwrite (there was no whole epoch yet)"
-        print(f"\nstopped; python transfer_resnet18.py --name {config['name']} {go_on}", file=sys.stderr)
-        raise SystemExit(130) from None
-    report.plot_curves(rows, folder / "curves.png", title=config["name"])
+    def draw_curves():
+        if rows:
+            report.plot_curves(rows, folder / "curves.png", title=config["name"])
+
+    keywords = {"device": device, "amp": amp, "after_epoch": keep, "resume": resume, "check_stop": stops.check}
+    with keeping(folder, "transfer_resnet18.py", draw_curves), stops:
+        train_model(trained, loaders, criterion, optimizer, scheduler, config["epochs"], **keywords)
     return rows
 
 
@@ -565,6 +585,13 @@ def main():
     keep_memory()
     config = resumed_config(options, given) if options.resume else new_config(options, given)
     folder = run_folder(config["name"])
+    with only_trainer(folder, RUN_FILES):
+        train(config, options, folder)
+    return 0
+
+
+def train(config, options, folder):
+    """The run in `folder` from its first or next epoch to its report."""
     earlier = earlier_files(folder, RUN_FILES, options)
     provide_data(options, config["data_dir"])
     datasets, classes, fingerprint = build_data(config)
@@ -572,13 +599,13 @@ def main():
     seed_everything(config["seed"])
     model = ResNet18(len(classes), config["freeze_bn"] or config["freeze"], config["mirror"])
     resume = None
-    if options.resume:
+    if options.resume and fingerprint != config["data"]:
+        now = f"{config['data']}, now {fingerprint}"
+        raise ValueError(f"{config['data_dir']} has changed since {folder} was trained ({now})")
+    if options.resume and (folder / "last.pth").is_file():
         resume = load_checkpoint(folder / "last.pth")
         if not isinstance(resume, dict) or "rows" not in resume:
             raise ValueError(f"{folder}/last.pth is no checkpoint of this script; start the run again with --overwrite")
-        if fingerprint != config["data"]:
-            now = f"{config['data']}, now {fingerprint}"
-            raise ValueError(f"{config['data_dir']} has changed since {folder} was trained ({now})")
         fill_body(model, load_checkpoint(folder / "model.pth"), folder / "model.pth")
         print(f"resuming {folder} after epoch {resume['epoch']}")
     elif config["weights"] != "none":
@@ -587,15 +614,15 @@ def main():
     model.to(device)
     if config["amp"] != "off":
         model.to(memory_format=torch.channels_last)
-    if not resume:
-        folder.mkdir(parents=True, exist_ok=True)
+    if options.resume and not resume:
+        print(f"{folder} has no whole epoch yet: starting with the first")
+    elif not resume:
         for path in earlier:
             path.unlink()
         config.update(classes=classes, mean=list(folders.MEAN), std=list(folders.STD), data=fingerprint)
         write_yaml(folder / "config.yml", {**config, "environment": environment(device)})
     rows = fit(config, model, datasets, folder, resume)
     conclude(config, model, datasets, rows, folder)
-    return 0
 
 
 if __name__ == "__main__":

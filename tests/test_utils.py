@@ -16,6 +16,7 @@ from utils import (
     AverageMeter,
     atomic_path,
     count_params,
+    in_one_line,
     load_checkpoint,
     read_yaml,
     save_checkpoint,
@@ -67,6 +68,22 @@ def test_count_params_counts_what_is_trained():
     assert count_params(model) == (12 + 4) + (4 + 4) + 8
     model[0].weight.requires_grad_(False)
     assert count_params(model) == 4 + 8 + 8
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise OSError("inputs/x: a: no image (gone)")
+
+
+def test_an_error_in_one_line():
+    assert in_one_line(ValueError("found this,\n  expected that")) == "found this, expected that"
+    assert in_one_line(MemoryError()) == "MemoryError"
+    with pytest.raises(OSError) as caught:
+        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    assert "Traceback" in str(caught.value) and in_one_line(caught.value) == "inputs/x: a: no image (gone)"
 
 
 def test_a_seed_sets_all_three_streams():

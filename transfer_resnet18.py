@@ -225,7 +225,7 @@ def build_data(config):
     return datasets, classes, f"{sizes}, crc {zlib.crc32(names.encode()):08x}"
 
 
-def build_loaders(config, datasets, model, device, amp, check_stop):
+def build_loaders(config, datasets, model, device, amp, check_stop=lambda: None):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
     workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
     workers["worker_init_fn"] = leave_signals_to_main

@@ -222,6 +222,7 @@ def test_data_that_vanish(straight, place, monkeypatch, damage, workers):
     assert same_run(place / "models" / "run", straight / "models" / "run")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of what the dead one held
 def test_a_loader_process_that_dies(place, monkeypatch):
     def accident():
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)

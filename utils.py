@@ -82,8 +82,8 @@ def save_checkpoint(path, state):
     with atomic_path(path) as temporary, open(temporary, "wb") as file:  # as "archive": the same state, the same bytes
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch hides behind its own what went wrong in file.write
-            raise error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error from None
+        except RuntimeError as error:  # torch hides behind its own what went wrong in file.write: a full disk, a signal
+            raise error.__context__ or error from None
 
 
 def load_checkpoint(path):

@@ -1,6 +1,7 @@
 """utils.py: small helpers by hand, and files that are whole or not there at all."""
 
 import argparse
+import contextlib
 import math
 import os
 import pickle
@@ -214,3 +215,27 @@ def test_checkpoints_that_are_refused(tmp_path, monkeypatch, kind):
 def test_a_checkpoint_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model.pth: no such file"):
         load_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("a worker")]
+)
+def test_what_stops_the_writing_of_a_checkpoint_is_what_is_raised(tmp_path, monkeypatch, error):
+    """A full disk, Ctrl-C, a dead loader process: torch raises an error of its own then, with these behind it."""
+
+    class Disturbed:
+        def write(self, data):
+            raise error
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+    state = {"a": torch.zeros(10**5)}
+    save_checkpoint(tmp_path / "last.pth", state)
+    before = (tmp_path / "last.pth").read_bytes()
+    with open(tmp_path / "elsewhere", "wb") as file:
+        monkeypatch.setattr("builtins.open", lambda *args: contextlib.nullcontext(Disturbed()))
+        with pytest.raises(type(error), match="No space|a worker" if str(error) else None):
+            save_checkpoint(tmp_path / "last.pth", state)
+        monkeypatch.undo()
+    assert (tmp_path / "last.pth").read_bytes() == before and "last.pth" in names(tmp_path)

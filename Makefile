@@ -1,5 +1,5 @@
 # make demo    set up, then train and evaluate on generated nuclei, offline after the installation
-# make test    set up, then run the tests
+# make test    set up, then run the tests; make test-slow runs those that take minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

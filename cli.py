@@ -1,6 +1,6 @@
 """The command line of every script: options with bounds, a settings file beneath them, errors in one line.
 
-from cli import Parser, number, parse_options, run_script
+from cli import Parser, Stops, number, parse_options, run_script
 """
 
 import argparse
@@ -8,9 +8,11 @@ import math
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
-from distributed import is_main, speak_in_turn
+from distributed import is_main, launched, speak_in_turn
+from utils import in_one_line
 
 
 def number(kind, low=-math.inf, high=math.inf):
@@ -73,6 +75,41 @@ def _terminate(signum, frame):
     raise Terminated
 
 
+class Stops:
+    """Within it Ctrl-C and SIGTERM wait: `with Stops() as stops: ... stops.check()`; check raises what was asked for.
+
+    An exception between any two lines can be swallowed (by a library's destructor) or come while a file is written.
+    The second signal does not wait. A signal that is ignored (a shell's background job) stays so.
+    """
+
+    KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    asked = None
+
+    def __enter__(self):
+        self.before = {}
+        # no other thread may set handlers; and a process of torchrun that waits for its step waits for others that ended
+        if threading.current_thread() is threading.main_thread() and launched() == 1:
+            for number in self.KINDS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        if self.asked:
+            raise self.asked
+        self.asked = self.KINDS[number]
+
+    def check(self, *_):
+        if self.asked:
+            raise self.asked
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if kind is None or issubclass(kind, RuntimeError):  # such as of loader processes that got the signal, too
+            self.check()
+
+
 def run_script(main):
     """Run a script's main and exit: a user's mistake (ValueError, OSError) is one line on stderr and status 2.
 
@@ -96,7 +133,6 @@ def run_script(main):
             if type(error).__name__ != "OutOfMemoryError":
                 raise
             error = "the GPU's memory does not suffice; take a smaller --batch_size or image"
-        message = " ".join(str(error).split()) or type(error).__name__
         speak_in_turn()
-        print(f"{name}: error: {message}", file=sys.stderr)
+        print(f"{name}: error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from distributed import SharedBatches, WholeBatches, local_processes
 from images import decode, foreground, squeeze, squeeze_mask, to_channels
+from utils import leave_signals_to_main
 
 GROUPED = "grouped"  # what --split takes beside a file of ids
 NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest is counted
@@ -203,7 +204,12 @@ class Dataset(torch.utils.data.Dataset):
 
     def arrays(self, index):
         """The item before augmentation: image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1."""
-        return self._cache[index] if self._cache else self._read(self.img_ids[index])[:2]
+        if self._cache:
+            return self._cache[index]
+        try:
+            return self._read(self.img_ids[index])[:2]
+        except ValueError as error:  # check found nothing: the files have changed since
+            raise OSError(f"{self.img_dir.parent}: {self.img_ids[index]}: {', '.join(error.args)}") from None
 
     def check(self, cache="auto", each=None):
         """Read every file once, before the first step: raises ValueError naming all that is wrong with any of them.
@@ -369,7 +375,7 @@ class Loader(DataLoader):
 
 def _quiet_worker(worker_id):
     cv2.setNumThreads(0)  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    leave_signals_to_main(worker_id)
 
 
 def set_epoch(loader, epoch):

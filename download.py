@@ -162,10 +162,13 @@ def _save(response, part, begins, size):
     """Appends the response to `part`, or writes it anew when it begins at 0."""
     name = part.name.removesuffix(".part")
     bar = tqdm(total=size, initial=begins, unit="B", unit_scale=True, desc=name, disable=None)
-    with bar, open(part, "ab" if begins else "wb") as file:
-        while chunk := _read(response):
-            file.write(chunk)
-            bar.update(len(chunk))
+    try:
+        with bar, open(part, "ab" if begins else "wb") as file:
+            while chunk := _read(response):
+                file.write(chunk)
+                bar.update(len(chunk))
+    except OSError as error:  # a full disk; a write's error names no file
+        raise OSError(error.errno, error.strerror, str(part)) from None
 
 
 def _read(response):

@@ -211,7 +211,12 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.samples)
 
     def _picture(self, index):
-        return self.kept[index] if self.kept else self._read(self.samples[index][0])
+        if self.kept:
+            return self.kept[index]
+        try:
+            return self._read(self.samples[index][0])
+        except ValueError as error:  # it was readable at the start: the files have changed since
+            raise OSError(str(error)) from None
 
     def seen(self, index):
         """What the network looks at in validation, for people: (img_size, img_size, 3) uint8."""
@@ -271,11 +276,12 @@ class Features:
 
     Features are computed in large batches, in the pictures' order, by all processes of torchrun together; the head then
     sees them in the batches of `batch_sampler`, lists of indices or of (index, epoch) pairs.
+    after_step(): called after each of the large ones; what it raises ends the training.
     """
 
-    def __init__(self, body, loader, batch_sampler, device, amp, once=False):
+    def __init__(self, body, loader, batch_sampler, device, amp, once=False, after_step=lambda: None):
         self.body, self.loader, self.batch_sampler, self.device, self.amp = body, loader, batch_sampler, device, amp
-        self.once, self.kept = once, None
+        self.once, self.kept, self.after_step = once, None, after_step
 
     def __len__(self):
         return len(self.batch_sampler)
@@ -291,6 +297,7 @@ class Features:
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 features.append(self.body(to_device(images, self.device, self.amp)).float())
             labels.append(targets.to(self.device))
+            self.after_step()
         parts = gather((torch.cat(features).cpu(), torch.cat(labels).cpu()) if features else None)
         features, labels = zip(*filter(None, parts), strict=True)
         return torch.cat(features).to(self.device), torch.cat(labels).to(self.device)

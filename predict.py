@@ -23,6 +23,7 @@ Exit status: 0; 1 when some of the pictures could not be read and the others are
 
 import argparse
 import collections
+import contextlib
 import csv
 import glob
 import itertools
@@ -47,7 +48,8 @@ TILE, OVERLAP = 256, 64  # pixels that the network sees
 FARTHEST = 5  # times the training's scale that --mode auto resizes to; DSB2018's own pictures are up to 4.2 off
 MULTIPLE = 16  # what a network pads to; tiles that begin on it pool the same pixels together as the whole picture does
 HELD_BYTES = 2**28  # of decoded pictures that wait in one batch, whatever --batch_size
-OWN_FILES = re.compile(r"(images|objects)\.csv|.*_(mask|overlay|probability)(_\d+)?\.png", re.DOTALL)
+OWN_FILES = r"(images|objects)\.csv|.*_(mask|overlay|probability)(_\d+)?\.png"
+OWN_FILES = re.compile(rf"{OWN_FILES}|\.({OWN_FILES})\.\d+\.tmp", re.DOTALL)  # the latter of a killed call
 OBJECT_COLUMNS = ("image", "class", "object", "area", "centroid_x", "centroid_y", "left", "top", "width", "height")
 
 
@@ -327,7 +329,20 @@ class Results:
         with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8", errors="replace") as file:
             csv.writer(file).writerows([columns, *rows])
 
+    @contextlib.contextmanager
+    def kept(self):
+        """Writes the tables at its end, also of an interrupted run; on a full disk, the picture's error is the one."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.write_tables()
+            raise
+        self.write_tables()
+
     def write_tables(self):
+        if not self.images:
+            return
         self.write_table("images.csv", self.images[0].keys(), [row.values() for row in self.images])
         self.write_table("objects.csv", OBJECT_COLUMNS, self.objects)
 
@@ -350,16 +365,13 @@ def main():
         print("the run does not know at which scale it saw its training pictures; taking --scale 1")
 
     results = Results(output, output_names(files), options)
-    try:
+    with results.kept():
         for pictures in read_batches(files, options, config, failed):
             started, small = time.perf_counter(), np.stack([picture.small for picture in pictures])
             found = predict_tiled(probability, small, config["num_classes"], tile, options.batch_size)
             for picture, probabilities in zip(pictures, found, strict=True):
                 picture.seconds += (time.perf_counter() - started) / len(pictures)
                 results.add(picture, probabilities)
-    finally:  # an interrupted run keeps its tables, too
-        if results.images:
-            results.write_tables()
 
     if not results.images:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""

@@ -217,6 +217,8 @@ def load_raw(sample, read):
         masks = ((name, read_picture(read, name)) for name in sample.masks)
         return image, unite(masks, image.shape[:2]), len(sample.masks)
     except (OSError, *ZIP_ERRORS) as error:
+        if isinstance(error, FileNotFoundError) and not Path(error.filename).is_symlink():
+            raise  # it was there when the folder was listed: no damaged image, but raw data that go while they are read
         raise ValueError(f"cannot be read: {error}") from None
 
 
@@ -257,7 +259,8 @@ def new_folder(output, overwrite):
             output.rename(scratch / "old")
         (scratch / "new").rename(output)
     except OSError as error:
-        raise OSError(f"{output} was not written: {error.strerror or error}") from None
+        gone = f" ({error.filename})" if isinstance(error, FileNotFoundError) and error.filename else ""
+        raise OSError(f"{output} was not written: {error.strerror or error}{gone}") from None
     finally:
         if (scratch / "old").exists() and not output.exists():
             (scratch / "old").rename(output)

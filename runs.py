@@ -2,17 +2,21 @@
 
 folder = run_folder("run1")    # models/run1; ValueError for a name that climbs out of models/
 config = resolve_machine({"device": "auto", "amp": "auto", "num_workers": -1})
+with only_trainer(folder, RUN_FILES), keeping(folder, "train.py", draw_curves):
+    ...   # one process alone trains models/run1; what goes wrong is said with what is kept
 """
 
+import contextlib
 import csv
+import errno
 import os
 from pathlib import Path
 
 import torch
 
 from devices import pick_amp, pick_device
-from distributed import local_processes
-from utils import atomic_path, read_yaml
+from distributed import is_main, local_processes
+from utils import atomic_path, in_one_line, read_yaml
 
 MODELS = Path("models")
 MAKERS = {  # what only the config.yml of one script's runs holds, and a command that makes such a run
@@ -48,6 +52,83 @@ def earlier_files(folder, names, options):
     return earlier
 
 
+@contextlib.contextmanager
+def only_trainer(folder, names):
+    """Within it this process alone trains the run in `folder`; ValueError when another one does.
+
+    The lock is the system's (POSIX, on <folder>/.lock): it ends with its process, even with kill -9, and loader
+    processes do not inherit it. Where there are no such locks (Windows, some network drives) none is taken.
+    `names`: of the run's files; what a killed process was writing of them is removed. The folder is made, and goes
+    again when nothing came into it.
+    """
+    if not is_main():  # of torchrun's processes the first one writes, and holds the lock
+        yield
+        return
+    made = [path for path in (folder, folder.parent) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder):
+            for leftover in (path for name in names for path in folder.glob(f".{name}.*.tmp")):
+                leftover.unlink(missing_ok=True)
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    path = folder / ".lock"
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "a"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(
+                        f"another process is training {folder} right now; wait for its end, or take another --name"
+                    ) from None
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break  # else its last holder has just removed this file, and the next would lock another
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the disk became read-only
+                path.unlink()
+
+
+@contextlib.contextmanager
+def keeping(folder, script, at_end):
+    """A training within it that is stopped, by its user or by what the system refuses, says what is kept of it.
+
+    script: of the command that goes on with it. at_end(): called in any case (it draws the curves); its own error never
+    takes the place of another.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            at_end()
+        kept = "last whole epoch kept" if (folder / "last.pth").is_file() else "no epoch was finished"
+        kept = f"{kept}; go on with: python {script} --name {folder.name} --resume"
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\n{kept}")
+        elif isinstance(error, OSError):
+            raise OSError(f"{in_one_line(error)}; {kept if folder.is_dir() else f'{folder} is gone'}") from None
+        elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            died = f"a loader process died, for want of memory perhaps ({in_one_line(error)})"
+            raise OSError(f"{died}; {kept} --num_workers 0") from None
+        raise
+    at_end()
+
+
 def resolve_machine(config):
     """The config with what `auto` and -1 mean on this machine: device, amp, channels_last and num_workers."""
     device = pick_device(config["device"])
@@ -64,22 +145,26 @@ def resumed(config, folder, options, given, free, leave_out):
     """The config of the run in folder, to go on with; ValueError where an option was given that differs.
 
     given: names of the options that the user gave; free: those that may differ, because no result depends on them;
-    leave_out: those that config.yml does not keep.
+    leave_out: those that config.yml does not keep. A run that was stopped in its first epoch has nothing but its
+    config; resuming it starts it again.
     """
     if options.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
-    if not (folder / "last.pth").is_file():
-        raise FileNotFoundError(f"{folder}/last.pth: no such file, no epoch was finished; start again with --overwrite")
+    if (folder / "log.csv").is_file() and not (folder / "last.pth").is_file():
+        raise FileNotFoundError(f"{folder}/last.pth: no such file, although log.csv is there; --overwrite starts again")
     if missing := sorted(vars(options).keys() - set(leave_out) - config.keys()):
         raise ValueError(f"{folder}/config.yml is damaged: {', '.join(missing)} missing")
     asked = {key: getattr(options, key) for key in given - set(leave_out) if getattr(options, key) != "auto"}
-    differing = sorted(f"{k} {v} (run: {config[k]})" for k, v in asked.items() if k not in free and v != config[k])
-    if differing:
+    asked = {key: value for key, value in asked.items() if (key, value) != ("num_workers", -1)}
+    differing = {k: f"{k} {v} (run: {config[k]})" for k, v in sorted(asked.items()) if v != config[k]}
+    if refused := [text for key, text in differing.items() if key not in free]:
         raise ValueError(
-            f"--resume goes on with the options of {folder}/config.yml, but these differ: {', '.join(differing)}; "
+            f"--resume goes on with the options of {folder}/config.yml, but these differ: {', '.join(refused)}; "
             "leave them out, or start a new run under another --name"
         )
-    return config | {key: value for key, value in asked.items() if key in free and value != -1}
+    if differing:
+        print(f"other options than {folder} began with, on which no result depends: {', '.join(differing.values())}")
+    return config | {key: asked[key] for key in differing}
 
 
 def write_log(rows, path):

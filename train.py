@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from archs import ARCHS, DEEPEST, as_heads, build_model
-from cli import Parser, number, parse_options, run_script
+from cli import Parser, Stops, number, parse_options, run_script
 from dataset import GROUPED, build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
 from devices import device_name, environment, keep_memory, pick_amp, pick_device
 from distributed import (
@@ -36,7 +36,7 @@ from lookalikes import Sketches, about_groups, about_twins, grouped_split, group
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
-from runs import earlier_files, resolve_machine, resumed, run_folder, write_log
+from runs import earlier_files, keeping, only_trainer, resolve_machine, resumed, run_folder, write_log
 from utils import (
     count_params,
     load_checkpoint,
@@ -287,11 +287,23 @@ def averaged(model, decay):
 
 
 def train_one_epoch(
-    model, loader, criterion, optimizer, device, *, amp=None, scaler=None, step_scheduler=None, ema=None, label=""
+    model,
+    loader,
+    criterion,
+    optimizer,
+    device,
+    *,
+    amp=None,
+    scaler=None,
+    step_scheduler=None,
+    ema=None,
+    label="",
+    after_step=lambda: None,
 ):
     """One pass over the loader -> {"loss": mean over images, "iou": pooled IoU of the deepest head}.
 
     Both are of all processes, and so is the error: FloatingPointError, with the step, at a loss that is not finite.
+    after_step(): may end the training.
     """
     model.train()
     counts, parts, losses, sizes = PixelCounts(thresholds=(0.5,)), [], [], []
@@ -323,6 +335,7 @@ def train_one_epoch(
                 mean = sum(map(math.prod, zip(losses, sizes, strict=True))) / sum(sizes)
                 iou = summarise(sum(table for _, table in found))["iou"]
                 bar.set_postfix(loss=f"{mean:.4f}", iou=f"{iou:.4f}")
+            after_step()
     return {"loss": mean, "iou": iou}
 
 
@@ -382,8 +395,11 @@ class Run:
         self.rows, self.best_iou, self.best_epoch = state["rows"], state["best_iou"], state["best_epoch"]
 
 
-def fit(run, loader, val_loader, criterion, folder):
-    """Train from run.epoch + 1 to the last epoch, writing log.csv, model.pth and last.pth after each."""
+def fit(run, loader, val_loader, criterion, folder, check_stop=lambda *_: None):
+    """Train from run.epoch + 1 to the last epoch, writing log.csv, model.pth and last.pth after each.
+
+    check_stop(*_): called after each step and epoch, never while files are written; what it raises ends the training.
+    """
     config, device = run.config, run.device
     model = parallel(run.model, device)
     model = torch.compile(model) if config["compile"] else model
@@ -391,13 +407,15 @@ def fit(run, loader, val_loader, criterion, folder):
     while not run.over():
         start, epoch = time.time(), run.epoch + 1
         set_epoch(loader, epoch)
+        torch.manual_seed(config["seed"] + epoch)  # what a network may draw (dropout) is resumed alike
         lr = run.optimizer.param_groups[0]["lr"]
         label = f"epoch {epoch}/{config['epochs']}"
         parts = {"amp": run.amp, "scaler": run.scaler, "step_scheduler": each_step, "ema": run.ema, "label": label}
+        parts["after_step"] = check_stop
         try:
             trained = train_one_epoch(model, loader, criterion, run.optimizer, device, **parts)
             copy_main(run.judged)
-            judged = evaluate(run.judged, val_loader, criterion, device, amp=run.amp)
+            judged = evaluate(run.judged, val_loader, criterion, device, amp=run.amp, on_batch=check_stop)
             if not math.isfinite(judged["loss"]):
                 raise FloatingPointError(f"the validation loss after step {len(loader)} is {judged['loss']}")
         except FloatingPointError as error:
@@ -412,6 +430,7 @@ def fit(run, loader, val_loader, criterion, folder):
         better = run.finish_epoch(row, folder)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         print(f"{label}  lr {lr:.1e}  {shown}{'*' if better else ' '} {row['seconds']:.1f} s", flush=True)
+        check_stop()
     print(run.over())
 
 
@@ -419,13 +438,15 @@ def main():
     options, given = parse_options(build_parser, read_config=read_recipe)
     config = resumed_config(options, given) if options.resume else new_config(options)
     folder = run_folder(config["name"])
-    earlier = earlier_files(folder, RUN_FILES, options)
-    with processes(pick_device(config["device"])) as device:
-        train(*prepare(config, folder, earlier, device, options.resume), folder)
+    with only_trainer(folder, RUN_FILES):
+        earlier = earlier_files(folder, RUN_FILES, options)
+        with processes(pick_device(config["device"])) as device:
+            train(*prepare(config, folder, earlier, device, options.resume), folder)
 
 
 def prepare(config, folder, earlier, device, resume):
     """-> the Run, its training and its validation loader; a new run's folder holds its config and split afterwards."""
+    begun = resume and (folder / "last.pth").is_file()
     keep_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one size: let cuDNN find its fastest convolutions
     seed_everything(config["seed"])
@@ -433,7 +454,7 @@ def prepare(config, folder, earlier, device, resume):
     if config["sync_bn"]:
         model = sync_batch_norm(model, device)
     split = chosen_split(config, folder if resume else None)
-    if config["weights"] and not resume:
+    if config["weights"] and not begun:
         start_from(model, config)
     train_set, val_set, about = build_data(config, split)
     loader_options = {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
@@ -441,18 +462,22 @@ def prepare(config, folder, earlier, device, resume):
     val_loader = make_loader(val_set, config["batch_size"], **loader_options)
     run = Run(config, model, len(loader), device)
 
-    if resume:
-        if about["fingerprint"] != read_yaml(folder / "split.yml").get("fingerprint"):
-            raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
+    if resume and about["fingerprint"] != read_yaml(folder / "split.yml").get("fingerprint"):
+        raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
+    if begun:
         try:
             run.load_state(load_checkpoint(folder / "last.pth"))
         except (KeyError, TypeError, AttributeError, RuntimeError):
             raise ValueError(f"{folder}/last.pth does not hold the training that config.yml describes") from None
         print(f"resuming {folder} after epoch {run.epoch}")
+    elif resume:
+        print(f"{folder} has no whole epoch yet: starting with the first")
     same = {key: value for key, value in config.items() if key not in FREE_ON_RESUME - {"name"}}
     check_same({**same, "environment": None, "data": about["fingerprint"], "epoch": run.epoch})
-    if is_main():
-        write_start(run, folder, earlier, {**split, **about}, resume)
+    if begun and is_main():
+        write_log(run.rows, folder / "log.csv")  # a kill may have come between the two files
+    elif not resume and is_main():
+        write_start(config, folder, earlier, {**split, **about}, device)
 
     precision = "float32" if run.amp is None else f"{config['amp']} autocast"
     layout = "channels_last" if config["channels_last"] else "contiguous"
@@ -461,33 +486,25 @@ def prepare(config, folder, earlier, device, resume):
     return run, loader, val_loader
 
 
-def write_start(run, folder, earlier, split, resume):
+def write_start(config, folder, earlier, split, device):
     """What a run's folder holds before the first of its epochs; the files of an earlier run go."""
-    if resume:
-        write_log(run.rows, folder / "log.csv")  # a kill may have come between the two files
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     for path in earlier:
         path.unlink()
-    machine = environment(run.device) | ({"processes": world_size()} if world_size() > 1 else {})
-    write_yaml(folder / "config.yml", {**run.config, "environment": machine})
     write_yaml(folder / "split.yml", split)
+    machine = environment(device) | ({"processes": world_size()} if world_size() > 1 else {})
+    write_yaml(folder / "config.yml", {**config, "environment": machine})  # last: with it the run can be resumed
 
 
 def train(run, loader, val_loader, folder):
     """Fit, and end with the curves and a word on where the run is or how it goes on."""
     config = run.config
-    try:
-        fit(run, loader, val_loader, LOSSES[config["loss"]](), folder)
-    except KeyboardInterrupt:
-        if (folder / "last.pth").is_file():
-            print(f"\nlast whole epoch kept; go on with: python train.py --name {config['name']} --resume")
-        else:
-            print("\nno epoch was finished; start again with the same command and --overwrite")
-        raise
-    finally:
+
+    def draw_curves():
         if run.rows and is_main():
             plot_curves(run.rows, folder / "curves.png", title=config["name"])
+
+    with keeping(folder, "train.py", draw_curves), Stops() as stops:
+        fit(run, loader, val_loader, LOSSES[config["loss"]](), folder, stops.check)
     print(f"best val_iou {run.best_iou:.4f} at epoch {run.best_epoch}, last {run.rows[-1]['val_iou']:.4f}")
     print(f"the run is in {folder}; evaluate it: python val.py --name {config['name']}")
 

@@ -13,6 +13,7 @@ import copy
 import csv
 import math
 import os
+import shutil
 import sys
 import time
 import zlib
@@ -29,7 +30,7 @@ import download
 import folders
 import report
 from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
-from cli import Parser, number, parse_options, run_script
+from cli import Parser, Stops, number, parse_options, run_script
 from devices import device_name, environment, keep_memory, pick_amp, pick_device
 from distributed import (
     SharedBatches,
@@ -46,11 +47,13 @@ from distributed import (
     world_size,
 )
 from folders import set_epoch, to_device
+from images import write_png
 from resnet18 import ResNet18, fill_body, grad_cam
-from runs import earlier_files, newest_run, resolve_machine, resumed, run_folder, write_log
+from runs import earlier_files, keeping, newest_run, only_trainer, resolve_machine, resumed, run_folder, write_log
 from utils import (
     atomic_path,
     count_params,
+    leave_signals_to_main,
     load_checkpoint,
     read_yaml,
     save_checkpoint,
@@ -201,20 +204,23 @@ def provide_data(options, data_dir):
 
 def write_demo(folder, counts=(("train", 60), ("val", 20)), size=96):
     """Generated ants and bees as <folder>/{train,val}/{ants,bees}/*.png, in place only when all are written."""
-    import cv2
-
     from synthetic import two_classes
 
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     seed = 0
-    for part, count in counts:
-        for label in ("ants", "bees"):
-            target = scratch / part / label
-            target.mkdir(parents=True)
-            for index in range(count):
-                cv2.imwrite(str(target / f"{index:03d}.png"), two_classes(seed, label, size)[..., ::-1])
-                seed += 1
-    scratch.rename(folder)
+    try:
+        for part, count in counts:
+            for label in ("ants", "bees"):
+                target = scratch / part / label
+                target.mkdir(parents=True)
+                for index in range(count):
+                    write_png(target / f"{index:03d}.png", two_classes(seed, label, size))
+                    seed += 1
+        scratch.rename(folder)
+    except OSError as error:
+        raise OSError(f"{folder} was not written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def build_data(config):
@@ -237,9 +243,10 @@ def build_data(config):
     return datasets, classes, f"{sizes}, crc {zlib.crc32(names.encode()):08x}"
 
 
-def build_loaders(config, datasets, model, device, amp):
+def build_loaders(config, datasets, model, device, amp, check_stop=lambda: None):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
     workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
+    workers["worker_init_fn"] = leave_signals_to_main
     workers["pin_memory"] = device.type == "cuda"
     count, in_order = len(datasets["train"]), WholeBatches(range(len(datasets["val"])), 64)
     # batch norm that learns its statistics cannot do so from one small picture at the end
@@ -255,9 +262,10 @@ def build_loaders(config, datasets, model, device, amp):
     def body(images):
         return model.pool(model.maps(images))
 
+    how = {"device": device, "amp": amp, "after_step": check_stop}
     return {
-        "train": folders.Features(body, train, shuffled, device, amp, once=not config["augment"]),
-        "val": folders.Features(model.features, val, in_order, device, amp, once=True),
+        "train": folders.Features(body, train, shuffled, once=not config["augment"], **how),
+        "val": folders.Features(model.features, val, in_order, once=True, **how),
     }
 
 
@@ -318,10 +326,13 @@ def build_optimizer(model, config):
 # ---------------------------------------------------------------- training
 
 
-def run_epoch(model, loader, criterion, device, *, optimizer=None, scaler=None, amp=None, label=""):
+def run_epoch(
+    model, loader, criterion, device, *, optimizer=None, scaler=None, amp=None, label="", after_step=lambda: None
+):
     """One pass over (images, labels) batches, learning when there is an optimizer -> loss, accuracy, (N, C) logits.
 
     All three are those of all processes of torchrun; in a validation the logits stand in the loader's order.
+    after_step(): called after each batch; what it raises ends the training.
     """
     training = optimizer is not None
     model.train(training)
@@ -342,6 +353,7 @@ def run_epoch(model, loader, criterion, device, *, optimizer=None, scaler=None, 
         losses.append(loss.detach() * own)
         correct.append((logits.detach()[:own].argmax(1) == labels[:own]).sum())
         logits_of_all.append(logits.detach()[:own].float())
+        after_step()
     mine = (torch.stack(losses).cpu(), torch.stack(correct).cpu(), torch.cat(logits_of_all).cpu()) if losses else None
     losses, correct, logits = map(torch.cat, zip(*filter(None, gather(mine)), strict=True))
     return losses.sum().item() / len(logits), correct.sum().item() / len(logits), logits
@@ -359,12 +371,14 @@ def train_model(
     amp=None,
     after_epoch=None,
     resume=None,
+    check_stop=lambda: None,
 ):
     """Train, validate after every epoch, and return (model with its best epoch's weights, rows of the log).
 
     dataloaders: {"train": ..., "val": ...} of (images, labels) batches; one with set_epoch, or whose sampler has it,
     is told the epoch, 1, 2 ...  after_epoch(progress, better): called with everything that resuming needs, a dict that
     can be given back as `resume`, together with the best weights so far as resume["best"].
+    check_stop(): called after each step and epoch, never during after_epoch; what it raises ends the training.
     A loss that is not finite raises ValueError, before anything of that epoch is kept. Best: the highest validation
     accuracy, the first of equals. In a block of distributed.processes every process calls it: the loader to train on
     needs a distributed.SharedBatches as its batch_sampler then, that to validate on a WholeBatches.
@@ -382,10 +396,10 @@ def train_model(
         start, lr, label = time.perf_counter(), optimizer.param_groups[0]["lr"], f"epoch {epoch}/{num_epochs}"
         for loader in dataloaders.values():
             set_epoch(loader, epoch)
-        learn = {"optimizer": optimizer, "scaler": scaler, "amp": amp}
-        loss, acc, _ = run_epoch(together, dataloaders["train"], criterion, device, label=label, **learn)
+        both, learn = {"amp": amp, "after_step": check_stop}, {"optimizer": optimizer, "scaler": scaler}
+        loss, acc, _ = run_epoch(together, dataloaders["train"], criterion, device, label=label, **learn, **both)
         copy_main(model)
-        val_loss, val_acc, _ = run_epoch(model, dataloaders["val"], criterion, device, amp=amp, label=f"{label} val")
+        val_loss, val_acc, _ = run_epoch(model, dataloaders["val"], criterion, device, label=f"{label} val", **both)
         if not (math.isfinite(loss) and math.isfinite(val_loss)):
             raise ValueError(
                 f"{label}: the loss is {loss}, in validation {val_loss}; stopped, the best weights so far are kept. "
@@ -406,6 +420,7 @@ def train_model(
             f"{'*' if better else ' '}  {row['seconds']:.1f} s",
             flush=True,
         )
+        check_stop()
     model.load_state_dict(best)
     return model, progress["rows"]
 
@@ -417,7 +432,8 @@ def fit(config, model, datasets, folder, resume, device):
     if config["amp"] != "off":
         model.to(memory_format=torch.channels_last)
     copy_main(model)
-    loaders = build_loaders(config, datasets, model, device, amp)
+    stops, rows = Stops(), []
+    loaders = build_loaders(config, datasets, model, device, amp, stops.check)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
     optimizer, scheduler = build_optimizer(model, config)
     many = f"{world_size()} processes, each on " if world_size() > 1 else ""
@@ -430,25 +446,27 @@ def fit(config, model, datasets, folder, resume, device):
         best = load_checkpoint(folder / "model.pth")
         if config["freeze"]:
             best = {key.removeprefix("fc."): value for key, value in best.items() if key.startswith("fc.")}
-        resume = {**resume, "best": best}
+        resume, rows = {**resume, "best": best}, resume["rows"]
+        if is_main():
+            write_log(rows, folder / "log.csv")  # a kill may have come between the two files
 
     def keep(progress, better):
+        nonlocal rows
+        rows = progress["rows"]
         if not is_main():
             return
-        write_log(progress["rows"], folder / "log.csv")
         if better:
             save_checkpoint(folder / "model.pth", model.state_dict())
         save_checkpoint(folder / "last.pth", progress)
+        write_log(rows, folder / "log.csv")
 
-    keywords = {"device": device, "amp": amp, "after_epoch": keep, "resume": resume}
-    try:
-        _, rows = train_model(trained, loaders, criterion, optimizer, scheduler, config["epochs"], **keywords)
-    except KeyboardInterrupt:
-        go_on = "--resume" if (folder / "last.pth").is_file() else "--overwrite (there was no whole epoch yet)"
-        print(f"\nstopped; python transfer_resnet18.py --name {config['name']} {go_on}", file=sys.stderr)
-        raise SystemExit(130) from None
-    if is_main():
-        report.plot_curves(rows, folder / "curves.png", title=config["name"])
+    def draw_curves():
+        if rows and is_main():
+            report.plot_curves(rows, folder / "curves.png", title=config["name"])
+
+    keywords = {"device": device, "amp": amp, "after_epoch": keep, "resume": resume, "check_stop": stops.check}
+    with keeping(folder, "transfer_resnet18.py", draw_curves), stops:
+        train_model(trained, loaders, criterion, optimizer, scheduler, config["epochs"], **keywords)
     return rows
 
 
@@ -602,6 +620,13 @@ def main():
     keep_memory()
     config = resumed_config(options, given) if options.resume else new_config(options, given)
     folder = run_folder(config["name"])
+    with only_trainer(folder, RUN_FILES):
+        train(config, options, folder)
+    return 0
+
+
+def train(config, options, folder):
+    """The run in `folder` from its first or next epoch to its report."""
     earlier = earlier_files(folder, RUN_FILES, options)
     with processes(pick_device(config["device"])) as device:
         if is_main():
@@ -614,8 +639,7 @@ def main():
         config.update(classes=classes, mean=list(folders.MEAN), std=list(folders.STD), data=fingerprint)
         same = {key: value for key, value in config.items() if key not in FREE_ON_RESUME - {"name"}}
         check_same({**same, "environment": None, "epoch": resume and resume["epoch"]})
-        if not resume and is_main():
-            folder.mkdir(parents=True, exist_ok=True)
+        if not options.resume and is_main():
             for path in earlier:
                 path.unlink()
             machine = environment(device) | ({"processes": world_size()} if world_size() > 1 else {})
@@ -630,16 +654,18 @@ def build_trained(config, classes, fingerprint, folder):
     """-> the model with the weights to start from, and the checkpoint of the run in `folder` to go on with, or None."""
     seed_everything(config["seed"])
     model = ResNet18(len(classes), config["freeze_bn"] or config["freeze"], config["mirror"])
-    if not folder:
+    if folder and fingerprint != config["data"]:
+        now = f"{config['data']}, now {fingerprint}"
+        raise ValueError(f"{config['data_dir']} has changed since {folder} was trained ({now})")
+    if not (folder and (folder / "last.pth").is_file()):
         if config["weights"] != "none" and is_main():  # the others get them from this process, as the training starts
             load_weights(model, config["weights"])
+        if folder:
+            print(f"{folder} has no whole epoch yet: starting with the first")
         return model, None
     resume = load_checkpoint(folder / "last.pth")
     if not isinstance(resume, dict) or "rows" not in resume:
         raise ValueError(f"{folder}/last.pth is no checkpoint of this script; start the run again with --overwrite")
-    if fingerprint != config["data"]:
-        now = f"{config['data']}, now {fingerprint}"
-        raise ValueError(f"{config['data_dir']} has changed since {folder} was trained ({now})")
     fill_body(model, load_checkpoint(folder / "model.pth"), folder / "model.pth")
     print(f"resuming {folder} after epoch {resume['epoch']}")
     return model, resume

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import random
+import signal
 import warnings
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def str2bool(value):
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, on failure removed."""
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, on failure removed.
+
+    What the system refuses (a full disk, a folder that is gone) is an OSError that names `path`.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -35,8 +39,13 @@ def atomic_path(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # of a write it names no file
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # in vain on a disk that became read-only; that is not the error to tell
+            temporary.unlink()
 
 
 def write_yaml(path, mapping):
@@ -70,8 +79,11 @@ def save_checkpoint(path, state):
     """Tensors and plain Python values only, so that `weights_only=True` reads them back."""
     import torch
 
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # as "archive": the same state, the same bytes
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch hides behind its own what went wrong in file.write: a full disk, a signal
+            raise error.__context__ or error from None
 
 
 def load_checkpoint(path):
@@ -91,6 +103,20 @@ def load_checkpoint(path):
 
 
 # ---------------------------------------------------------------- seeds and numbers
+
+
+def leave_signals_to_main(worker_id):
+    """For a loader's worker processes: a terminal sends Ctrl-C and a cluster SIGTERM to all, but one shall answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # torch itself ends a stuck worker so
+
+
+def in_one_line(error):
+    """An error's message without line breaks; of one that a loader's process passed on, its traceback's last line."""
+    message = str(error).strip()
+    if " in DataLoader worker process " in message.split("\n", 1)[0]:
+        message = message.rsplit("\n", 1)[-1].partition(": ")[2]
+    return " ".join(message.split()) or type(error).__name__
 
 
 def seed_everything(seed):

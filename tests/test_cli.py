@@ -2,13 +2,15 @@
 
 import argparse
 import math
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import REPOSITORY
 
-from cli import Parser, number, parse_options
+from cli import Parser, Stops, Terminated, number, parse_options
 from utils import read_yaml, str2bool
 
 # ---------------------------------------------------------------- numbers
@@ -210,3 +212,39 @@ def test_our_own_mistakes_keep_their_traceback(tmp_path):
     assert result.returncode == 1 and "Traceback" in result.stderr and "KeyError: 'lr'" in result.stderr
     result = ran(tmp_path, "raise ValueError('mine')", DEBUG="1")
     assert result.returncode == 1 and "Traceback" in result.stderr and "ValueError: mine" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_waits_for_the_check_and_the_second_does_not(number, kind):
+    before = signal.getsignal(number)
+    with pytest.raises(kind), Stops() as stops:
+        stops.check()
+        os.kill(os.getpid(), number)
+        waited = True
+        stops.check()
+    with pytest.raises(kind), Stops():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        pytest.fail("the second signal waits")
+    assert waited and signal.getsignal(number) is before
+
+
+def test_a_signal_that_nobody_checks_is_answered_at_the_end():
+    with pytest.raises(KeyboardInterrupt), Stops():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Stops():  # such as of loader processes that got the same signal
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("DataLoader worker exited unexpectedly")
+    with pytest.raises(OSError, match="disk"), Stops():  # but the user shall know of the disk
+        os.kill(os.getpid(), signal.SIGINT)
+        raise OSError("disk")
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Stops() as stops:
+            os.kill(os.getpid(), signal.SIGINT)
+            stops.check()
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -226,6 +226,7 @@ def test_an_earlier_result_is_replaced_and_strangers_stay(workplace, monkeypatch
     out = folder / "outputs" / "tiny" / "predict"
     assert call(monkeypatch, "a.png", "--probability") == 0
     (out / "notes.txt").write_text("mine")
+    (out / ".a_mask.png.123.tmp").write_text("what a killed call was writing")
     Path("bad.png").write_text("no picture")
     with pytest.raises(ValueError):  # nothing new: the old results stay
         call(monkeypatch, "bad.png")

@@ -3,10 +3,10 @@
 PYTHONPATH=. python tests/test_preprocess.py stage1_train.zip      # the table of resampling rules in its docstring
 """
 
-import contextlib
 import http.server
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import serving
+from conftest import mounted, serving
 
 import download
 import preprocess_dsb2018 as preprocess
@@ -433,23 +433,6 @@ def test_a_link_to_another_disk_stays_a_link(run, raw, tmp_path):
     assert (tmp_path / "link").is_symlink() and len(content(tmp_path / "disk")) == 6
 
 
-@contextlib.contextmanager
-def mounted(folder, options):
-    """A small file system of its own: root ignores chmod, and a full disk cannot be pretended otherwise."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"cannot mount: {error}")
-    if done.returncode:
-        pytest.skip(f"may not mount a tmpfs here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_leaves_nothing_behind(run, raw, tmp_path):
     with mounted(tmp_path / "disk", "size=200k") as disk:
         with pytest.raises(OSError, match="disk/out was not written: No space left on device"):
@@ -460,6 +443,21 @@ def test_a_full_disk_leaves_nothing_behind(run, raw, tmp_path):
 def test_a_read_only_disk_is_named(run, raw, tmp_path):
     with mounted(tmp_path / "disk", "ro") as disk, pytest.raises(OSError, match="Read-only file system.*disk"):
         run("--raw", raw, "--output", disk / "out")
+
+
+def test_raw_data_that_go_while_they_are_read_replace_nothing(run, raw, tmp_path, monkeypatch):
+    """An unplugged drive must not leave a data set of half the images in the place of a whole one."""
+    folder, _ = run("--raw", raw)
+    before, squeeze_mask = content(folder), preprocess.squeeze_mask
+
+    def unplug(*args):
+        shutil.rmtree(raw / "c3", ignore_errors=True)
+        return squeeze_mask(*args)
+
+    monkeypatch.setattr(preprocess, "squeeze_mask", unplug)
+    with pytest.raises(OSError, match=r"dsb2018_16 was not written: No such file or directory \(.*c3/images/c3.png\)"):
+        run("--raw", raw, "--overwrite", "--num_workers", 1)
+    assert content(folder) == before and hidden(folder.parent) == []
 
 
 # ---------------------------------------------------------------- download and demo

@@ -249,7 +249,7 @@ def test_resume_refuses_other_options_and_other_data(go):
     write_data_set("inputs/changing", count=5)
     refused(go, "--resume", "--name", "changing", match=r"last\.pth does not hold")
     (MODELS / "changing" / "last.pth").unlink()
-    refused(go, "--resume", "--name", "changing", match="no epoch was finished")
+    refused(go, "--resume", "--name", "changing", match="last.pth: no such file, although log.csv")
 
 
 def test_an_existing_run_is_safe(go):

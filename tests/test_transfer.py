@@ -183,11 +183,11 @@ def test_resuming_gives_the_same_bits(extra, monkeypatch, capsys):
         return real(*arguments, **options)
 
     capsys.readouterr()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(script, "run_epoch", interrupted)
         run(*SMALL, "--epochs", 3, *extra, "--overwrite")
-    assert caught.value.code == 130
-    assert capsys.readouterr().err.strip() == "stopped; python transfer_resnet18.py --name run --resume"
+    last_line = capsys.readouterr().out.rstrip().split("\n")[-1]
+    assert last_line == "last whole epoch kept; go on with: python transfer_resnet18.py --name run --resume"
     assert [row["epoch"] for row in read_log()] == ["1", "2"]
 
     torch.manual_seed(12345)
@@ -378,14 +378,16 @@ def test_a_mistake_is_one_line_and_status_2():
     assert process.returncode == 2 and errors.count("\n") == 1 and "--demo" in errors
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on():
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on(how, status):
     process = command(*SMALL, "--epochs", 500)
     for line in process.stdout:
         if line.startswith("epoch 2/"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(how)
             break
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert errors.strip().split("\n") == ["stopped; python transfer_resnet18.py --name run --resume"]
+    assert process.returncode == status, errors
+    assert output.rstrip().endswith("go on with: python transfer_resnet18.py --name run --resume")
+    assert errors.strip() == "transfer_resnet18.py: stopped"
     epoch = torch.load("models/run/last.pth", weights_only=True)["epoch"]
     assert epoch >= 2 and not list(Path("models/run").glob(".*"))

@@ -1,6 +1,7 @@
 """utils.py: small helpers by hand, and files that are whole or not there at all."""
 
 import argparse
+import contextlib
 import math
 import os
 import pickle
@@ -16,6 +17,7 @@ from utils import (
     AverageMeter,
     atomic_path,
     count_params,
+    in_one_line,
     load_checkpoint,
     read_yaml,
     save_checkpoint,
@@ -67,6 +69,22 @@ def test_count_params_counts_what_is_trained():
     assert count_params(model) == (12 + 4) + (4 + 4) + 8
     model[0].weight.requires_grad_(False)
     assert count_params(model) == 4 + 8 + 8
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise OSError("inputs/x: a: no image (gone)")
+
+
+def test_an_error_in_one_line():
+    assert in_one_line(ValueError("found this,\n  expected that")) == "found this, expected that"
+    assert in_one_line(MemoryError()) == "MemoryError"
+    with pytest.raises(OSError) as caught:
+        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    assert "Traceback" in str(caught.value) and in_one_line(caught.value) == "inputs/x: a: no image (gone)"
 
 
 def test_a_seed_sets_all_three_streams():
@@ -197,3 +215,27 @@ def test_checkpoints_that_are_refused(tmp_path, monkeypatch, kind):
 def test_a_checkpoint_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model.pth: no such file"):
         load_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("a worker")]
+)
+def test_what_stops_the_writing_of_a_checkpoint_is_what_is_raised(tmp_path, monkeypatch, error):
+    """A full disk, Ctrl-C, a dead loader process: torch raises an error of its own then, with these behind it."""
+
+    class Disturbed:
+        def write(self, data):
+            raise error
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+    state = {"a": torch.zeros(10**5)}
+    save_checkpoint(tmp_path / "last.pth", state)
+    before = (tmp_path / "last.pth").read_bytes()
+    with open(tmp_path / "elsewhere", "wb") as file:
+        monkeypatch.setattr("builtins.open", lambda *args: contextlib.nullcontext(Disturbed()))
+        with pytest.raises(type(error), match="No space|a worker" if str(error) else None):
+            save_checkpoint(tmp_path / "last.pth", state)
+        monkeypatch.undo()
+    assert (tmp_path / "last.pth").read_bytes() == before and "last.pth" in names(tmp_path)

@@ -365,7 +365,7 @@ def kill_and_resume(monkeypatch, script, options, kills, seed):
                 break
             done += 1
             state, told = look(best, state)
-            print(f"{script.__name__} kill {done:2}/{kills}  {how:<30}{told}", flush=True)
+            print(f"{script.__name__} kill {done:2}/{kills}  {how:<33}{told}", flush=True)
         else:
             raise AssertionError("too many lives")
         status = zygote.status() if status == signal.SIGKILL else status

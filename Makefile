@@ -1,10 +1,10 @@
 # make demo    set up, then train and evaluate on generated nuclei, offline after the installation
-# make test    set up, then run the tests
+# make test    set up, then run the tests; make test-slow runs those that take minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements.txt requirements-onnx.txt requirements-dev.txt
@@ -19,6 +19,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

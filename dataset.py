@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from devices import memory
 from images import decode, foreground, squeeze, squeeze_mask, to_channels
+from utils import is_plain_name
 
 NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest is counted
 
@@ -63,10 +65,22 @@ def check_split(content, source):
         if not isinstance(ids, list) or not all(isinstance(img_id, str) for img_id in ids):
             raise ValueError(f"{source}: `{part}` must be a list of texts; put ids that look like numbers in quotes")
         for img_id in ids:
+            if not is_plain_name(img_id):
+                raise ValueError(f"{source}: {img_id!r} cannot be the name of an image")
             if img_id in seen:
                 raise ValueError(f"{source}: {img_id} stands in {seen[img_id]} and again in {part}")
             seen[img_id] = part
     return split
+
+
+def check_places(config):
+    """ValueError when the data set or an extension of a config leads out of inputs/."""
+    folder = Path(config["dataset"])
+    if folder.is_absolute() or ".." in folder.parts or "\0" in config["dataset"]:
+        raise ValueError(f"dataset {config['dataset']!r}: expected the name of a folder of inputs/")
+    for key in ("img_ext", "mask_ext"):
+        if not is_plain_name(f"id{config[key]}"):
+            raise ValueError(f"{key} {config[key]!r}: expected the end of a file's name, such as .png")
 
 
 # ---------------------------------------------------------------- what a network sees
@@ -92,14 +106,6 @@ def augmentation(input_h, input_w, input_channels):
     if input_channels == 3:  # the hue transform raises on any other number of channels
         colour.append(A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=15, val_shift_limit=10, p=0.5))
     return A.Compose(flips + colour)
-
-
-def _memory():
-    """Bytes of memory of this machine, as far as Python's standard library knows it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 8 * 2**30
 
 
 def _named(problem, ids):
@@ -193,7 +199,7 @@ class Dataset(torch.utils.data.Dataset):
             sums.append((len(pixels), pixels.sum(0), (pixels**2).sum(0), mask.sum((0, 1), dtype=np.int64)))
             digests.append(digest)
             size = (image.nbytes + mask.nbytes) * len(self)
-            keep = keep and (cache is True or size < _memory() / 4)
+            keep = keep and (cache is True or size < memory() / 4)
             if keep:
                 kept.append((image, mask))
             else:
@@ -267,6 +273,7 @@ class Dataset(torch.utils.data.Dataset):
 
 def build_dataset(config, ids, augment=False):
     """The Dataset that a run's config describes (dataset, extensions, channels, size, seed; mean and std if known)."""
+    check_places(config)
     folder, size = Path("inputs") / config["dataset"], (config["input_h"], config["input_w"])
     return Dataset(
         ids,

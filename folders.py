@@ -20,6 +20,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from images import MAX_PIXELS, check_pixels, open_picture
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]; the weights expect them
 RESIZE = 256 / 224  # validation looks at the middle 224 of a shorter side of 256, as torchvision's weights do
@@ -121,7 +123,8 @@ def read_picture(path, shorter_side):
     Transparent parts become white. The tensor is a view of (H, W, 3) bytes, the layout torchvision resizes fastest.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
+            check_pixels(image.size, MAX_PIXELS)
             image.draft("RGB", _shrunk(image.size, 2 * shorter_side))  # a JPEG decodes to 1/2, 1/4, 1/8 for less work
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):

@@ -28,11 +28,11 @@ import download
 import folders
 import report
 from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
-from cli import Parser, number, parse_options, run_script
+from cli import Parser, check_config, number, parse_options, run_script
 from devices import device_name, environment, keep_memory, pick_amp, pick_device
 from folders import set_epoch, to_device
 from resnet18 import ResNet18, fill_body, grad_cam
-from runs import earlier_files, newest_run, resolve_machine, resumed, run_folder, write_log
+from runs import earlier_files, newest_run, resolve_machine, restore, resumed, run_folder, write_log
 from utils import (
     atomic_path,
     count_params,
@@ -47,6 +47,7 @@ from utils import (
 DATA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 DATA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
 RUN_FILES = ("config.yml", "log.csv", "curves.png", "model.pth", "last.pth")
+COLUMNS = ("epoch", "lr", "loss", "acc", "val_loss", "val_acc", "seconds")  # of log.csv
 ABOUT_THE_COMMAND = ("resume", "overwrite", "predict", "demo", "download", "raw")  # config.yml does not keep these
 FREE_ON_RESUME = {"name", "device", "num_workers", *ABOUT_THE_COMMAND}  # the result does not depend on them
 
@@ -153,10 +154,22 @@ def resumed_config(options, given):
     """The config of the run to resume; ValueError where other options were given than it began with."""
     name = options.name or default_name(DEMO["data_dir"] if options.demo else options.data_dir)
     folder = run_folder(name)
+    config = check_config(build_parser, read_run(folder), folder / "config.yml")
+    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
+
+
+def read_run(folder):
+    """The config.yml of a run; ValueError when it describes no run of this script."""
     config = read_yaml(folder / "config.yml")
     if "classes" not in config:
         raise ValueError(f"{folder} is no run of this script (its config.yml has no `classes`); --name another one")
-    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
+    classes, size, mirror = (config.get(key) for key in ("classes", "img_size", "mirror"))
+    named = isinstance(classes, list) and 1 < len(classes) <= 100_000 and all(isinstance(name, str) for name in classes)
+    if not named or type(size) is not int or not 32 <= size <= 1024 or not isinstance(mirror, bool):
+        raise ValueError(
+            f"{folder}/config.yml is damaged: expected a list of classes, img_size 32 to 1024, mirror true or false"
+        )
+    return config
 
 
 # ---------------------------------------------------------------- data
@@ -346,11 +359,12 @@ def train_model(
     device = device or next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    progress, best = {"epoch": 0, "best_acc": -1.0, "best_epoch": 0, "rows": []}, None
+    progress, best = {"epoch": 0, "best_acc": -1.0, "best_epoch": 0}, None
     if resume:
-        for name, part in parts.items():
-            part.load_state_dict(resume[name])
-        progress, best = {key: resume[key] for key in progress}, resume["best"]
+        rows, progress = restore(parts, progress, resume, COLUMNS, "last.pth")
+        progress, best = {**progress, "rows": rows, "epoch": len(rows)}, resume["best"]
+    else:
+        progress["rows"] = []
     for epoch in range(progress["epoch"] + 1, num_epochs + 1):
         start, lr, label = time.perf_counter(), optimizer.param_groups[0]["lr"], f"epoch {epoch}/{num_epochs}"
         for loader in dataloaders.values():
@@ -487,14 +501,14 @@ def gallery_items(model, dataset, probabilities, labels, classes, device):
 def load_run(name, device):
     """-> model in eval mode with the best weights of models/<name>, its config."""
     folder = run_folder(name)
-    config = read_yaml(folder / "config.yml")
-    if not isinstance(config.get("classes"), list):
-        raise ValueError(f"{folder} is no run of this script (its config.yml has no `classes`); --name another one")
+    config = read_run(folder)
     model = ResNet18(len(config["classes"]), mirror=config["mirror"])
     try:
         model.load_state_dict(load_checkpoint(folder / "model.pth"))
     except (RuntimeError, TypeError, AttributeError):
         raise ValueError(f"{folder}/model.pth does not fit {folder}/config.yml") from None
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        raise ValueError(f"{folder}/model.pth holds weights that are not finite")
     return model.to(device).eval(), config
 
 
@@ -574,13 +588,13 @@ def main():
     resume = None
     if options.resume:
         resume = load_checkpoint(folder / "last.pth")
-        if not isinstance(resume, dict) or "rows" not in resume:
+        if not isinstance(resume, dict) or not isinstance(resume.get("rows"), list):
             raise ValueError(f"{folder}/last.pth is no checkpoint of this script; start the run again with --overwrite")
-        if fingerprint != config["data"]:
-            now = f"{config['data']}, now {fingerprint}"
+        if fingerprint != config.get("data") or classes != config["classes"]:
+            now = f"{config.get('data')}, now {fingerprint}"
             raise ValueError(f"{config['data_dir']} has changed since {folder} was trained ({now})")
         fill_body(model, load_checkpoint(folder / "model.pth"), folder / "model.pth")
-        print(f"resuming {folder} after epoch {resume['epoch']}")
+        print(f"resuming {folder} after epoch {len(resume['rows'])}")
     elif config["weights"] != "none":
         load_weights(model, config["weights"])
     device = pick_device(config["device"])

@@ -26,6 +26,7 @@ def number(kind, low=-math.inf, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}{bounds}")
         return value
 
+    parse.kind, parse.low, parse.high = kind, low, high
     return parse
 
 

@@ -20,9 +20,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from images import MAX_PIXELS, check_pixels, open_picture
+from images import check_pixels, open_picture
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 200_000_000  # of one picture, as the largest cameras have: a few bytes can claim to be gigabytes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]; the weights expect them
 RESIZE = 256 / 224  # validation looks at the middle 224 of a shorter side of 256, as torchvision's weights do
 KEEP = 320 / 224  # pictures in memory: room enough for a crop of half the area without enlarging it

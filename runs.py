@@ -103,8 +103,8 @@ def restore(parts, progress, state, columns, source):
             own, optimizer = part.state_dict(), isinstance(part, torch.optim.Optimizer)
             part.load_state_dict(_alike({**own, "state": state[name]["state"]} if optimizer else own, state[name]))
             for parameter, kept in part.state.items() if optimizer else ():
-                for value in kept.values():
-                    if value is not None:
+                for key, value in kept.items():
+                    if value is not None or key != "momentum_buffer":
                         _alike(parameter if value.dim() else torch.zeros(()), value)
                 if kept and kept.keys() != MOMENTS[type(part).__name__]:
                     raise KeyError("moments")
@@ -127,7 +127,7 @@ def _alike(own, found):
     elif isinstance(own, (list, tuple)):
         return type(own)(_alike(*pair) for pair in zip(own, found, strict=True))
     elif type(own) in (int, float):
-        same = type(found) in (int, float) and (math.isfinite(found) or (found == found and not math.isfinite(own)))
+        same = type(found) in (int, float) and (abs(found) < 1e30 or (found == found and math.isinf(own)))
     else:
         same = type(found) is type(own) and found == own
     if not same:

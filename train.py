@@ -59,7 +59,7 @@ def build_parser():
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--weights", help="start from the weights of a run (its name) or a file")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="initial weights, order, augmentation (default 0)")
-    a("--epochs", type=natural, default=60, help="default 60")
+    a("--epochs", type=number(int, 1, 100_000), default=60, help="default 60")
     a("-b", "--batch_size", type=natural, default=16, help="default 16")
     a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better val_iou; 0: never")
 

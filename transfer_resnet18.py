@@ -74,7 +74,7 @@ def build_parser():
     a("--resume", action="store_true", help="continue models/<name> after its last whole epoch")
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="order, augmentation, initial weights (default 0)")
-    a("--epochs", type=natural, help=f"default {_by_recipe('epochs')}")
+    a("--epochs", type=number(int, 1, 100_000), help=f"default {_by_recipe('epochs')}")
     a("-b", "--batch_size", type=natural, default=16, help="default 16")
 
     a = parser.add_argument_group("data").add_argument
@@ -239,6 +239,11 @@ def build_loaders(config, datasets, model, device, amp):
     count, val = len(datasets["train"]), DataLoader(datasets["val"], 64, **workers)
     order = folders.EpochSampler(count, config["seed"])
     if not config["freeze"]:
+        if min(count, config["batch_size"]) == 1 and config["img_size"] <= 32 and not config["freeze_bn"]:
+            raise ValueError(
+                "batch norm learns nothing from one picture of 32 pixels at a time; give --batch_size 2 or more, "
+                "a larger --img_size, or --freeze_bn True"
+            )
         # batch norm that learns its statistics cannot do so from one small picture at the end
         drop_last = count % config["batch_size"] == 1 and count > 1 and not config["freeze_bn"]
         train = DataLoader(datasets["train"], config["batch_size"], sampler=order, drop_last=drop_last, **workers)

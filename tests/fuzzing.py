@@ -16,8 +16,9 @@ from pathlib import Path
 
 from cli import MAX_MESSAGE, one_line
 
-CODEC = re.compile(r"libpng (warning|error): |Corrupt JPEG data: ")  # what OpenCV's own decoders say of a broken file
-LIMIT_SECONDS, LIMIT_BYTES = 20, 3 * 2**30
+# What the C libraries in OpenCV and Pillow say of a broken file by themselves.
+CODEC = re.compile(r"libpng (warning|error): |Corrupt JPEG data: |Warning: |tempfile\.tif: |JPEGLib: ")
+LIMIT_SECONDS, LIMIT_BYTES = 60, 3 * 2**30
 OWN = {"free", "inputs", "models", "outputs"}  # folders of the sandbox that a reader may write to
 
 
@@ -83,8 +84,8 @@ def limits():
 
 
 def judge(call, *arguments):
-    """ "refused" or "accepted"; any other end raises AssertionError."""
-    said = io.StringIO()
+    """'refused' or 'accepted', and in judge.line what the refusal said; any other end raises AssertionError."""
+    said, judge.line = io.StringIO(), ""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
@@ -92,11 +93,12 @@ def judge(call, *arguments):
                 call(*arguments)
             verdict = "accepted"
         except (ValueError, OSError) as error:
-            line = one_line(error)
+            line = judge.line = one_line(error)
             assert 10 < len(line) <= MAX_MESSAGE and "Traceback" not in line, line
             verdict = "refused"
         except SystemExit as stop:
-            assert stop.code == 2 and said.getvalue().count("\n") == 1, said.getvalue()
+            judge.line = said.getvalue()
+            assert stop.code == 2 and judge.line.count("\n") == 1, judge.line
             verdict = "refused"
     assert not heard, [str(warning.message) for warning in heard]
     return verdict

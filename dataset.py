@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -296,6 +297,7 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_m
 
     The last batch may be smaller: no image is left out, however few there are. Call set_epoch(loader, epoch) first.
     """
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, when asked for
     sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed) if shuffle else None
     return Loader(
         dataset,

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -234,6 +235,7 @@ def build_data(config):
 
 def build_loaders(config, datasets, model, device, amp):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, when asked for
     workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
     workers["pin_memory"] = device.type == "cuda"
     count, val = len(datasets["train"]), DataLoader(datasets["val"], 64, **workers)

@@ -10,6 +10,7 @@ bools, and what lies outside of the bounds of a number are added from the parser
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -247,6 +248,7 @@ def here(furnished, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer_resnet18.report, "plot_curves", lambda *args, **kwargs: None)
     monkeypatch.setattr(transfer_resnet18, "conclude", lambda *args, **kwargs: None)
     monkeypatch.setattr(transfer_resnet18, "save_checkpoint", lambda *args, **kwargs: None)  # 135 MB each time
+    return tmp_path / "here"
 
 
 def run(patch, script, *words):
@@ -378,3 +380,18 @@ def test_a_config_holds_what_the_parser_takes():
         if isinstance(expected, range):
             assert (of_parser[key].type.low, of_parser[key].type.high) == (expected[0], expected[-1]), key
     assert tuple(of_parser["input_channels"].choices) == val.NEEDED["input_channels"]
+
+
+@pytest.mark.parametrize("scheduler", train.SCHEDULERS)
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_every_optimizer_and_scheduler_resumes(optimizer, scheduler, here, monkeypatch):
+    """What is checked in last.pth lets everything pass that train.py writes."""
+    momentum = 0 if scheduler == "ConstantLR" else 0.9
+    words = f"{BASE[train]} --optimizer {optimizer} --scheduler {scheduler} --milestones 1 --momentum {momentum}"
+    monkeypatch.setattr(train.Run, "over", lambda self: "stopped" if self.epoch == 1 else None)
+    expect("accepted", monkeypatch, train, words, "--epochs 2 --name resumed")
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.chdir(here)
+    expect("accepted", monkeypatch, train, "--name resumed --resume --device cpu")
+    assert len(Path("models/resumed/log.csv").read_text().split()) == 3

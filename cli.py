@@ -28,6 +28,7 @@ def number(kind, low=-math.inf, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}{bounds}")
         return value
 
+    parse.kind, parse.low, parse.high = kind, low, high
     return parse
 
 
@@ -39,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         speak_in_turn()
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: error: {in_one_line(message)} (--help lists the options)\n")
 
 
 def parse_options(build_parser, argv=None, read_config=None):
@@ -58,13 +59,34 @@ def parse_options(build_parser, argv=None, read_config=None):
                 f"{options.config}: unknown options {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
             )
         tokens = [f"--{key}={value}" for key, value in settings.items() if value is not None and key != "config"]
-        of_file = build_parser()
-        of_file.prog += f": {options.config}"  # so that a wrong value names its file
-        of_file.parse_args(tokens)
+        _parse(build_parser, tokens, options.config)
     unset = object()  # a value that no default replaces
     explicit = build_parser().parse_args(tokens + argv, argparse.Namespace(**dict.fromkeys(known, unset)))
     given = {name for name, value in vars(explicit).items() if value is not unset}
     return build_parser().parse_args(tokens + argv), given
+
+
+def check_config(build_parser, config, source):
+    """The options in a run's config.yml, each read again by its option's own type -> config; else one line and exit.
+
+    ValueError for a switch (store_true) that is neither true nor false and for an option without its value.
+    """
+    parser = build_parser()
+    options = {action.dest: action for action in parser._actions if action.dest in config}
+    switches = {key for key, action in options.items() if action.nargs == 0}
+    wrong = [key for key in switches if not isinstance(config[key], bool)]
+    wrong += [key for key in options if config[key] is None and parser.get_default(key) is not None]
+    if wrong:
+        raise ValueError(f"{source} is damaged: {', '.join(f'{key} is {config[key]!r}' for key in sorted(wrong))}")
+    given = {key: config[key] for key in options.keys() - switches if config[key] is not None}
+    found = _parse(build_parser, [f"--{key}={value}" for key, value in given.items()], source)
+    return {**config, **{key: getattr(found, key) for key in given}}
+
+
+def _parse(build_parser, tokens, source):
+    parser = build_parser()
+    parser.prog += f": {source}"  # so that a wrong value names its file
+    return parser.parse_args(tokens)
 
 
 class Terminated(KeyboardInterrupt):
@@ -87,7 +109,7 @@ class Stops:
 
     def __enter__(self):
         self.before = {}
-        # no other thread may set handlers; and a process of torchrun that waits for its step waits for others that ended
+        # no other thread may set handlers; and who waits for torchrun's other processes may wait for one that has ended
         if threading.current_thread() is threading.main_thread() and launched() == 1:
             for number in self.KINDS:
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -113,8 +135,8 @@ class Stops:
 def run_script(main):
     """Run a script's main and exit: a user's mistake (ValueError, OSError) is one line on stderr and status 2.
 
-    So is a GPU's or the machine's memory that does not suffice. Ctrl-C is status 130, SIGTERM 143. With DEBUG=1 in the
-    environment the traceback is shown instead. Of torchrun's processes only the main one speaks of being stopped.
+    So is memory that does not suffice. Ctrl-C is status 130, SIGTERM 143. With DEBUG=1 in the environment the traceback
+    is shown instead. Of torchrun's processes only the main one speaks of being stopped.
     """
     if os.environ.get("DEBUG"):
         sys.exit(main())
@@ -130,9 +152,12 @@ def run_script(main):
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError):  # only memory is the user's: torch is not imported here to name its class
-            if type(error).__name__ != "OutOfMemoryError":
+            of_gpu = type(error).__name__ == "OutOfMemoryError"
+            if not of_gpu and "DefaultCPUAllocator" not in str(error):
                 raise
-            error = "the GPU's memory does not suffice; take a smaller --batch_size or image"
+            error = (
+                f"the {'GPU' if of_gpu else 'machine'}'s memory does not suffice; take a smaller --batch_size or image"
+            )
         speak_in_turn()
         print(f"{name}: error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)

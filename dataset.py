@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import threading
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +21,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from devices import memory
 from distributed import SharedBatches, WholeBatches, local_processes
 from images import decode, foreground, squeeze, squeeze_mask, to_channels
-from utils import leave_signals_to_main
+from utils import is_plain_name, leave_signals_to_main
 
+ABOUT = ("sizes", "fingerprint")  # what split.yml keeps of Dataset.check, for each part
 GROUPED = "grouped"  # what --split takes beside a file of ids
 NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest is counted
 
@@ -67,6 +70,8 @@ def check_split(content, source):
         if not isinstance(ids, list) or not all(isinstance(img_id, str) for img_id in ids):
             raise ValueError(f"{source}: `{part}` must be a list of texts; put ids that look like numbers in quotes")
         for img_id in ids:
+            if not is_plain_name(img_id):
+                raise ValueError(f"{source}: {img_id!r} cannot be the name of an image")
             if img_id in seen:
                 raise ValueError(f"{source}: {img_id} stands in {seen[img_id]} and again in {part}")
             seen[img_id] = part
@@ -85,12 +90,22 @@ def changes(split, ids, found, every=True):
     if new and every:
         said.append(f"{len(new)} images are new ({name_ids(new, 3)})")
     for part, now in found.items():
-        then = split.get("sizes", {}).get(part, now["sizes"])
-        if now["sizes"] != then:
-            said.append(f"the {part} images are {' and '.join(now['sizes'])}, then {' and '.join(then)}")
-        elif now["fingerprint"] != split.get("fingerprint", {}).get(part):
+        sizes, fingerprint = (about.get(part) if isinstance(about, dict) else None for about in map(split.get, ABOUT))
+        if isinstance(sizes, dict) and now["sizes"] != sizes:
+            said.append(f"the {part} images are {' and '.join(now['sizes'])}, then {' and '.join(map(str, sizes))}")
+        elif now["fingerprint"] != fingerprint:
             said.append(f"the {part} images or masks have other contents")
     return said
+
+
+def check_places(config):
+    """ValueError when the data set or an extension of a config leads out of inputs/."""
+    folder = Path(config["dataset"])
+    if folder.is_absolute() or ".." in folder.parts or "\0" in config["dataset"]:
+        raise ValueError(f"dataset {config['dataset']!r}: expected the name of a folder of inputs/")
+    for key in ("img_ext", "mask_ext"):
+        if not is_plain_name(f"id{config[key]}"):
+            raise ValueError(f"{key} {config[key]!r}: expected the end of a file's name, such as .png")
 
 
 # ---------------------------------------------------------------- what a network sees
@@ -116,14 +131,6 @@ def augmentation(input_h, input_w, input_channels):
     if input_channels == 3:  # the hue transform raises on any other number of channels
         colour.append(A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=15, val_shift_limit=10, p=0.5))
     return A.Compose(flips + colour)
-
-
-def _memory():
-    """Bytes of memory of this machine, as far as Python's standard library knows it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 8 * 2**30
 
 
 def is_two_valued(array):
@@ -238,7 +245,7 @@ class Dataset(torch.utils.data.Dataset):
             sums.append((len(pixels), pixels.sum(0), (pixels**2).sum(0), mask.sum((0, 1), dtype=np.int64)))
             digests.append(digest)
             size = (image.nbytes + mask.nbytes) * len(self)
-            keep = keep and (cache is True or size < _memory() / 4 / local_processes())
+            keep = keep and (cache is True or size < memory() / 4 / local_processes())
             if keep:
                 kept.append((image, mask))
             else:
@@ -317,6 +324,7 @@ class Dataset(torch.utils.data.Dataset):
 
 def build_dataset(config, ids, augment=False):
     """The Dataset that a run's config describes (dataset, extensions, channels, size, seed; mean and std if known)."""
+    check_places(config)
     folder, size = Path("inputs") / config["dataset"], (config["input_h"], config["input_w"])
     return Dataset(
         ids,
@@ -340,6 +348,7 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_m
     The last batch may be smaller: no image is left out, however few there are. Call set_epoch(loader, epoch) first.
     Under torchrun each process gets its share of every shuffled batch, or whole batches of those in order.
     """
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, when asked for
     if shuffle:  # the order of all images: one replica, since the batches are shared after they were drawn
         order = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
         batches = SharedBatches(order, batch_size)

@@ -68,6 +68,14 @@ def keep_memory():
         mallopt(option, value)
 
 
+def memory():
+    """Bytes of memory of this machine, as far as Python's standard library knows it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8 * 2**30
+
+
 def device_name(device):
     """What a person calls it: the GPU's or the processor's name and its number of threads."""
     import torch

@@ -14,6 +14,7 @@ import lzma
 import re
 import shutil
 import stat
+import struct
 import sys
 import tempfile
 import time
@@ -29,10 +30,14 @@ CHUNK_BYTES = 2**18
 TIMEOUT_SECONDS = 20
 RETRY_WAITS = (0.5, 1, 2)  # seconds before each further try; a try that brought new bytes starts the list again
 MAX_UNPACKED_BYTES = 8 * 2**30
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of the others zipfile unpacks more at once than it is asked for
+MAX_ENTRIES = 2_000_000
 # What zipfile raises for files that are damaged, encrypted or packed by a method it does not know.
 ZIP_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
+    struct.error,
+    OverflowError,
     lzma.LZMAError,
     EOFError,
     NotImplementedError,
@@ -248,9 +253,11 @@ def _check_entries(path, entries, max_bytes):
             raise ValueError(f"{path} is not safe to unpack: {info.filename!r} is a link or a device")
         if info.flag_bits & 1:
             raise ValueError(f"{path}: {info.filename!r} is encrypted")
+        if info.compress_type not in PACKED:
+            raise ValueError(f"{path}: {info.filename!r} is neither stored nor deflated; pack the files again as a zip")
     total = sum(info.file_size for info in entries)
     if total > max_bytes:
         raise ValueError(f"{path} unpacks to {total:,} bytes, more than the {max_bytes:,} that are allowed")
-    if not entries:
-        raise ValueError(f"{path} is an empty zip")
+    if not 0 < len(entries) <= MAX_ENTRIES:
+        raise ValueError(f"{path} holds {len(entries):,} files; expected 1 to {MAX_ENTRIES:,}")
     return total

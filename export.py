@@ -21,7 +21,7 @@ import torch
 
 from archs import probabilities
 from cli import Parser, parse_options, run_script
-from dataset import standardise
+from dataset import check_split, standardise
 from images import decode, squeeze, to_channels
 from metrics import THRESHOLDS
 from runs import newest_run
@@ -98,7 +98,8 @@ def write_onnx(deployed, path, channels, metadata):
 def images_to_check(config):
     """-> up to CHECKED images (H, W, channels) uint8, and what they are: the run's validation images, or generated."""
     folder = Path("inputs") / config["dataset"] / "images"
-    ids = read_yaml(Path("models") / config["name"] / "split.yml")["val"]
+    path = Path("models") / config["name"] / "split.yml"
+    ids = check_split(read_yaml(path), path)["val"]
     paths = [path for img_id in ids if (path := folder / f"{img_id}{config['img_ext']}").is_file()][:CHECKED]
     pictures, source = [decode(path.read_bytes()) for path in paths], f"validation images of {folder.parent}"
     if not paths:

@@ -20,8 +20,10 @@ from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from distributed import gather, is_main, local_processes
+from images import check_pixels, open_picture
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 200_000_000  # of one picture, as the largest cameras have: a few bytes can claim to be gigabytes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]; the weights expect them
 RESIZE = 256 / 224  # validation looks at the middle 224 of a shorter side of 256, as torchvision's weights do
 KEEP = 320 / 224  # pictures in memory: room enough for a crop of half the area without enlarging it
@@ -122,7 +124,8 @@ def read_picture(path, shorter_side):
     Transparent parts become white. The tensor is a view of (H, W, 3) bytes, the layout torchvision resizes fastest.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
+            check_pixels(image.size, MAX_PIXELS)
             image.draft("RGB", _shrunk(image.size, 2 * shorter_side))  # a JPEG decodes to 1/2, 1/4, 1/8 for less work
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import report
 from cli import Parser, number, parse_options, run_script
 from images import MAX_PIXELS, check_pixels, read_picture, squeeze, to_channels, write_png
-from utils import atomic_path
+from utils import atomic_path, is_plain_name
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # looked for in folders; a file may have any name
 TILE, OVERLAP = 256, 64  # pixels that the network sees
@@ -124,8 +124,25 @@ def onnx_probability(options):
         config |= {"scale": float(about.get("scale") or 0), "name": options.name or Path(about["name"]).name}
     except Exception as error:  # ONNX Runtime's errors have no class in common
         raise ValueError(f"{options.onnx} is no ONNX file of export.py ({type(error).__name__})") from None
+    fits = config["input_channels"] in (1, 3, 4) and 1 <= config["num_classes"] <= 1000
+    fits &= all(1 <= config[key] <= 4096 for key in ("input_h", "input_w")) and 0 <= config["scale"] < 1e6
+    if not fits or not is_plain_name(config["name"]):
+        raise ValueError(f"{options.onnx} is no ONNX file of export.py: {config}")
     print(f"{options.onnx}, {session.get_providers()[0]}")
-    return lambda batch: session.run(None, {images.name: batch})[0], config
+
+    def probability(batch):
+        try:
+            [found] = session.run(None, {images.name: batch})
+        except Exception as error:
+            raise ValueError(f"{options.onnx} cannot be run ({type(error).__name__})") from None
+        whole = getattr(found, "dtype", None) == np.float32 and found.shape == (*batch.shape[:3], config["num_classes"])
+        if not whole or not (found.min() >= 0 and found.max() <= 1 + 1e-6):  # which NaN is not either
+            raise ValueError(
+                f"{options.onnx} answers with something else than probabilities of {batch.shape[1:3]} pixels"
+            )
+        return found
+
+    return probability, config
 
 
 def eight_ways(probability):
@@ -253,7 +270,9 @@ def read_batches(files, options, config, failed):
             check_pixels(size[::-1], options.max_pixels)
             picture = Picture(path, image, squeeze(image, size), time.perf_counter() - started)
         except (ValueError, OSError, MemoryError) as error:
-            failed.append((path, getattr(error, "strerror", None) or str(error) or type(error).__name__))
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            hint = "; --max_pixels raises the limit" if "pixels are more than" in reason else ""
+            failed.append((path, reason + hint))
             continue
         held = sum(waiting.image.nbytes for waiting in batch) + image.nbytes
         differs = batch and picture.small.shape != batch[0].small.shape

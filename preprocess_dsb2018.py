@@ -41,10 +41,10 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import Parser, number, parse_options, run_script
-from download import ZIP_ERRORS, check_zip, fetch, open_zip
+from download import PACKED, ZIP_ERRORS, check_zip, fetch, open_zip
 from images import decode, foreground, squeeze, squeeze_mask, to_channels, write_png
 from synthetic import nuclei
-from utils import write_yaml
+from utils import is_plain_name, write_yaml
 
 RAW = Path("inputs/data-science-bowl-2018")
 URL = "https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"
@@ -93,6 +93,8 @@ def group_entries(names):
         entry = ENTRY.fullmatch(name.replace("\\", "/"))
         if not entry or name.startswith("__MACOSX/"):
             continue
+        if not is_plain_name(entry["id"]):
+            raise ValueError(f"{name!r}: {entry['id']!r} cannot be the name of an image")
         sample = roots.setdefault(entry["root"], {}).setdefault(entry["id"], Sample())
         if entry["file"].lower().endswith(".png") and not entry["file"].startswith("."):
             getattr(sample, entry["kind"]).append(name)
@@ -121,9 +123,11 @@ def list_zip(path):
     """(samples, read) of stage1_train.zip, or of a zip that contains it. Nothing is unpacked to disk."""
 
     def read(archive, name):
-        if archive.getinfo(name).file_size > MAX_FILE_BYTES:
-            raise ValueError(f"unpacks to more than {MAX_FILE_BYTES:,} bytes")
-        return archive.read(name)
+        info = archive.getinfo(name)
+        if info.file_size > MAX_FILE_BYTES or info.compress_type not in PACKED:
+            raise ValueError(f"unpacks to more than {MAX_FILE_BYTES:,} bytes, or is neither stored nor deflated")
+        with archive.open(info) as file:
+            return file.read(info.file_size)  # and no more, whatever is packed there
 
     archive = open_zip(path)
     samples = group_entries(archive.namelist())

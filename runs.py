@@ -9,6 +9,7 @@ with only_trainer(folder, RUN_FILES), keeping(folder, "train.py", draw_curves):
 import contextlib
 import csv
 import errno
+import math
 import os
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 from devices import pick_amp, pick_device
 from distributed import is_main, local_processes
-from utils import atomic_path, in_one_line, read_yaml
+from utils import atomic_path, in_one_line, is_plain_name, read_yaml
 
 MODELS = Path("models")
 MAKERS = {  # what only the config.yml of one script's runs holds, and a command that makes such a run
@@ -25,8 +26,14 @@ MAKERS = {  # what only the config.yml of one script's runs holds, and a command
 }
 
 
+MOMENTS = {  # what an optimizer keeps of each parameter
+    "SGD": {"momentum_buffer"},
+    **dict.fromkeys(("Adam", "AdamW"), {"step", "exp_avg", "exp_avg_sq"}),
+}
+
+
 def run_folder(name):
-    if name in ("", ".", "..") or Path(name).name != name:
+    if not is_plain_name(name):
         raise ValueError(f"--name {name!r}: expected the plain name of a folder, the run is models/<name>")
     return MODELS / name
 
@@ -154,6 +161,7 @@ def resumed(config, folder, options, given, free, leave_out):
         raise FileNotFoundError(f"{folder}/last.pth: no such file, although log.csv is there; --overwrite starts again")
     if missing := sorted(vars(options).keys() - set(leave_out) - config.keys()):
         raise ValueError(f"{folder}/config.yml is damaged: {', '.join(missing)} missing")
+    config = {**config, "name": folder.name}
     asked = {key: getattr(options, key) for key in given - set(leave_out) if getattr(options, key) != "auto"}
     asked = {key: value for key, value in asked.items() if (key, value) != ("num_workers", -1)}
     differing = {k: f"{k} {v} (run: {config[k]})" for k, v in sorted(asked.items()) if v != config[k]}
@@ -165,6 +173,52 @@ def resumed(config, folder, options, given, free, leave_out):
     if differing:
         print(f"other options than {folder} began with, on which no result depends: {', '.join(differing.values())}")
     return config | {key: asked[key] for key in differing}
+
+
+def restore(parts, progress, state, columns, source):
+    """Give each of parts, {name: what has a state_dict}, its own of `state`, the content of last.pth -> rows, progress.
+
+    columns: those of log.csv; progress: {name: a plain value of the right kind}. ValueError, which names the source,
+    where anything in state is of another form, kind or shape than what it is to replace.
+    """
+    try:
+        rows = _alike([dict.fromkeys(columns, math.inf)] * max(1, len(state["rows"])), state["rows"])
+        if [row["epoch"] for row in state["rows"]] != list(range(1, len(rows) + 1)):
+            raise ValueError("epochs are missing")
+        for name, part in parts.items():
+            own, optimizer = part.state_dict(), isinstance(part, torch.optim.Optimizer)
+            part.load_state_dict(_alike({**own, "state": state[name]["state"]} if optimizer else own, state[name]))
+            for parameter, kept in part.state.items() if optimizer else ():
+                for key, value in kept.items():
+                    if value is not None or key != "momentum_buffer":
+                        _alike(parameter if value.dim() else torch.zeros(()), value)
+                if kept and kept.keys() != MOMENTS[type(part).__name__]:
+                    raise KeyError("moments")
+        return rows, _alike(progress, state)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
+        raise ValueError(f"{source} does not hold the training that config.yml describes") from None
+
+
+def _alike(own, found):
+    """found, when it is of the same form as own; an error otherwise.
+
+    A dict may have further entries, which are dropped, and lack flags (None or a bool), which keep their own value:
+    other versions of PyTorch know other ones.
+    """
+    if torch.is_tensor(own):
+        same = torch.is_tensor(found) and found.shape == own.shape and bool(torch.isfinite(found).all())
+    elif isinstance(own, dict):
+        flags = {key: value for key, value in own.items() if value is None or isinstance(value, bool)}
+        return {key: _alike(value, {**flags, **found}[key]) for key, value in own.items()}
+    elif isinstance(own, (list, tuple)):
+        return type(own)(_alike(*pair) for pair in zip(own, found, strict=True))
+    elif type(own) in (int, float):
+        same = type(found) in (int, float) and (abs(found) < 1e30 or (found == found and math.isinf(own)))
+    else:
+        same = type(found) is type(own) and found == own
+    if not same:
+        raise TypeError(str(type(found)))
+    return found
 
 
 def write_log(rows, path):

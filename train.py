@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from archs import ARCHS, DEEPEST, as_heads, build_model
-from cli import Parser, Stops, number, parse_options, run_script
-from dataset import GROUPED, build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
-from devices import device_name, environment, keep_memory, pick_amp, pick_device
+from cli import Parser, Stops, check_config, number, parse_options, run_script
+from dataset import ABOUT, GROUPED, build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
+from devices import device_name, environment, keep_memory, memory, pick_amp, pick_device
 from distributed import (
     check_same,
     copy_main,
@@ -36,7 +36,7 @@ from lookalikes import Sketches, about_groups, about_twins, grouped_split, group
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
-from runs import earlier_files, keeping, only_trainer, resolve_machine, resumed, run_folder, write_log
+from runs import earlier_files, keeping, only_trainer, resolve_machine, restore, resumed, run_folder, write_log
 from utils import (
     count_params,
     load_checkpoint,
@@ -46,9 +46,10 @@ from utils import (
     str2bool,
     write_yaml,
 )
-from val import evaluate, read_config
+from val import are_channels, evaluate, read_config
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
+COLUMNS = ("epoch", "lr", "loss", "iou", "val_loss", "val_iou", "seconds")  # of log.csv
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
 MOSTLY = 0.8  # a larger foreground is taken for a mistake
 FOUND_IN_DATA = ("mean", "std", "scale", "environment")  # what config.yml keeps beside the options
@@ -73,7 +74,7 @@ def build_parser():
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--weights", help="start from the weights of a run (its name) or a file")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="initial weights, order, augmentation (default 0)")
-    a("--epochs", type=natural, default=60, help="default 60")
+    a("--epochs", type=number(int, 1, 100_000), default=60, help="default 60")
     a("-b", "--batch_size", type=natural, default=16, help="of all processes together; default 16")
     a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better val_iou; 0: never")
 
@@ -81,8 +82,13 @@ def build_parser():
     a("-a", "--arch", choices=sorted(ARCHS), default="NestedUNet", help="default NestedUNet")
     a("--deep_supervision", type=str2bool, default=False, help="NestedUNet: a loss on each of four heads")
     a("--input_channels", type=int, choices=(1, 3, 4), default=3, help="grey, RGB or RGBA; default 3")
-    a("--num_classes", type=natural, default=1, help="folders masks/0, masks/1 ...; default 1")
-    a("--width", type=natural, default=32, help="filters of the first level, doubled at each of four more; default 32")
+    a("--num_classes", type=number(int, 1, 1000), default=1, help="folders masks/0, masks/1 ...; default 1")
+    a(
+        "--width",
+        type=number(int, 1, 1024),
+        default=32,
+        help="filters of the first level, doubled four times; default 32",
+    )
     a("--input_w", type=size, default=96, help="default 96")
     a("--input_h", type=size, default=96, help="default 96")
 
@@ -174,7 +180,8 @@ def resumed_config(options, given):
     if not options.name:
         raise ValueError("--resume needs --name, the run to go on with")
     folder = run_folder(options.name)
-    return resumed(read_config(folder), folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
+    config = check_config(build_parser, read_config(folder), folder / "config.yml")
+    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
 
 
 # ---------------------------------------------------------------- building
@@ -205,7 +212,10 @@ def build_data(config, split):
         dataset.mean, dataset.std = config["mean"], config["std"]
     if (folder / "dataset.yml").is_file():
         about = read_yaml(folder / "dataset.yml")
-        if about.get("scale") and about.get("img_size"):
+        known = [about[key] for key in ("scale", "img_size") if about.get(key)]
+        if not all(type(value) in (int, float) and 0 < value < 1e6 for value in known):
+            raise ValueError(f"{folder / 'dataset.yml'}: scale and img_size must be numbers above 0, found {known}")
+        if len(known) == 2:
             side = math.sqrt(config["input_h"] * config["input_w"])
             config["scale"] = round(about["scale"] * side / about["img_size"], 6)
     size = (found["bytes"] + found_val["bytes"]) / 2**20
@@ -217,7 +227,7 @@ def build_data(config, split):
         print(f"train.py: warning: {suspicion}", file=sys.stderr)
     of_twins = twins(sketches, split["train"], split["val"])
     print(about_twins(of_twins, len(val_set)))
-    about = {key: {"train": found[key], "val": found_val[key]} for key in ("fingerprint", "sizes")}
+    about = {key: {"train": found[key], "val": found_val[key]} for key in ABOUT}
     return train_set, val_set, {**about, "twins": of_twins}
 
 
@@ -236,6 +246,18 @@ def suspicions(folder, found, found_val, count):
     return said
 
 
+def check_memory(config, device):
+    """ValueError when the machine could not hold the weights: better said than found out when the memory is full."""
+    with torch.device("meta"):  # shapes without memory
+        weights = 4 * sum(value.numel() for value in build_model(config).state_dict().values())
+    needed = weights * (4 if device.type == "cpu" else 1)  # and their gradients and the optimizer's two averages
+    if needed > memory():
+        raise ValueError(
+            f"--width {config['width']}: the weights and what training keeps of them take {needed / 2**30:,.0f} GB, "
+            f"this machine has {memory() / 2**30:,.0f}; take a smaller one"
+        )
+
+
 def start_from(model, config):
     """Load config["weights"], a run's name or a file, into model; heads of another size keep their fresh weights.
 
@@ -247,13 +269,14 @@ def start_from(model, config):
     if not path.is_file():
         raise FileNotFoundError(f"--weights {config['weights']}: no such file, and no run: {path} is not there either")
     if (path.parent / "config.yml").is_file():
-        other = read_yaml(path.parent / "config.yml")
-        config.update(
-            {key: other[key] for key in ("mean", "std") if len(other.get(key, ())) == config["input_channels"]}
-        )
+        other = {**read_yaml(path.parent / "config.yml"), "input_channels": config["input_channels"]}
+        config.update({key: other[key] for key in ("mean", "std") if are_channels(other, key)})
     state = load_checkpoint(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    state = state.items() if isinstance(state, dict) else ()
+    state = {str(key).removeprefix("module."): value for key, value in state if torch.is_tensor(value)}
+    if wild := [key for key, value in state.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"{path} holds weights that are not finite: {wild[0]}")
     own = model.state_dict()
     fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     fresh = sorted(key for key in own.keys() - fitting.keys())
@@ -389,10 +412,12 @@ class Run:
         progress = {"rows": self.rows, "best_iou": self.best_iou, "best_epoch": self.best_epoch}
         return {**progress, **{name: part.state_dict() for name, part in parts.items()}}
 
-    def load_state(self, state):
-        for name in ("model", "optimizer", "scheduler", "scaler") + (("ema",) if self.ema else ()):
-            getattr(self, name).load_state_dict(state[name])
-        self.rows, self.best_iou, self.best_epoch = state["rows"], state["best_iou"], state["best_epoch"]
+    def load_state(self, state, source):
+        parts = {name: getattr(self, name) for name in ("model", "optimizer", "scheduler", "scaler")}
+        parts |= {"ema": self.ema} if self.ema else {}
+        progress = {"best_iou": self.best_iou, "best_epoch": self.best_epoch}
+        self.rows, progress = restore(parts, progress, state, COLUMNS, source)
+        self.best_iou, self.best_epoch = progress["best_iou"], progress["best_epoch"]
 
 
 def fit(run, loader, val_loader, criterion, folder, check_stop=lambda *_: None):
@@ -450,6 +475,7 @@ def prepare(config, folder, earlier, device, resume):
     keep_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one size: let cuDNN find its fastest convolutions
     seed_everything(config["seed"])
+    check_memory(config, device)
     model = build_model(config)
     if config["sync_bn"]:
         model = sync_batch_norm(model, device)
@@ -465,10 +491,7 @@ def prepare(config, folder, earlier, device, resume):
     if resume and about["fingerprint"] != read_yaml(folder / "split.yml").get("fingerprint"):
         raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
     if begun:
-        try:
-            run.load_state(load_checkpoint(folder / "last.pth"))
-        except (KeyError, TypeError, AttributeError, RuntimeError):
-            raise ValueError(f"{folder}/last.pth does not hold the training that config.yml describes") from None
+        run.load_state(load_checkpoint(folder / "last.pth"), folder / "last.pth")
         print(f"resuming {folder} after epoch {run.epoch}")
     elif resume:
         print(f"{folder} has no whole epoch yet: starting with the first")

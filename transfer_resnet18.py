@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import download
 import folders
 import report
 from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
-from cli import Parser, Stops, number, parse_options, run_script
+from cli import Parser, Stops, check_config, number, parse_options, run_script
 from devices import device_name, environment, keep_memory, pick_amp, pick_device
 from distributed import (
     SharedBatches,
@@ -49,7 +50,17 @@ from distributed import (
 from folders import set_epoch, to_device
 from images import write_png
 from resnet18 import ResNet18, fill_body, grad_cam
-from runs import earlier_files, keeping, newest_run, only_trainer, resolve_machine, resumed, run_folder, write_log
+from runs import (
+    earlier_files,
+    keeping,
+    newest_run,
+    only_trainer,
+    resolve_machine,
+    restore,
+    resumed,
+    run_folder,
+    write_log,
+)
 from utils import (
     atomic_path,
     count_params,
@@ -65,6 +76,7 @@ from utils import (
 DATA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 DATA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
 RUN_FILES = ("config.yml", "log.csv", "curves.png", "model.pth", "last.pth")
+COLUMNS = ("epoch", "lr", "loss", "acc", "val_loss", "val_acc", "seconds")  # of log.csv
 ABOUT_THE_COMMAND = ("resume", "overwrite", "predict", "demo", "download", "raw")  # config.yml does not keep these
 FREE_ON_RESUME = {"name", "device", "num_workers", *ABOUT_THE_COMMAND}  # the result does not depend on them
 
@@ -91,7 +103,7 @@ def build_parser():
     a("--resume", action="store_true", help="continue models/<name> after its last whole epoch")
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="order, augmentation, initial weights (default 0)")
-    a("--epochs", type=natural, help=f"default {_by_recipe('epochs')}")
+    a("--epochs", type=number(int, 1, 100_000), help=f"default {_by_recipe('epochs')}")
     a("-b", "--batch_size", type=natural, default=16, help="of all processes together; default 16")
 
     a = parser.add_argument_group("data").add_argument
@@ -174,10 +186,22 @@ def resumed_config(options, given):
     """The config of the run to resume; ValueError where other options were given than it began with."""
     name = options.name or default_name(DEMO["data_dir"] if options.demo else options.data_dir)
     folder = run_folder(name)
+    config = check_config(build_parser, read_run(folder), folder / "config.yml")
+    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
+
+
+def read_run(folder):
+    """The config.yml of a run; ValueError when it describes no run of this script."""
     config = read_yaml(folder / "config.yml")
     if "classes" not in config:
         raise ValueError(f"{folder} is no run of this script (its config.yml has no `classes`); --name another one")
-    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
+    classes, size, mirror = (config.get(key) for key in ("classes", "img_size", "mirror"))
+    named = isinstance(classes, list) and 1 < len(classes) <= 100_000 and all(isinstance(name, str) for name in classes)
+    if not named or type(size) is not int or not 32 <= size <= 1024 or not isinstance(mirror, bool):
+        raise ValueError(
+            f"{folder}/config.yml is damaged: expected a list of classes, img_size 32 to 1024, mirror true or false"
+        )
+    return config
 
 
 # ---------------------------------------------------------------- data
@@ -245,6 +269,7 @@ def build_data(config):
 
 def build_loaders(config, datasets, model, device, amp, check_stop=lambda: None):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, when asked for
     workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
     workers["worker_init_fn"] = leave_signals_to_main
     workers["pin_memory"] = device.type == "cuda"
@@ -254,6 +279,11 @@ def build_loaders(config, datasets, model, device, amp, check_stop=lambda: None)
     shuffled = SharedBatches(folders.EpochSampler(count, config["seed"]), config["batch_size"], drop_last)
     val = DataLoader(datasets["val"], batch_sampler=in_order, **workers)
     if not config["freeze"]:
+        if min(count, config["batch_size"]) == 1 and config["img_size"] <= 32 and not config["freeze_bn"]:
+            raise ValueError(
+                "batch norm learns nothing from one picture of 32 pixels at a time; give --batch_size 2 or more, "
+                "a larger --img_size, or --freeze_bn True"
+            )
         return {"train": DataLoader(datasets["train"], batch_sampler=shuffled, **workers), "val": val}
     model.eval()
     each_once = WholeBatches(folders.EpochSampler(count, shuffle=False), 64)
@@ -387,11 +417,12 @@ def train_model(
     together = parallel(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    progress, best = {"epoch": 0, "best_acc": -1.0, "best_epoch": 0, "rows": []}, None
+    progress, best = {"epoch": 0, "best_acc": -1.0, "best_epoch": 0}, None
     if resume:
-        for name, part in parts.items():
-            part.load_state_dict(resume[name])
-        progress, best = {key: resume[key] for key in progress}, resume["best"]
+        rows, progress = restore(parts, progress, resume, COLUMNS, "last.pth")
+        progress, best = {**progress, "rows": rows, "epoch": len(rows)}, resume["best"]
+    else:
+        progress["rows"] = []
     for epoch in range(progress["epoch"] + 1, num_epochs + 1):
         start, lr, label = time.perf_counter(), optimizer.param_groups[0]["lr"], f"epoch {epoch}/{num_epochs}"
         for loader in dataloaders.values():
@@ -540,14 +571,14 @@ def gallery_items(model, dataset, probabilities, labels, classes, device):
 def load_run(name, device):
     """-> model in eval mode with the best weights of models/<name>, its config."""
     folder = run_folder(name)
-    config = read_yaml(folder / "config.yml")
-    if not isinstance(config.get("classes"), list):
-        raise ValueError(f"{folder} is no run of this script (its config.yml has no `classes`); --name another one")
+    config = read_run(folder)
     model = ResNet18(len(config["classes"]), mirror=config["mirror"])
     try:
         model.load_state_dict(load_checkpoint(folder / "model.pth"))
     except (RuntimeError, TypeError, AttributeError):
         raise ValueError(f"{folder}/model.pth does not fit {folder}/config.yml") from None
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        raise ValueError(f"{folder}/model.pth holds weights that are not finite")
     return model.to(device).eval(), config
 
 
@@ -638,7 +669,7 @@ def train(config, options, folder):
             model = sync_batch_norm(model, device)
         config.update(classes=classes, mean=list(folders.MEAN), std=list(folders.STD), data=fingerprint)
         same = {key: value for key, value in config.items() if key not in FREE_ON_RESUME - {"name"}}
-        check_same({**same, "environment": None, "epoch": resume and resume["epoch"]})
+        check_same({**same, "environment": None, "epoch": resume and len(resume["rows"])})
         if not options.resume and is_main():
             for path in earlier:
                 path.unlink()
@@ -654,8 +685,8 @@ def build_trained(config, classes, fingerprint, folder):
     """-> the model with the weights to start from, and the checkpoint of the run in `folder` to go on with, or None."""
     seed_everything(config["seed"])
     model = ResNet18(len(classes), config["freeze_bn"] or config["freeze"], config["mirror"])
-    if folder and fingerprint != config["data"]:
-        now = f"{config['data']}, now {fingerprint}"
+    if folder and (fingerprint != config.get("data") or classes != config["classes"]):
+        now = f"{config.get('data')}, now {fingerprint}"
         raise ValueError(f"{config['data_dir']} has changed since {folder} was trained ({now})")
     if not (folder and (folder / "last.pth").is_file()):
         if config["weights"] != "none" and is_main():  # the others get them from this process, as the training starts
@@ -664,10 +695,10 @@ def build_trained(config, classes, fingerprint, folder):
             print(f"{folder} has no whole epoch yet: starting with the first")
         return model, None
     resume = load_checkpoint(folder / "last.pth")
-    if not isinstance(resume, dict) or "rows" not in resume:
+    if not isinstance(resume, dict) or not isinstance(resume.get("rows"), list):
         raise ValueError(f"{folder}/last.pth is no checkpoint of this script; start the run again with --overwrite")
     fill_body(model, load_checkpoint(folder / "model.pth"), folder / "model.pth")
-    print(f"resuming {folder} after epoch {resume['epoch']}")
+    print(f"resuming {folder} after epoch {len(resume['rows'])}")
     return model, resume
 
 

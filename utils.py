@@ -9,9 +9,14 @@ import os
 import random
 import signal
 import warnings
+import zipfile
 from pathlib import Path
 
 import yaml
+
+MAX_MESSAGE = 4000  # characters: a message may name some twenty ids
+
+MAX_YAML_BYTES = 2**24  # ids of some 200,000 images; PyYAML reads about 0.2 MB a second
 
 
 def str2bool(value):
@@ -50,26 +55,46 @@ def atomic_path(path):
 
 def write_yaml(path, mapping):
     with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.write_text(yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML without `&anchors` and `*aliases`, which read_yaml refuses."""
+
+    def ignore_aliases(self, data):
+        return True
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose only booleans are true and false, as in YAML 1.2: `amp: off` is text, and so is an id `no`."""
+    """Safe YAML whose only booleans are true and false, as in YAML 1.2: `amp: off` is text, and so is an id `no`.
+
+    Aliases are refused: a few lines of them stand for more values than a machine can hold.
+    """
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not (tag.endswith(":bool") and first in "yYnNoO")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} is refused", event.start_mark)
+        return super().compose_node(parent, index)
+
 
 def read_yaml(path):
     """The mapping in a YAML file; ValueError when it is no YAML mapping, FileNotFoundError when it is not there."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if (size := path.stat().st_size) > MAX_YAML_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_YAML_BYTES:,} that a YAML file may have")
+    data = path.read_bytes()
     try:
-        mapping = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no readable YAML file: {error}") from None
+        mapping = yaml.load(data.decode("utf-8"), _Loader)
+    except Exception as error:  # what a hostile value such as `!!int ""` raises has no class in common
+        raise ValueError(f"{path} is no readable YAML file: {str(error) or type(error).__name__}") from None
     if not isinstance(mapping, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found {type(mapping).__name__}")
     return mapping
@@ -87,19 +112,53 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. Runs no code from the file; ValueError when it is no such file."""
+    """What save_checkpoint wrote, on the CPU. Runs no code from the file; ValueError when it is no such file.
+
+    So it is for files that unpack to more than they are, and for tensors that no checkpoint of weights holds: sparse,
+    complex, or larger than the file (a stride of 0 makes four bytes terabytes).
+    """
     import torch
 
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    size = path.stat().st_size
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # PyTorch stores its entries as they are
+                if sum(entry.file_size for entry in archive.infolist()) > size:
+                    raise ValueError("compressed")
         with warnings.catch_warnings():  # about pickles of other protocols
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for tensor in _tensors(state):
+            plain = tensor.layout is torch.strided and not (tensor.is_complex() or tensor.is_quantized)
+            if not plain or tensor.numel() * tensor.element_size() > size:
+                raise ValueError("no plain tensor")
     except Exception:  # the unpickler of a broken or hostile file raises whatever it likes, with a page of advice
         raise ValueError(
             f"{path} is no checkpoint of tensors and plain values: it is broken, or would run code when read"
         ) from None
+    return state
+
+
+def _tensors(state):
+    """Yields the tensors in nested dicts, lists and tuples, each container once: a hostile one may hold itself."""
+    import torch
+
+    waiting, seen = [state], set()
+    while waiting:
+        value = waiting.pop()
+        if torch.is_tensor(value):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def is_plain_name(name):
+    """Is it the name of a file or folder, and no path that could lead out of the folder it is put in?"""
+    return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
 # ---------------------------------------------------------------- seeds and numbers
@@ -112,11 +171,15 @@ def leave_signals_to_main(worker_id):
 
 
 def in_one_line(error):
-    """An error's message without line breaks; of one that a loader's process passed on, its traceback's last line."""
+    """An error's message as one line of printable characters, not longer than a screen.
+
+    Of an error that a loader's process passed on, it is its traceback's last line.
+    """
     message = str(error).strip()
     if " in DataLoader worker process " in message.split("\n", 1)[0]:
         message = message.rsplit("\n", 1)[-1].partition(": ")[2]
-    return " ".join(message.split()) or type(error).__name__
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split())) or type(error).__name__
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 4]} ..."
 
 
 def seed_everything(seed):

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 import levels
 import report
-from archs import DEPTH, EightWays, as_heads, build_model, probabilities
+from archs import ARCHS, DEPTH, EightWays, as_heads, build_model, probabilities
 from cli import Parser, number, parse_options, run_script
-from dataset import GROUPED, build_dataset, changes, check_split, list_ids, make_loader, name_ids
+from dataset import GROUPED, build_dataset, changes, check_places, check_split, list_ids, make_loader, name_ids
 from devices import device_name, keep_memory, pick_amp, pick_device
 from distributed import gather, launched
 from images import write_png
@@ -51,9 +51,10 @@ HEADINGS = {  # of the printed table; the definitions follow it
     "miou": "mIoU",
     "miou_ten": "mIoU10",
 }
-NEEDED = {  # what config.yml must hold for the run to be rebuilt, and as what
+NEEDED = {  # what config.yml must hold for the run to be rebuilt: of what type, or which of these whole numbers
     **dict.fromkeys(("arch", "dataset", "img_ext", "mask_ext", "loss"), str),
-    **dict.fromkeys(("num_classes", "input_channels", "width", "input_h", "input_w", "seed"), int),
+    **{"num_classes": range(1, 1001), "input_channels": (1, 3, 4), "width": range(1, 1025)},
+    **{"input_h": range(1, 4097), "input_w": range(1, 4097), "seed": range(2**32)},
     **{"deep_supervision": bool, "mean": list, "std": list},
 }
 SHOWN = 12  # images in each group of the report's gallery
@@ -88,13 +89,36 @@ def read_config(folder):
     config = read_yaml(folder / "config.yml")
     if missing := [key for key in NEEDED if key not in config]:
         raise ValueError(f"{folder}/config.yml is of no run of train.py: {', '.join(missing)} missing")
-    wrong = [key for key, kind in NEEDED.items() if type(config[key]) is not kind]
-    wrong += [key for key in ("input_h", "input_w") if key not in wrong and config[key] < 1]
-    wrong += [key for key in ("mean", "std") if key not in wrong and len(config[key]) != config["input_channels"]]
-    if wrong or config["loss"] not in LOSSES:
-        wrong = ", ".join(f"{key} {config[key]!r}" for key in wrong or ["loss"])
+    wrong = [key for key, expected in NEEDED.items() if not _is(config[key], expected)]
+    wrong += [
+        key for key, names in (("arch", ARCHS), ("loss", LOSSES)) if key not in wrong and config[key] not in names
+    ]
+    wrong += [key for key in ("mean", "std") if key not in wrong and not are_channels(config, key)]
+    wrong += ["channels_last"] * (not isinstance(config.get("channels_last", False), bool))
+    wrong += ["scale"] * ("scale" in config and not (_is_number(config["scale"]) and config["scale"] > 0))
+    if wrong:
+        wrong = ", ".join(f"{key} {config[key]!r}" for key in wrong)
         raise ValueError(f"{folder}/config.yml: {wrong} is nothing that train.py writes")
+    try:
+        check_places(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.yml: {error}") from None
     return config
+
+
+def _is(value, expected):
+    return type(value) is expected if isinstance(expected, type) else type(value) is int and value in expected
+
+
+def _is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e6  # neither NaN nor infinity is
+
+
+def are_channels(config, key):
+    """Is config's `mean` or `std` a number a channel, and the standard deviations above 0?"""
+    values = config.get(key)
+    fits = isinstance(values, list) and len(values) == config["input_channels"] and all(map(_is_number, values))
+    return fits and (key == "mean" or min(values) > 0)
 
 
 def load_trained(name, device, which="best", level=None):
@@ -112,8 +136,11 @@ def load_trained(name, device, which="best", level=None):
             f"X^{{0,{DEPTH}}} has a head"
         )
     path = folder / ("model.pth" if which == "best" else "last.pth")
-    state, model = load_checkpoint(path), build_model(config)
+    state = load_checkpoint(path)
+    with torch.device("meta"):  # no memory is taken for what a stranger's config.yml asks, before the shapes are right
+        model = build_model(config)
     try:
+        model.to_empty(device="cpu")
         if which == "last":
             average = {k.removeprefix("module."): v for k, v in state.get("ema", {}).items() if k != "n_averaged"}
             state = average or state["model"]
@@ -122,6 +149,8 @@ def load_trained(name, device, which="best", level=None):
         raise ValueError(
             f"{path} does not hold the weights of the {config['arch']} that config.yml describes"
         ) from None
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        raise ValueError(f"{path} holds weights that are not finite; the training diverged, or the file was changed")
     if level not in (None, "mean"):
         model = model.prune(int(level))
     model = model.to(device).eval()

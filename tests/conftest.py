@@ -87,6 +87,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[pytest.param(24, id="some"), pytest.param(500, id="many", marks=pytest.mark.slow)])
+def count(request):
+    """How many files a test of hostile files breaks; see test_fuzz.py."""
+    return request.param
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    """A folder within a folder, so that what climbs out is seen; `free` is where a reader may write."""
+    (tmp_path / "here" / "free").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
 @contextlib.contextmanager
 def serving(handler):
     """An HTTP server of this machine that answers with `handler`, in a thread; `url` is its address."""

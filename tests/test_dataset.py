@@ -358,10 +358,10 @@ def test_without_a_cache_files_are_read_again(cells):
 
 def test_auto_keeps_what_fits_in_a_quarter_of_the_memory(cells, monkeypatch):
     needed = 6 * 8 * 12 * (3 + 1)
-    monkeypatch.setattr("dataset._memory", lambda: 4 * needed)
+    monkeypatch.setattr("dataset.memory", lambda: 4 * needed)
     assert open_dataset(cells[0]).check() == open_dataset(cells[0]).check(cache=False)
     assert open_dataset(cells[0]).check(cache=True)["cached"] is True
-    monkeypatch.setattr("dataset._memory", lambda: 4 * needed + 4)
+    monkeypatch.setattr("dataset.memory", lambda: 4 * needed + 4)
     assert open_dataset(cells[0]).check()["cached"] is True
 
 

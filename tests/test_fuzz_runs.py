@@ -1,0 +1,491 @@
+"""Hostile and broken YAML, checkpoints, runs and ONNX files end in one line or a right answer; see test_fuzz.py.
+
+python -m pytest -q -s tests/test_fuzz_runs.py
+python -m pytest -q -s -m slow tests/test_fuzz_runs.py
+"""
+
+import copy
+import itertools
+import math
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, run_script, write_data_set
+from fuzzing import Trap, broken, fuzz, judge
+
+import dataset
+import export
+import resnet18
+import train
+import transfer_resnet18
+import utils
+import val
+from archs import build_model
+from cli import parse_options
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = "--dataset tiny --width 1 --input_w 32 --input_h 32 --epochs 1 --device cpu --amp off --name run"
+DEMO = "--data_dir inputs/pictures --weights none --img_size 32 --epochs 1 --device cpu --amp off --name run -b 4"
+WRONG = (
+    *(None, True, "", "text", "../../x", "/etc", "a\0b", "a\nb", "\u202e", "nan", "1e999", "😀" * 300),
+    *(-1, 0, 7, 2**31, 10**30, 0.5, -1e300, math.nan, math.inf, [], ["a"], [0.5], [[[]]], {}, {"a": {"b": 1}}),
+)
+LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 60))
+
+
+def call(patch, script, *options):
+    patch.setattr(sys, "argv", [f"{script.__name__}.py", *" ".join(map(str, options)).split()])
+    script.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, one_thread):
+    """A folder with inputs/tiny and models/run of train.py, whose config.yml says that an epoch is still to come."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_data_set(folder / "inputs" / "tiny", count=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train, "plot_curves", lambda *args, **kwargs: None)
+        call(patch, train, TINY, "--deep_supervision True")
+    path = folder / "models" / "run" / "config.yml"
+    path.write_text(path.read_text().replace("epochs: 1", "epochs: 2"))
+    return folder
+
+
+@pytest.fixture
+def run(trained, sandbox, monkeypatch):
+    """A fresh copy of it in the sandbox -> models/run."""
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
+    monkeypatch.setattr(train, "plot_curves", lambda *args, **kwargs: None)
+    return Path("models/run")
+
+
+def spoilt(mapping, number, seed, wrong=WRONG):
+    """number cases: copies of a nested dict or list in which one value, wherever it stands, is wrong or missing."""
+    rng, places = random.Random(seed), list(_places(mapping))
+    pairs = [*itertools.product(places, (*wrong, KeyError))]
+    for place, value in rng.sample(pairs, min(number, len(pairs))):
+        changed = copy.deepcopy(mapping)
+        inside = changed
+        for key in place[:-1]:
+            inside = inside[key]
+        if value is KeyError:
+            del inside[place[-1]]
+        else:
+            inside[place[-1]] = value
+        yield f"{'.'.join(map(str, place))}: {value!r:.60}", changed
+
+
+def _places(value, place=()):
+    if place:
+        yield place
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inside in items:
+        yield from _places(inside, (*place, key))
+
+
+def text_of(mapping):
+    return yaml.dump(mapping, allow_unicode=True)
+
+
+# ---------------------------------------------------------------- YAML
+
+HOSTILE_YAML = {
+    "laughs": LAUGHS,
+    "laughs in a merge": "a: &a {x: 1}\nb: {<<: *a}\n",
+    "holds itself": "&a a: *a",
+    "deep list": "a: " + "[" * 50_000,
+    "deep dict": "{a: " * 5000,
+    "deep lines": "".join(" " * k + "a:\n" for k in range(1500)),
+    "code": "a: !!python/object/apply:os.system ['mkdir pwned']",
+    "module": "a: !!python/module:os",
+    "int": 'a: !!int ""',
+    "time": "a: !!timestamp x",
+    "bool": "a: !!bool x",
+    "float": "a: !!float x",
+    "binary": "a: !!binary 'äöü'",
+    "month": "a: 2020-13-45",
+    "digits": "a: " + "9" * 100_000,
+    "sexagesimal": "a: 1" + ":59" * 3000,
+    "list as a key": "? [a, b]\n: c",
+    "no such character": 'a: "\\Uffffffff"',
+    "another document": "a: 1\n---\nb: 2\n",
+    "two bytes": "a: 1".encode("utf-16"),
+    "control": b"a: \x01\x02",
+    "large": b"a: 1\n" * 2**22,
+}
+
+
+def test_yaml(count, run, sandbox, capfd):
+    bases = {path.name: path.read_bytes() for path in (run / "config.yml", run / "split.yml")}
+    bases["demo.yml"] = (REPOSITORY / "configs" / "demo.yml").read_bytes()
+    hostile = {name: text if isinstance(text, bytes) else text.encode() for name, text in HOSTILE_YAML.items()}
+
+    def read(data):
+        Path("free/a.yml").write_bytes(data)
+        assert isinstance(utils.read_yaml("free/a.yml"), dict)
+
+    fuzz("utils.read_yaml", [*bases.items(), *hostile.items(), *broken(bases, 2 * count, 11)], read, sandbox, capfd)
+    assert all(judge(read, data) == "accepted" for data in bases.values())
+    for name, data in hostile.items():
+        assert judge(read, data) == ("accepted" if name == "sexagesimal" else "refused"), name
+
+
+def test_written_yaml_has_no_aliases(sandbox):
+    shared = [0.5]
+    utils.write_yaml("free/a.yml", {"mean": shared, "std": shared})
+    assert utils.read_yaml("free/a.yml") == {"mean": [0.5], "std": [0.5]}
+
+
+def test_splits(count, run, sandbox, capfd):
+    whole = utils.read_yaml(run / "split.yml")
+    whole["test"] = ["another"]
+    climbing = [{**whole, "val": [name]} for name in ("../tiny/images/img00", "/etc/passwd", "..", "", "a\0b", "a/b")]
+
+    def read(mapping):
+        Path("free/a.yml").write_text(text_of(mapping))
+        split = dataset.check_split(utils.read_yaml("free/a.yml"), "free/a.yml")
+        assert all(Path(img_id).name == img_id for ids in split.values() for img_id in ids)
+
+    cases = [*((f"climbing {k}", mapping) for k, mapping in enumerate(climbing)), *spoilt(whole, count, 12)]
+    fuzz("dataset.check_split", cases, read, sandbox, capfd)
+    assert judge(read, whole) == "accepted" and all(judge(read, mapping) == "refused" for mapping in climbing)
+
+
+def test_recipes(count, sandbox, capfd):
+    """Every option of train.py in a file of a stranger, with values of every kind."""
+    defaults = vars(train.build_parser().parse_args([])).items()
+    whole = {key: value for key, value in defaults if key not in train.ABOUT_THE_COMMAND}
+
+    def read(mapping):
+        Path("free/a.yml").write_text(text_of(mapping))
+        options, given = parse_options(train.build_parser, ["--config", "free/a.yml"], train.read_recipe)
+        config = train.new_config(options)
+        train.run_folder(config["name"])
+        with torch.device("meta"):
+            build_model(config)
+        dataset.check_places(config)
+
+    fuzz("train.py --config", spoilt(whole, 2 * count, 13), read, sandbox, capfd)
+    assert judge(read, whole) == "accepted"
+
+
+def test_configs_of_runs(count, run, sandbox, capfd):
+    """What val.py, predict.py and export.py read of a stranger's run."""
+    whole = utils.read_yaml(run / "config.yml")
+
+    def read(mapping):
+        (run / "config.yml").write_text(text_of(mapping))
+        model, config = val.load_trained("run", torch.device("cpu"))
+        images = torch.zeros(1, config["input_channels"], 32, 32, dtype=torch.uint8)
+        with torch.inference_mode():
+            heads = model(dataset.standardise(images, config["mean"], config["std"]))
+        assert all(torch.isfinite(head).all() for head in heads)
+        list(dataset.build_dataset(config, ["img00"])[0])
+        export.images_to_check({**config, "name": "run"})
+
+    fuzz("val.load_trained, config.yml", spoilt(whole, 2 * count, 14), read, sandbox, capfd)
+    assert judge(read, whole) == "accepted"
+    for key, value in (("dataset", "../../x"), ("img_ext", "/../a"), ("arch", "os.system"), ("width", 10**6)):
+        assert judge(read, {**whole, key: value}) == "refused", key
+
+
+def test_dataset_yml(count, run, sandbox, capfd):
+    config, split = utils.read_yaml(run / "config.yml"), utils.read_yaml(run / "split.yml")
+    about = {"source": "x", "img_size": 32, "images": 5, "scale": 0.4, "skipped": {"a": "b"}}
+
+    def read(mapping):
+        Path("inputs/tiny/dataset.yml").write_text(text_of(mapping))
+        train.build_data(dict(config), split)
+
+    fuzz("dataset.yml", spoilt(about, count, 15), read, sandbox, capfd)
+    assert judge(read, about) == "accepted" and judge(read, {**about, "scale": "a"}) == "refused"
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def tensors_that_are_none(tensor):
+    """What a stranger may put where a tensor is expected."""
+    yield from WRONG
+    yield tensor[None]
+    yield torch.zeros(0)
+    yield torch.full_like(tensor.float(), math.nan)
+    yield tensor.to(torch.complex64)
+    yield tensor.float().to_sparse()
+    yield torch.zeros(1).expand(2**40)
+    yield torch.zeros(()).expand(tensor.shape)
+    yield tensor.to(torch.float16)
+
+
+def spoilt_state(state, number, seed):
+    """number cases: copies of a checkpoint in which one thing, wherever it stands, is wrong, missing or elsewhere."""
+    rng, places = random.Random(seed), list(_places(state))
+    for _ in range(number):
+        place, changed = rng.choice(places), copy.deepcopy(state)
+        inside = changed
+        for key in place[:-1]:
+            inside = inside[key]
+        value = inside[place[-1]]
+        others = tensors_that_are_none(value) if torch.is_tensor(value) else WRONG
+        choice = rng.choice([*others, KeyError])
+        if choice is KeyError:
+            del inside[place[-1]]
+        else:
+            inside[place[-1]] = choice
+        yield f"{'.'.join(map(str, place))}: {choice!r:.60}", changed
+
+
+def hostile_checkpoints(state):
+    """{name: bytes} of files made to harm."""
+    torch.save({**state, "x": Trap()}, "free/trap.pth")
+    torch.save({"x": torch.zeros(1).expand(2**45)}, "free/expanded.pth")
+    torch.save(state, "free/whole.pth")
+    with zipfile.ZipFile("free/whole.pth") as whole, zipfile.ZipFile("free/bomb.pth", "w") as packed:
+        for name in whole.namelist():
+            data = bytes(2**28) if name.endswith("data/0") else whole.read(name)
+            packed.writestr(name, data, zipfile.ZIP_DEFLATED)
+    holds_itself = {}
+    holds_itself["x"] = holds_itself
+    torch.save(holds_itself, "free/itself.pth")
+    found = {name: Path(f"free/{name}.pth").read_bytes() for name in ("trap", "expanded", "bomb", "itself")}
+    return found | {"pickle": pickle.dumps(Trap()), "old pickle": pickle.dumps(Trap(), 2), "empty": b"", "zip": b"PK"}
+
+
+def test_checkpoints(count, run, sandbox, capfd):
+    state = utils.load_checkpoint(run / "model.pth")
+    bases = {path.name: path.read_bytes() for path in (run / "model.pth", run / "last.pth")}
+    torch.save(state, "free/old.pth", _use_new_zipfile_serialization=False)
+    bases["old.pth"] = Path("free/old.pth").read_bytes()
+    hostile = hostile_checkpoints(state)
+
+    def read(data):
+        Path("free/a.pth").write_bytes(data)
+        utils.load_checkpoint("free/a.pth")
+
+    cases = [*bases.items(), *hostile.items(), *broken(bases, 3 * count, 16, list(bases.values()))]
+    fuzz("utils.load_checkpoint", cases, read, sandbox, capfd)
+    assert all(judge(read, data) == "accepted" for data in bases.values())
+    for name, data in hostile.items():
+        assert name == "itself" or judge(read, data) == "refused", name
+
+
+def test_weights_of_runs(count, run, sandbox, capfd):
+    """model.pth as val.py loads it, and as train.py --weights does."""
+    state, config = utils.load_checkpoint(run / "model.pth"), utils.read_yaml(run / "config.yml")
+    whole = copy.deepcopy(state)
+
+    def evaluate(found):
+        torch.save(found, run / "model.pth")
+        model, _ = val.load_trained("run", torch.device("cpu"))
+        with torch.inference_mode():
+            assert all(torch.isfinite(head).all() for head in model(torch.zeros(1, 3, 32, 32)))
+
+    def start(found):
+        torch.save(found, "free/a.pth")
+        train.start_from(build_model(config), {**config, "weights": "free/a.pth"})
+
+    fuzz("val.py, model.pth", spoilt_state(state, count, 17), evaluate, sandbox, capfd)
+    fuzz("train.py --weights", spoilt_state({"state_dict": state}, count, 18), start, sandbox, capfd)
+    assert judge(evaluate, whole) == judge(start, whole) == "accepted"
+    (run / "model.pth").unlink()
+
+
+def test_resuming(count, run, sandbox, capfd, monkeypatch):
+    """train.py --resume with a last.pth, config.yml and split.yml of a stranger."""
+    files = {path.name: path.read_bytes() for path in run.iterdir()}
+    state = utils.load_checkpoint(run / "last.pth")
+
+    def resume(changed):
+        shutil.rmtree("models")
+        run.mkdir(parents=True)
+        for name, data in files.items():
+            (run / name).write_bytes(data)
+        for name, content in changed.items():
+            if name == "last.pth":
+                torch.save(content, run / name)
+            else:
+                (run / name).write_text(text_of(content))
+        try:
+            call(monkeypatch, train, "--name run --resume --device cpu")
+        finally:
+            assert [path.name for path in Path("models").iterdir()] == ["run"]
+            assert {path.name for path in run.iterdir()} <= files.keys()
+
+    def of(name, cases):
+        return ((case, {name: content}) for case, content in cases)
+
+    fuzz("--resume, last.pth", of("last.pth", spoilt_state(state, count, 19)), resume, sandbox, capfd)
+    config = utils.read_yaml(run / "config.yml")
+    fuzz("--resume, config.yml", of("config.yml", spoilt(config, count, 20)), resume, sandbox, capfd)
+    split = utils.read_yaml(run / "split.yml")
+    fuzz("--resume, split.yml", of("split.yml", spoilt(split, count // 2, 21)), resume, sandbox, capfd)
+    assert judge(resume, {}) == "accepted"
+    assert judge(resume, {"config.yml": {**config, "name": "../../x"}}) == "accepted"  # the folder's name counts
+
+
+# ---------------------------------------------------------------- the transfer job
+
+
+@pytest.fixture(scope="module")
+def transferred(tmp_path_factory, one_thread):
+    """A folder with pictures of two classes and models/run of transfer_resnet18.py."""
+    folder = tmp_path_factory.mktemp("transferred")
+    for part, number in (("train", 3), ("val", 1)):
+        for label in ("ants", "bees"):
+            path = folder / "inputs" / "pictures" / part / label
+            path.mkdir(parents=True)
+            for k in range(number):
+                cv2.imwrite(str(path / f"{k}.png"), np.full((40, 40, 3), 40 * k + 20, np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        call(patch, transfer_resnet18, DEMO)
+    path = folder / "models" / "run" / "config.yml"
+    path.write_text(path.read_text().replace("epochs: 1", "epochs: 2"))
+    return folder
+
+
+def test_runs_of_the_transfer_job(count, transferred, sandbox, capfd, monkeypatch):
+    shutil.copytree(transferred / "inputs", "inputs")
+    source, folder = transferred / "models" / "run", Path("models/run")
+    whole = utils.read_yaml(source / "config.yml")
+    monkeypatch.setattr(transfer_resnet18.report, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(transfer_resnet18, "conclude", lambda *args: None)
+
+    def restored(mapping):
+        shutil.rmtree("models", ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name in ("model.pth", "last.pth", "log.csv"):
+            (folder / name).symlink_to(source / name)  # written by renaming: the source stays
+        (folder / "config.yml").write_text(text_of(mapping))
+
+    def predict(mapping):
+        restored(mapping)
+        call(monkeypatch, transfer_resnet18, "--name run --device cpu --predict inputs/pictures/val")
+
+    def resume(mapping):
+        restored(mapping)
+        call(monkeypatch, transfer_resnet18, "--name run --resume --device cpu")
+
+    fuzz("transfer --predict, config.yml", spoilt(whole, count // 2, 22), predict, sandbox, capfd)
+    fuzz("transfer --resume, config.yml", spoilt(whole, count // 3, 23), resume, sandbox, capfd)
+    assert judge(predict, whole) == judge(resume, whole) == "accepted"
+
+
+def test_checkpoints_of_the_transfer_job(count, transferred, sandbox, capfd, monkeypatch):
+    source = transferred / "models" / "run"
+    state = utils.load_checkpoint(source / "last.pth")
+    model = resnet18.ResNet18(2)
+
+    def weights(found):
+        torch.save(found, "free/a.pth")
+        transfer_resnet18.load_weights(model, "free/a.pth")
+
+    fuzz("transfer --weights", spoilt_state(state["model"], count // 3, 24), weights, sandbox, capfd)
+    shutil.copytree(transferred / "inputs", "inputs")
+    shutil.copytree(source, "models/run")
+    monkeypatch.setattr(transfer_resnet18.report, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(transfer_resnet18, "conclude", lambda *args: None)
+    small = {key: value for key, value in state.items() if key != "model"}
+
+    def resume(found):
+        torch.save({"model": state["model"], **found}, "models/run/last.pth")
+        call(monkeypatch, transfer_resnet18, "--name run --resume --device cpu")
+
+    cases = spoilt_state({**small, "optimizer": {**small["optimizer"], "state": {}}}, count // 4, 25)
+    fuzz("transfer --resume, last.pth", cases, resume, sandbox, capfd)
+
+
+# ---------------------------------------------------------------- ONNX
+
+WORKER = """
+import sys, pathlib
+import predict
+from fuzzing import judge
+
+for path in sorted(pathlib.Path("free").glob("*.onnx")):
+    print("begin", path, flush=True)
+    sys.argv = ["predict.py", "--onnx", str(path), "--device", "cpu", "free/picture.png"]
+    print("end", judge(predict.main), flush=True)
+"""
+
+
+def test_onnx_files(count, trained, sandbox, capfd):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        model, config = val.load_trained("run", torch.device("cpu"), level="1")
+    config["name"] = "run"
+    about = {key: config[key] for key in export.IN_CONFIG if key in config}
+    deployed = export.Deployed(model, config["mean"], config["std"])
+    export.write_onnx(deployed, Path("free/whole"), 3, about)
+    whole = Path("free/whole").read_bytes()
+    cv2.imwrite("free/picture.png", np.zeros((40, 40, 3), np.uint8))
+    cases = [("whole", whole), *broken({"onnx": whole}, count, 26)]
+    pairs = [*itertools.product(("name", "input_h", "scale"), ("..", "../../x", "", "nan", "1e99", "-1", "0"))]
+    for key, value in pairs[:: 1 if count > 100 else 3]:
+        changed = onnx.load_from_string(whole)
+        onnx.helper.set_model_props(
+            changed, {**about, "level": "1", key: value} | {k: str(v) for k, v in about.items() if k != key}
+        )
+        cases.append((f"{key} {value}", changed.SerializeToString()))
+    for number, (_, data) in enumerate(cases):
+        Path(f"free/{number:04d}.onnx").write_bytes(data)
+    before = {path for path in sandbox.rglob("*") if "outputs" not in path.parts}
+    environment = {
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-B", "-c", WORKER], env=environment, capture_output=True, text=True, timeout=900
+    )
+    verdicts = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("end ")]
+    last = cases[min(len(verdicts), len(cases) - 1)][0]
+    assert result.returncode == 0 and len(verdicts) == len(cases), (
+        f"at {last}: {result.returncode} {result.stderr[-2000:]}"
+    )
+    assert verdicts[0] == "accepted" and {path for path in sandbox.rglob("*") if "outputs" not in path.parts} == before
+    assert {path.name for path in Path("outputs").rglob("predict")} == {"predict"} and not Path("predict").exists()
+    with capfd.disabled():
+        refused = verdicts.count("refused")
+        print(f"\npredict --onnx: {len(cases)} mutations, {refused} refused, {len(cases) - refused} accepted", end="")
+
+
+# ---------------------------------------------------------------- the scripts themselves
+
+
+SCRIPTS = [
+    ("val.py --name run", lambda: Path("models/run/split.yml").write_text("train: [a]\nval: [../../../x]")),
+    ("preprocess_dsb2018.py --raw a.zip", lambda: Path("a.zip").write_bytes(b"PK\x05\x06" + bytes(18))),
+    ("train.py --config a.yml", lambda: Path("a.yml").write_text(LAUGHS)),
+    ("train.py --config a.yml", lambda: Path("a.yml").write_text('device: "a\\nb \\e[31m"')),
+    ("train.py --dataset tiny --split a.yml", lambda: Path("a.yml").write_text("train: [../x]\nval: [y]")),
+    ("train.py --dataset ../inputs/tiny", lambda: None),
+    ("train.py --dataset tiny --width 1024", lambda: None),
+    ("val.py --name run", lambda: torch.save({"x": Trap()}, "models/run/model.pth")),
+    ("transfer_resnet18.py --name run --predict x.png", lambda: None),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "spoil"), [pytest.param(*case, marks=[pytest.mark.slow] * (k > 1)) for k, case in enumerate(SCRIPTS)]
+)
+def test_scripts_end_in_one_line(run, words, spoil):
+    spoil()
+    script, *options = words.split()
+    result = run_script(script, *options, cwd=".", ok=False)
+    assert result.stderr.count("\n") == 1 and result.stderr[:-1].isprintable() and not Path("pwned").exists()

@@ -71,7 +71,7 @@ def in_turns(steps, rounds):
             start = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
                 own = step()  # a worker measures itself
-            seconds[name].append(time.perf_counter() - start if own is None else own)
+            seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
         times = ", ".join(f"{name} {times[-1]:.3g} s" for name, times in seconds.items())
         print(f"round {lap}: {times}", file=sys.stderr, flush=True)
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}

@@ -176,10 +176,10 @@ def counted(step):
 
 
 class Batches(list):
-    """Batches that are there already, as a loader; `sampler` has an entry an image."""
+    """Batches that are there already, as a loader; `dataset` has an entry an image."""
 
     @property
-    def sampler(self):
+    def dataset(self):
         return range(sum(len(images) for images, *_ in self))
 
 

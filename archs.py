@@ -2,7 +2,8 @@
 
     model = NestedUNet(num_classes=1, input_channels=3, deep_supervision=True)
     heads = as_heads(model(images))  # logits of [X^{0,1}, X^{0,2}, X^{0,3}, X^{0,4}], each (N, num_classes, H, W)
-    fast = model.prune(2)            # a smaller model: X^{0,2}, its head, and what feeds it
+    small = model.prune(2)           # a smaller model: X^{0,2}, its head, and what feeds it
+    fast = small.folded()            # for inference: no batch norm, the same output
 
 Layers carry the paper's names, X^{i,j} = `conv{i}_{j}`: i counts the downsamplings, j the steps along a skip pathway.
 U-Net: Ronneberger, Fischer, Brox, MICCAI 2015, https://arxiv.org/abs/1505.04597
@@ -15,6 +16,7 @@ import functools
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 DEPTH = 4  # downsamplings, as in both papers
@@ -138,6 +140,22 @@ class SkipNetwork(nn.Module):
         for name in dict(self.named_children()).keys() - kept:
             delattr(pruned, name)
         return pruned
+
+    def folded(self):
+        """A new model for inference alone, each batch norm folded into the convolution before it; the same outputs.
+
+        In evaluation mode a batch norm is a scale and a shift of each channel, which the convolution's weights and bias
+        can hold, computed here in their own precision. This model stays as it is; the new one prunes, but neither
+        trains nor fits the checkpoints of this one.
+        """
+        folded = copy.deepcopy(self).eval().requires_grad_(False)
+        for block in folded.modules():
+            if isinstance(block, VGGBlock):
+                for k in (1, 2):
+                    conv, bn = getattr(block, f"conv{k}"), getattr(block, f"bn{k}")
+                    setattr(block, f"conv{k}", fuse_conv_bn_eval(conv, bn))
+                    setattr(block, f"bn{k}", nn.Identity())
+        return folded
 
     def forward_nodes(self, images):
         """(N, input_channels, H, W), H and W multiples of 16 -> {(i, j): X^{i,j}, (N, width 2^i, H / 2^i, W / 2^i)}."""

@@ -68,9 +68,10 @@ def measure(model, images, device, amp=None, rounds=ROUNDS):
 
     images: one batch, (N, channels, H, W) standardised. ms: milliseconds an image, the median of `rounds` rounds in
     which the levels take turns, so that a busy moment hits all alike. megabytes (2^20 bytes): the weights, and the most
-    that the tensors of one batch hold at once beside them.
+    that the tensors of one batch hold at once beside them. Parameters are those that were trained, before folding.
     """
-    models = {f"L{level}": model.prune(level) for level in model.levels} | {"mean": model}
+    trained = {f"L{level}": model.prune(level) for level in model.levels} | {"mean": model}
+    models = {name: cut.folded() for name, cut in trained.items()}
 
     def answer(cut):
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
@@ -89,7 +90,7 @@ def measure(model, images, device, amp=None, rounds=ROUNDS):
         with PeakMemory() as peak:
             answer(cut)
         found[name] = {
-            "parameters": count_params(cut),
+            "parameters": count_params(trained[name]),
             "ms": statistics.median(times[name]) / len(images) * 1000,
             "megabytes": (weights + peak.bytes) / 2**20,
         }

@@ -94,6 +94,7 @@ def torch_probability(options):
     amp = pick_amp(options.amp, device)
     name = options.name or newest_run("arch")
     model, config = load_trained(name, device, level=options.level)
+    model = model.folded()
 
     @torch.inference_mode()
     def probability(images):

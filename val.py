@@ -378,10 +378,9 @@ def main():
     amp = pick_amp(options.amp, device)
     level = "mean" if options.levels else options.level
     model, config = load_trained(name, device, level=level)
-    if options.tta:
-        if options.levels:
-            raise ValueError("--levels measures single passes; leave --tta out, or judge one level with --level")
-        model = EightWays(model)
+    if options.tta and options.levels:
+        raise ValueError("--levels measures single passes; leave --tta out, or judge one level with --level")
+    fast = EightWays(model.folded()) if options.tta else model.folded()
     head = "mean" if options.level == "mean" else model.head_names[-1]  # the one that is judged
     criterion = LOSSES[config["loss"]]()
     dataset, what = chosen_images(options, config, folder)
@@ -392,12 +391,13 @@ def main():
     )
 
     predictions = Predictions(head)
-    found = evaluate(model, loader, criterion, device, amp=amp, thresholds=THRESHOLDS, on_batch=predictions, label=name)
+    judging = {"amp": amp, "thresholds": THRESHOLDS, "label": name}
+    found = evaluate(fast, loader, criterion, device, on_batch=predictions, **judging)
     by_epoch = {"best epoch (model.pth)": rows_of_heads(found["tables"])}
     if (folder / "last.pth").is_file():
         last, _ = load_trained(name, device, "last", level)
-        last = EightWays(last) if options.tta else last
-        of_last = evaluate(last, loader, criterion, device, amp=amp, thresholds=THRESHOLDS, label=name)
+        last = EightWays(last.folded()) if options.tta else last.folded()
+        of_last = evaluate(last, loader, criterion, device, **judging)
         by_epoch["last epoch (last.pth)"] = rows_of_heads(of_last["tables"])
     table = found["tables"][head]
     classes = per_class(table)

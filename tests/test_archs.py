@@ -310,6 +310,43 @@ def test_a_pruned_model_keeps_mode_type_and_layout_and_can_be_saved(tmp_path):
     assert pruned.prune(2).head_names == ["L2"]
 
 
+@pytest.mark.parametrize(("arch", "deep"), VARIANTS)
+def test_folded_gives_the_same_without_batch_norms(arch, deep):
+    model = settle(model_of(arch, deep, width=4))
+    before, images = {k: v.clone() for k, v in model.state_dict().items()}, torch.randn(2, 3, 40, 33)
+    folded = model.folded()
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    assert folded.head_names == model.head_names and not any(p.requires_grad for p in folded.parameters())
+    with torch.no_grad():
+        for expected, found in zip(as_heads(model(images)), as_heads(folded(images)), strict=True):
+            assert torch.allclose(expected, found, atol=1e-5) and expected.std() > 0.01
+    after = model.state_dict()  # the model itself is untouched
+    assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_folded_one_convolution_by_hand():
+    model = settle(model_of("UNet", False))
+    conv, bn, folded = model.conv0_0.conv1, model.conv0_0.bn1, model.folded().conv0_0.conv1
+    for channel in range(conv.out_channels):
+        scale = bn.weight[channel] / (bn.running_var[channel] + bn.eps) ** 0.5
+        assert torch.allclose(folded.weight[channel], conv.weight[channel] * scale, atol=1e-6)
+        shift = (conv.bias[channel] - bn.running_mean[channel]) * scale + bn.bias[channel]
+        assert torch.allclose(folded.bias[channel], shift, atol=1e-6)
+
+
+def test_folded_and_pruned_in_either_order_and_from_training_mode():
+    model = settle(model_of("NestedUNet", True)).to(memory_format=torch.channels_last)
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.prune(2)(images)
+        model.train()
+        for small in (model.folded().prune(2), model.prune(2).folded()):
+            assert torch.allclose(small(images), expected, atol=1e-5) and not small.training
+            assert small.conv0_0.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.training
+
+
 def test_pruning_where_no_head_was_trained():
     with pytest.raises(ValueError, match="level 2: this NestedUNet has no such head, only L4; .*deep_supervision True"):
         model_of("NestedUNet", False).prune(2)

@@ -1,10 +1,13 @@
-"""benchmark.py runs what it measures: here on a handful of pictures, where only the form of the answer counts."""
+"""benchmark.py runs what it measures, here little of it: the form of the answer counts, and what follows from it."""
 
+import json
 import re
 
 import numpy as np
+import pytest
 from conftest import run_script
 
+import benchmark
 from images import write_png
 
 
@@ -17,5 +20,85 @@ def test_the_transfer_rows(tmp_path):
             for k in range(count):
                 write_png(folder / f"{k}.png", rng.integers(0, 256, (64, 64, 3), np.uint8))
     result = run_script("benchmark.py", "--only", "transfer", "--rounds", 1, "--data_dir", "pictures", cwd=tmp_path)
-    rows = re.findall(r"^(.*\S) +[\d.]+ s an epoch +([\d.]+) of the plain loop$", result.stdout, re.MULTILINE)
-    assert [name for name, _ in rows][0] == "plain loop" and len(rows) == 4 and float(rows[0][1]) == 1
+    rows = re.findall(r"^\| transfer, an epoch, (.*?) \| [\d.]+ m?s \| ([\d.]+) \|", result.stdout, re.MULTILINE)
+    assert [name for name, _ in rows][0] == "plain tutorial loop" and len(rows) == 4 and float(rows[0][1]) == 1
+
+
+def test_on_generated_data_without_any(tmp_path):
+    """Real workers: loading and preprocessing where there is neither a data set nor raw data."""
+    options = ("--only", "loading", "preprocess", "--rounds", 1, "--threads", 1, "--json", "rows.json")
+    said = run_script("benchmark.py", *options, cwd=tmp_path).stdout
+    assert "96 generated images (inputs/dsb2018_96 is not there)" in said and "medians of 1 rounds" in said
+    written = json.loads((tmp_path / "rows.json").read_text())
+    rows = {row["what"]: row for row in written["rows"]}
+    assert list(rows) == [
+        "an epoch's batches, plain",
+        "an epoch's batches",
+        "preprocessing 48 images, one thread",
+        "preprocessing 48 images",
+    ]
+    assert rows["an epoch's batches"]["images"] == 76  # 96 less a fifth
+    for name, row in rows.items():
+        assert row["seconds"] > 0 and row["bytes"] > 10e6 and f"| {name} |" in said
+        assert row["of_plain"] == pytest.approx(row["seconds"] / rows[row_of_plain(name)]["seconds"])
+    assert {"torch", "numpy"} <= written["versions"].keys() and written["threads"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json"]  # nothing else is left behind
+
+
+def row_of_plain(name):
+    return "an epoch's batches, plain" if "epoch" in name else "preprocessing 48 images, one thread"
+
+
+@pytest.mark.slow
+def test_the_network_rows(tmp_path):
+    options = ("--only", "limit", "training", "inference", "--rounds", 1, "--threads", 1, "--json", "rows.json")
+    run_script("benchmark.py", *options, cwd=tmp_path, timeout=900)
+    rows = {row["what"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    arithmetic = {4: 9.70, 3: 5.71, 2: 2.90, 1: 1.12}
+    for level, gflop in arithmetic.items():
+        assert rows[f"inference L{level}"]["gflop"] / benchmark.BATCH == pytest.approx(gflop, abs=0.01)
+    assert rows["training step"]["gflop"] > 2.9 * rows["inference L4"]["gflop"]  # a backward pass is about two forwards
+    assert all(0 < row["of_limit"] < 1.5 for row in rows.values() if "of_limit" in row)
+
+
+def test_medians_in_turns_without_the_warm_up(capsys):
+    times = {"a": iter([90.0, 1.0, 5.0, 2.0]), "b": iter([80.0, 4.0, 3.0, 9.0])}
+    order = []
+
+    def step(name):
+        order.append(name)
+        return next(times[name])
+
+    steps = {name: lambda name=name: step(name) for name in times}
+    assert benchmark.in_turns(steps, 3) == {"a": 2.0, "b": 4.0}
+    assert order == ["a", "b"] * 4
+
+
+def test_fractions_and_the_table_by_hand():
+    rows = [
+        benchmark.row("plain", 2.0, 2.0, gflop=100, precision="off", bytes=2**30),
+        benchmark.row("fast", 0.5, 2.0, gflop=100, precision="bf16", bytes=2**29, memory_of_plain=0.5),
+        {"what": "product", "gflop_per_second": 400.4},
+        benchmark.row("epoch", 12.0, share_of_epoch=0.0561),
+    ]
+    benchmark.add_fractions(rows, {"off": 100, "bf16": 400})
+    assert (rows[0]["of_limit"], rows[1]["of_limit"]) == (0.5, 0.5)
+    assert benchmark.markdown(rows).split("\n") == [
+        "| | time | of plain | peak memory | of plain | notes |",
+        "|---|---|---|---|---|---|",
+        "| plain | 2000 ms | 1.000 | 1,024 MB | | 100.0 GFLOP, 50% of the limit in float32 |",
+        "| fast | 500 ms | 0.250 | 512 MB | 0.50 | 100.0 GFLOP, 50% of the limit in bfloat16 |",
+        "| product | | | | | 400 GFLOP/s |",
+        "| epoch | 12.0 s | | | | 5.6% of a training epoch |",
+    ]
+
+
+def test_a_worker_that_fails_ends_in_one_line(tmp_path):
+    (tmp_path / "inputs" / "empty").mkdir(parents=True)
+    said = run_script("benchmark.py", "--only", "loading", "--dataset", "empty", cwd=tmp_path, ok=False).stderr
+    assert "a worker ended with status 2; its words stand above" in said and "images: no such folder" in said
+
+
+def test_no_folder_for_the_json(tmp_path):
+    said = run_script("benchmark.py", "--only", "limit", "--json", "gone/rows.json", cwd=tmp_path, ok=False).stderr
+    assert "gone: no such folder to write rows.json in" in said

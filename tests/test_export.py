@@ -85,7 +85,7 @@ def run(tmp_path_factory):
 
 def test_export_as_a_user(run):
     said = run_script("export.py", "--name", "tiny", "--level", "2", cwd=run).stdout
-    assert "largest difference between ONNX Runtime and PyTorch on 2 validation images of inputs/cells" in said
+    assert "ONNX Runtime and PyTorch on 2 validation images of inputs/cells, largest and mean difference" in said
     assert "24 x 32" in said and "33 x 26" in said and "11 x 39" in said
     path = run / "outputs" / "tiny" / "tiny_L2.onnx"
     about = session_of(path).get_modelmeta().custom_metadata_map
@@ -111,11 +111,46 @@ def test_mean_of_heads_to_a_file_of_the_users_without_the_data(run, tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["all.onnx"]
 
 
+def test_int8_beside_the_float_file(run):
+    """A quarter of the weights' bytes, convolutions in whole numbers, about the same answer; predict.py takes it."""
+    said = run_script("export.py", "--name", "tiny", "--int8", cwd=run).stdout
+    assert "calibrated on 4 training images of inputs/cells" in said and "precision int8" in said
+    path = run / "outputs" / "tiny" / "tiny_L4_int8.onnx"
+    assert [file.name for file in path.parent.glob("tiny_L4*")] == [path.name]
+    run_script("export.py", "--name", "tiny", cwd=run)
+    exact, rounded = session_of(path.with_name("tiny_L4.onnx")), session_of(path)
+    assert rounded.get_modelmeta().custom_metadata_map["precision"] == "int8"
+    types = {tensor.data_type for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 4}
+    assert types == {onnx.TensorProto.INT8}  # every convolution's weights
+    images = np.stack([cv2.imread(str(run / f"inputs/cells/images/img0{k}.png"))[..., ::-1] for k in range(4)])
+    (a,), (b,) = (session.run(None, {"images": images}) for session in (exact, rounded))
+    assert a.shape == b.shape and 0 < np.abs(a - b).max() < 0.1 and np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.95
+    run_script("predict.py", "--onnx", path, "inputs/cells/images/img00.png", cwd=run)
+
+
+def test_int8_without_the_data(run, tmp_path):
+    shutil.copytree(run / "models", tmp_path / "models")
+    said = run_script("export.py", "--int8", "--level", "1", cwd=tmp_path).stdout
+    assert "calibrated on 64 generated images (inputs/cells/images is gone)" in said
+
+
+def test_differences_by_hand(tmp_path, monkeypatch):
+    """Two pixels of four differ, by 0.2 and 0.4; one crosses the threshold."""
+    answers = {"onnx": np.float32([[[[0.4], [0.9]], [[0.7], [0.2]]]]), "torch": [[[[0.6], [0.9]], [[0.7], [0.6]]]]}
+    answers["torch"][0][0][0][0] = 0.2  # 0.4 here and 0.2 there: both below 0.5
+    session = type("Session", (), {"run": lambda *_: [answers["onnx"]]})()
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
+    found = export.differences(
+        lambda images: torch.tensor(answers["torch"]), "x", [np.zeros((2, 2, 3), np.uint8)], [(2, 2)]
+    )
+    assert found[2, 2] == pytest.approx((0.4, 0.15, 0.25))
+
+
 def test_a_file_that_differs_is_not_written(run, monkeypatch, capsys):
     monkeypatch.chdir(run)
     monkeypatch.setattr("sys.argv", ["export.py", "--name", "tiny", "--level", "1"])
     monkeypatch.setattr(export, "write_onnx", lambda *_: None)
-    monkeypatch.setattr(export, "differences", lambda *_: {(24, 32): 2e-4})
+    monkeypatch.setattr(export, "differences", lambda *_: {(24, 32): (2e-4, 1e-5, 0.0)})
     with pytest.raises(ValueError, match="L1.onnx was not written: ONNX Runtime and PyTorch differ by 0.0002"):
         export.main()
     assert not list(run.glob("outputs/tiny/*L1*"))

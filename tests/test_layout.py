@@ -12,6 +12,7 @@ GROUND = {"utils", "images", "devices", "distributed"}  # import no file of the 
 SHARED = {"cli", "runs", "report", "download", "synthetic"}  # for every stage
 SEGMENTATION = {"archs", "losses", "metrics", "dataset", "lookalikes"}
 TRANSFER = {"folders", "resnet18", "classification"}
+STAGES = {"train", "val", "export", "preprocess_dsb2018", "transfer_resnet18"}
 
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, set()),
@@ -24,7 +25,7 @@ MAY_IMPORT = {
     "export": GROUND | SHARED | SEGMENTATION | {"val"},
     "preprocess_dsb2018": GROUND | SHARED,
     "transfer_resnet18": GROUND | SHARED | TRANSFER,
-    "benchmark": GROUND | SHARED | SEGMENTATION | TRANSFER | {"val", "transfer_resnet18"},  # it stands above the stages
+    "benchmark": GROUND | SHARED | SEGMENTATION | TRANSFER | STAGES,  # it stands above them
 }
 LIBRARIES = {"archs": {"torch"}, "losses": {"torch"}, "metrics": {"numpy", "torch"}}
 
@@ -116,7 +117,7 @@ def test_nothing_happens_at_import(tmp_path, stems, unwanted):
 
 
 def test_the_table_is_of_a_house_without_circles():
-    """No file is reached from itself, and nobody imports train."""
+    """No file is reached from itself, and nobody but the benchmark imports train."""
     for start in MAY_IMPORT:
         reached, waiting = set(), list(MAY_IMPORT[start])
         while waiting:
@@ -124,4 +125,4 @@ def test_the_table_is_of_a_house_without_circles():
             if stem not in reached:
                 reached.add(stem)
                 waiting += MAY_IMPORT[stem]
-        assert start not in reached and "train" not in reached
+        assert start not in reached and ("train" not in reached or start == "benchmark")

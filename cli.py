@@ -96,6 +96,8 @@ def run_script(main):
             if type(error).__name__ != "OutOfMemoryError":
                 raise
             error = "the GPU's memory does not suffice; take a smaller --batch_size or image"
+        if is_main():  # torchrun's SIGTERM, as another process fails too, shall not interrupt the message
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         message = " ".join(str(error).split()) or type(error).__name__
         speak_in_turn()
         print(f"{name}: error: {message}", file=sys.stderr)

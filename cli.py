@@ -158,6 +158,8 @@ def run_script(main):
             error = (
                 f"the {'GPU' if of_gpu else 'machine'}'s memory does not suffice; take a smaller --batch_size or image"
             )
+        if is_main():  # torchrun's SIGTERM, as another process fails too, shall not interrupt the message
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         speak_in_turn()
         print(f"{name}: error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)

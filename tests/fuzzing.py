@@ -14,7 +14,7 @@ import signal
 import warnings
 from pathlib import Path
 
-from cli import MAX_MESSAGE, one_line
+from utils import MAX_MESSAGE, in_one_line
 
 # What the C libraries in OpenCV and Pillow say of a broken file by themselves.
 CODEC = re.compile(r"libpng (warning|error): |Corrupt JPEG data: |Warning: |tempfile\.tif: |JPEGLib: ")
@@ -93,7 +93,7 @@ def judge(call, *arguments):
                 call(*arguments)
             verdict = "accepted"
         except (ValueError, OSError) as error:
-            line = judge.line = one_line(error)
+            line = judge.line = in_one_line(error)
             assert 10 < len(line) <= MAX_MESSAGE and "Traceback" not in line, line
             verdict = "refused"
         except SystemExit as stop:

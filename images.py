@@ -17,6 +17,14 @@ PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "PPM")  # other decoders are never offered a stranger's bytes
 
 
+def quieten_opencv():
+    """Its warnings name no file, and a microscope's TIFF has tags that it warns about."""
+    if hasattr(cv2, "setLogLevel"):  # up to OpenCV 4.12
+        cv2.setLogLevel(0)
+    else:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
 def decode(data, max_pixels=MAX_PIXELS):
     """The bytes of a PNG, JPEG, TIFF or BMP -> (H, W) or (H, W, 3 or 4) as stored, uint8 or uint16, RGB(A).
 
@@ -24,7 +32,7 @@ def decode(data, max_pixels=MAX_PIXELS):
     promises more than max_pixels.
     """
     check_pixels(declared_size(io.BytesIO(data)), max_pixels)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a microscope's TIFF has tags it warns about
+    quieten_opencv()
     try:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:  # an empty file, or more pixels than OpenCV accepts (2^30)

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from cli import Parser, number, parse_options, run_script
 from download import PACKED, ZIP_ERRORS, check_zip, fetch, open_zip
-from images import decode, foreground, squeeze, squeeze_mask, to_channels, write_png
+from images import decode, foreground, quieten_opencv, squeeze, squeeze_mask, to_channels, write_png
 from synthetic import nuclei
 from utils import is_plain_name, write_yaml
 
@@ -336,7 +336,7 @@ def main():
         raise ValueError("--url is for --download; give both")
     started = time.perf_counter()
     cv2.setNumThreads(1)  # the images are spread over threads already
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
+    quieten_opencv()
     output = options.output or Path(f"inputs/{'demo' if options.demo else 'dsb2018'}_{options.img_size}")
 
     check_place(output, options.overwrite)

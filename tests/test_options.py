@@ -67,7 +67,7 @@ FLAGS = {
         "dataset": ("tiny five", "none .. /etc _"),
         "img_ext": (".png", ".jpg / _ ../.png"),
         "mask_ext": (".png", ".jpg / ../.png"),
-        "split": ("models/run/split.yml", "none.yml recipe.yml"),
+        "split": ("models/run/split.yml grouped", "none.yml recipe.yml"),
         "split_seed": ("0 4294967295", "-1"),
         "loss": ("", "MSE"),
         "optimizer": ("", "Adagrad"),
@@ -86,6 +86,7 @@ FLAGS = {
         "amp": ("", "on"),  # fp16 needs a GPU
         "channels_last": ("auto", "2"),
         "checkpointing": ("", "2"),
+        "sync_bn": ("False", "True 2"),  # True needs GPUs
         "compile": ("", "2"),
         "cache": ("auto", "2"),
         "num_workers": ("-1 " + WORKERS[0], WORKERS[1]),
@@ -121,6 +122,7 @@ FLAGS = {
         "name": ("run", "none .. a/b"),
         "level": ("", "0 5"),
         "output": ("a.onnx new/folder/a.onnx", "models"),
+        "int8": ("!", ""),
         "overwrite": ("!", ""),
     },
     preprocess_dsb2018: {

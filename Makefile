@@ -1,10 +1,12 @@
 # make demo    set up, then train and evaluate on generated nuclei, offline after the installation
-# make test    set up, then run the tests; make test-slow runs those that take minutes
+# make test    set up, then run the tests
+# make test-slow        those that take long: fuzzing, kills at random moments, every value of every option
+# make test-versions    the tests with the lowest versions that requirements.txt admits, and with the newest
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-versions lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements.txt requirements-onnx.txt requirements-dev.txt
@@ -23,9 +25,20 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m slow
 
+LOWEST_PYTHON ?= 3.10
+NEWEST_PYTHON ?= 3.13
+test-versions: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --python $(LOWEST_PYTHON) $(VENV)-lowest
+	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct -r requirements-dev.txt
+	$(VENV)-lowest/bin/python -m pytest -q
+	$(BIN)/uv venv --quiet --clear --python $(NEWEST_PYTHON) $(VENV)-newest
+	$(BIN)/uv pip install --quiet --python $(VENV)-newest/bin/python -r requirements-dev.txt
+	$(VENV)-newest/bin/python -m pytest -q
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -49,7 +49,7 @@ def build_parser():
         help="cpu: processor time, for a machine that others use, too",
     )
     a("--threads", type=number(int, 1, 1024), default=default_threads(), help="of a process; default %(default)s")
-    a("--dataset", default="dsb2018_96", help="a folder of inputs/; generated data where it is not there")
+    a("--dataset", default="dsb2018_96", help="loading: a folder of inputs/; generated data where it is not there")
     a("--raw", default="inputs/data-science-bowl-2018/stage1_train", help="preprocess: raw data, or generated")
     a("--data_dir", default="inputs/hymenoptera_data", help="transfer: default inputs/hymenoptera_data")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default auto")
@@ -84,11 +84,12 @@ class Worker:
     """A process that holds one of WORKERS and does its step when called; closing it tells its peak memory."""
 
     def __init__(self, options, kind, **about):
+        place = about.pop("place", None)  # where its inputs/ is
         task = {"kind": kind, "device": options.device, "dataset": options.dataset, "threads": options.threads, **about}
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps(task)]
         threads = {"OMP_NUM_THREADS": str(options.threads), "NO_ALBUMENTATIONS_UPDATE": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env={**os.environ, **threads}, **pipes)
+        self.process = subprocess.Popen(command, env={**os.environ, **threads}, cwd=place, **pipes)
         self.about = self.answer()  # once it is ready: gflop and the like
         self.clock = "wall" if kind == "preprocess" else options.clock  # more threads, not less work
 
@@ -445,7 +446,10 @@ def loading(options, found):
     plain = "an epoch's batches, plain"
     rows = measured(
         options,
-        {plain: ("loading", {"plain": True}), "an epoch's batches": ("loading", {"plain": False})},
+        {
+            plain: ("loading", {"plain": True, "place": options.place}),
+            "an epoch's batches": ("loading", {"plain": False, "place": options.place}),
+        },
         plain,
     )
     step = found.get("step", {}).get("training step")
@@ -668,12 +672,12 @@ def main():
         return
     if options.json and not options.json.parent.is_dir():
         raise FileNotFoundError(f"{options.json.parent}: no such folder to write {options.json.name} in")
-    rows, found, source = [], {}, f"inputs/{options.dataset}"
+    rows, found, source, options.place = [], {}, f"inputs/{options.dataset}", None
     with tempfile.TemporaryDirectory() as folder:
         if "loading" in options.only and not Path(source).is_dir():
             source = f"{GENERATED} generated images (inputs/{options.dataset} is not there)"
             write_data_set(Path(folder) / "inputs" / "generated")
-            options.dataset = str(Path(folder) / "inputs" / "generated")
+            options.dataset, options.place = "generated", folder
         for name in (name for name in BENCHMARKS if name in options.only):
             rows += BENCHMARKS[name](options, found)
     add_fractions(rows, found.get("limits", {}))

@@ -511,6 +511,7 @@ def prepare(config, folder, earlier, device, resume):
 
 def write_start(config, folder, earlier, split, device):
     """What a run's folder holds before the first of its epochs; the files of an earlier run go."""
+    folder.mkdir(parents=True, exist_ok=True)
     for path in earlier:
         path.unlink()
     write_yaml(folder / "split.yml", split)

@@ -671,6 +671,7 @@ def train(config, options, folder):
         same = {key: value for key, value in config.items() if key not in FREE_ON_RESUME - {"name"}}
         check_same({**same, "environment": None, "epoch": resume and len(resume["rows"])})
         if not options.resume and is_main():
+            folder.mkdir(parents=True, exist_ok=True)
             for path in earlier:
                 path.unlink()
             machine = environment(device) | ({"processes": world_size()} if world_size() > 1 else {})

@@ -193,7 +193,7 @@ def test_configs_of_runs(count, run, sandbox, capfd):
             heads = model(dataset.standardise(images, config["mean"], config["std"]))
         assert all(torch.isfinite(head).all() for head in heads)
         list(dataset.build_dataset(config, ["img00"])[0])
-        export.images_to_check({**config, "name": "run"})
+        export.images_of({**config, "name": "run"}, "val", 2)
 
     fuzz("val.load_trained, config.yml", spoilt(whole, 2 * count, 14), read, sandbox, capfd)
     assert judge(read, whole) == "accepted"

@@ -67,7 +67,7 @@ FLAGS = {
         "dataset": ("tiny five", "none .. /etc _"),
         "img_ext": (".png", ".jpg / _ ../.png"),
         "mask_ext": (".png", ".jpg / ../.png"),
-        "split": ("models/run/split.yml grouped", "none.yml recipe.yml"),
+        "split": ("models/run/split.yml", "none.yml recipe.yml grouped"),  # its images are all of one group
         "split_seed": ("0 4294967295", "-1"),
         "loss": ("", "MSE"),
         "optimizer": ("", "Adagrad"),
@@ -86,7 +86,7 @@ FLAGS = {
         "amp": ("", "on"),  # fp16 needs a GPU
         "channels_last": ("auto", "2"),
         "checkpointing": ("", "2"),
-        "sync_bn": ("False", "True 2"),  # True needs GPUs
+        "sync_bn": ("", "2"),
         "compile": ("", "2"),
         "cache": ("auto", "2"),
         "num_workers": ("-1 " + WORKERS[0], WORKERS[1]),
@@ -155,6 +155,7 @@ FLAGS = {
         "mirror": ("", "2"),
         "weights": ("none", "none.pth recipe.yml models/run/model.pth"),
         "freeze": ("!", ""),
+        "sync_bn": ("", "2"),
         "freeze_bn": ("", "2"),
         "thaw": ("0 1 1000", "-1"),
         "optimizer": ("", "Adam"),
@@ -174,12 +175,19 @@ FLAGS = {
     benchmark: {
         "only": ("", "none"),
         "rounds": ("1", "0"),
+        "clock": ("", "sun"),
+        "threads": ("1", "0 1025"),
+        "dataset": ("tiny none", ".."),
+        "raw": ("none", ""),
+        "json": ("rows.json", "none/rows.json"),
+        "serve": ("", ""),  # between its own processes
         "data_dir": ("", "none"),
         "device": ("", "gpu"),
     },
 }
 NEVER = {  # choices of the parser that cannot work here
     (train, "amp", "fp16"), (val, "amp", "fp16"), (predict, "amp", "fp16"), (transfer_resnet18, "amp", "fp16"),
+    (train, "sync_bn", "True"), (transfer_resnet18, "sync_bn", "True"),
     (train, "nesterov", "True"), (train, "deep_supervision", "False"),
 }  # fmt: skip
 SLOW = {("train", "compile"), ("export", "level"), ("export", "output"), ("export", "name"), ("export", "overwrite")}

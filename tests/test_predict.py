@@ -184,7 +184,7 @@ def test_levels(workplace):
         probability, config = predict.torch_probability(Namespace(name=None, level=level, device="cpu", amp="off"))
         found = probability(image)
         assert config["name"] == "tiny" and found.dtype == np.float32
-        np.testing.assert_allclose(found, head[None, ..., None], atol=1e-5)
+        np.testing.assert_allclose(found, head[None, ..., None], atol=1e-4)  # folded batch norms round differently
 
 
 def test_the_scale_is_the_runs_own_or_said(tmp_path, monkeypatch, capsys):

@@ -1,11 +1,13 @@
 """The figures of HOW_IT_WORKS.md, drawn from the model itself: its nodes, and what a trained run sees in them.
 
-PYTHONPATH=. python docs/draw.py --name run1 --image ID    # writes docs/nodes.png and docs/features.png
+PYTHONPATH=. python docs/draw.py --name run1 --image ID             # writes docs/nodes.png and docs/features.png
+PYTHONPATH=. python docs/draw.py --curves plain_s0 fast_s0 fast_s1  # writes docs/fast_and_plain.png, for the README
 """
 
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
@@ -14,6 +16,7 @@ from cli import Parser, parse_options, run_script
 from dataset import standardise
 from images import decode, to_channels
 from report import BLUE, PALETTE
+from runs import newest_run
 from utils import count_params, read_yaml
 from val import load_trained
 
@@ -24,8 +27,9 @@ SIDE = 96
 
 def build_parser():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", required=True, help="models/<name>, trained with deep supervision")
+    parser.add_argument("--name", help="models/<name>, trained with deep supervision; default: the newest run")
     parser.add_argument("--image", help="an id of its data set; default: the first to validate")
+    parser.add_argument("--curves", nargs="+", metavar="NAME", help="draw these runs' logs, and nothing else")
     return parser
 
 
@@ -140,8 +144,29 @@ def draw_features(path, name, img_id):
     figure.savefig(path)
 
 
+def draw_curves(path, names):
+    """Training loss and validation IoU of each run's log.csv; the first, to compare with, is drawn broader."""
+    figure = Figure(figsize=(8, 2.8), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 2)
+    for k, name in enumerate(names):
+        log = pd.read_csv(Path("models") / name / "log.csv")
+        for axis, column in zip(axes, ("loss", "val_iou"), strict=True):
+            axis.plot(log.epoch, log[column], color=colour(k), linewidth=1.5 if k else 4, marker="o", label=name)
+    for axis, title in zip(axes, ("training loss", "validation IoU"), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.set_xticks(log.epoch)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.savefig(path)
+
+
 def main():
     options, _ = parse_options(build_parser)
+    if options.curves:
+        draw_curves(DOCS / "fast_and_plain.png", options.curves)
+        return
+    options.name = options.name or newest_run("arch")
     draw_nodes(DOCS / "nodes.png")
     draw_features(DOCS / "features.png", options.name, options.image)
     print(f"nodes.png and features.png are in {DOCS}")

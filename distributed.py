@@ -133,10 +133,12 @@ def gather(value):
     """[value of the first process, of the second, ...] in every process; any picklable value, of any size."""
     if world_size() == 1:
         return [value]
+    import torch
     from torch import distributed
 
     values = [None] * world_size()
-    distributed.all_gather_object(values, value)
+    with torch.inference_mode(False):  # PyTorch 2.5 writes into tensors that it makes for the exchange
+        distributed.all_gather_object(values, value)
     return values
 
 

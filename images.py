@@ -5,6 +5,7 @@ small = squeeze(image, (96, 96))
 """
 
 import io
+import logging
 import struct
 import warnings
 
@@ -70,6 +71,7 @@ def open_picture(file):
 
     Image.MAX_IMAGE_PIXELS = None  # check_pixels takes the place of Pillow's own limit
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about tags that no result depends on; they name no file
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # an error is raised as well
     return Image.open(file, formats=FORMATS)
 
 

@@ -115,7 +115,7 @@ def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU. Runs no code from the file; ValueError when it is no such file.
 
     So it is for files that unpack to more than they are, and for tensors that no checkpoint of weights holds: sparse,
-    complex, or larger than the file (a stride of 0 makes four bytes terabytes).
+    complex, or larger than the file (a stride of 0 makes four bytes terabytes) or than their own memory.
     """
     import torch
 
@@ -133,13 +133,24 @@ def load_checkpoint(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         for tensor in _tensors(state):
             plain = tensor.layout is torch.strided and not (tensor.is_complex() or tensor.is_quantized)
-            if not plain or tensor.numel() * tensor.element_size() > size:
+            if not plain or tensor.numel() * tensor.element_size() > size or _overlaps(tensor):
                 raise ValueError("no plain tensor")
     except Exception:  # the unpickler of a broken or hostile file raises whatever it likes, with a page of advice
         raise ValueError(
             f"{path} is no checkpoint of tensors and plain values: it is broken, or would run code when read"
         ) from None
     return state
+
+
+def _overlaps(tensor):
+    """Do elements of it share memory, so that it cannot be written to?"""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
 
 
 def _tensors(state):

@@ -239,3 +239,25 @@ def test_what_stops_the_writing_of_a_checkpoint_is_what_is_raised(tmp_path, monk
             save_checkpoint(tmp_path / "last.pth", state)
         monkeypatch.undo()
     assert (tmp_path / "last.pth").read_bytes() == before and "last.pth" in names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "accepted"),
+    [
+        (torch.zeros(1).expand(4), False),
+        (torch.zeros(8).as_strided((3, 3), (2, 1)), False),
+        (torch.zeros(2, 1).expand(2, 3), False),
+        (torch.zeros(3, 4).T, True),
+        (torch.zeros(6, 6)[::2, 1:5], True),
+        (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), True),
+        (torch.zeros(0, 3), True),
+        (torch.zeros(()), True),
+    ],
+)
+def test_tensors_that_share_their_own_memory_are_refused(tmp_path, tensor, accepted):
+    save_checkpoint(tmp_path / "a.pth", {"tensor": tensor, "room": torch.zeros(100)})
+    if accepted:
+        assert torch.equal(load_checkpoint(tmp_path / "a.pth")["tensor"], tensor)
+    else:
+        with pytest.raises(ValueError, match="no checkpoint of tensors"):
+            load_checkpoint(tmp_path / "a.pth")

@@ -26,6 +26,8 @@ MAKERS = {  # what only the config.yml of one script's runs holds, and a command
 }
 
 
+BROKEN = (KeyError, TypeError, AttributeError, RuntimeError, ValueError)  # what a state of another form raises
+FOREIGN = "does not hold the training that config.yml describes"
 MOMENTS = {  # what an optimizer keeps of each parameter
     "SGD": {"momentum_buffer"},
     **dict.fromkeys(("Adam", "AdamW"), {"step", "exp_avg", "exp_avg_sq"}),
@@ -181,10 +183,8 @@ def restore(parts, progress, state, columns, source):
     columns: those of log.csv; progress: {name: a plain value of the right kind}. ValueError, which names the source,
     where anything in state is of another form, kind or shape than what it is to replace.
     """
+    rows = log_of(state, columns, source)
     try:
-        rows = _alike([dict.fromkeys(columns, math.inf)] * max(1, len(state["rows"])), state["rows"])
-        if [row["epoch"] for row in state["rows"]] != list(range(1, len(rows) + 1)):
-            raise ValueError("epochs are missing")
         for name, part in parts.items():
             own, optimizer = part.state_dict(), isinstance(part, torch.optim.Optimizer)
             part.load_state_dict(_alike({**own, "state": state[name]["state"]} if optimizer else own, state[name]))
@@ -195,8 +195,19 @@ def restore(parts, progress, state, columns, source):
                 if kept and kept.keys() != MOMENTS[type(part).__name__]:
                     raise KeyError("moments")
         return rows, _alike(progress, state)
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
-        raise ValueError(f"{source} does not hold the training that config.yml describes") from None
+    except BROKEN:
+        raise ValueError(f"{source} {FOREIGN}") from None
+
+
+def log_of(state, columns, source):
+    """The rows of log.csv that `state`, the content of last.pth, holds; ValueError as restore has it."""
+    try:
+        rows = _alike([dict.fromkeys(columns, math.inf)] * max(1, len(state["rows"])), state["rows"])
+        if [row["epoch"] for row in state["rows"]] != list(range(1, len(rows) + 1)):
+            raise ValueError("epochs are missing")
+        return rows
+    except BROKEN:
+        raise ValueError(f"{source} {FOREIGN}") from None
 
 
 def _alike(own, found):

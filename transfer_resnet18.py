@@ -53,6 +53,7 @@ from resnet18 import ResNet18, fill_body, grad_cam
 from runs import (
     earlier_files,
     keeping,
+    log_of,
     newest_run,
     only_trainer,
     resolve_machine,
@@ -477,7 +478,7 @@ def fit(config, model, datasets, folder, resume, device):
         best = load_checkpoint(folder / "model.pth")
         if config["freeze"]:
             best = {key.removeprefix("fc."): value for key, value in best.items() if key.startswith("fc.")}
-        resume, rows = {**resume, "best": best}, resume["rows"]
+        resume, rows = {**resume, "best": best}, log_of(resume, COLUMNS, folder / "last.pth")
         if is_main():
             write_log(rows, folder / "log.csv")  # a kill may have come between the two files
 

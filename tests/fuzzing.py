@@ -19,7 +19,7 @@ from utils import MAX_MESSAGE, in_one_line
 # What the C libraries in OpenCV and Pillow say of a broken file by themselves.
 CODEC = re.compile(
     r"libpng (warning|error): |Corrupt JPEG data: |Warning: |tempfile\.tif: |JPEGLib: "
-    r"|_?TIFF\w+: |\w+(Decode|Setup)\w*: "
+    r"|_?TIFF\w+: |\w+(Decode|Setup)\w*: |\w+: .*\bTIFF\b"
 )
 LIMIT_SECONDS, LIMIT_BYTES = 60, 3 * 2**30
 OWN = {"free", "inputs", "models", "outputs"}  # folders of the sandbox that a reader may write to

@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import threading
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from devices import memory
 from distributed import SharedBatches, WholeBatches, local_processes
 from images import decode, foreground, squeeze, squeeze_mask, to_channels
-from utils import is_plain_name, leave_signals_to_main
+from utils import is_plain_name, leave_signals_to_main, quieten_loaders
 
 ABOUT = ("sizes", "fingerprint")  # what split.yml keeps of Dataset.check, for each part
 GROUPED = "grouped"  # what --split takes beside a file of ids
@@ -348,7 +347,7 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_m
     The last batch may be smaller: no image is left out, however few there are. Call set_epoch(loader, epoch) first.
     Under torchrun each process gets its share of every shuffled batch, or whole batches of those in order.
     """
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, when asked for
+    quieten_loaders()
     if shuffle:  # the order of all images: one replica, since the batches are shared after they were drawn
         order = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
         batches = SharedBatches(order, batch_size)

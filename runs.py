@@ -223,11 +223,10 @@ def _alike(own, found):
         return {key: _alike(value, {**flags, **found}[key]) for key, value in own.items()}
     elif isinstance(own, (list, tuple)):
         return type(own)(_alike(*pair) for pair in zip(own, found, strict=True))
-    elif type(own) is int:
-        same = type(found) in (int, float) and abs(found) < 2**53
-    elif type(own) is float:
-        same = type(found) in (int, float) and (abs(found) < 1e30 or (found == found and math.isinf(own)))
-        found = float(found)
+    elif type(own) in (int, float) and type(found) is int:
+        same = abs(found) < 2**53
+    elif type(own) in (int, float):
+        same = type(found) is float and (abs(found) < 1e30 or (found == found and math.isinf(own)))
     else:
         same = type(found) is type(own) and found == own
     if not same:

@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 import zlib
 from pathlib import Path
 
@@ -67,6 +66,7 @@ from utils import (
     count_params,
     leave_signals_to_main,
     load_checkpoint,
+    quieten_loaders,
     read_yaml,
     save_checkpoint,
     seed_everything,
@@ -270,7 +270,7 @@ def build_data(config):
 
 def build_loaders(config, datasets, model, device, amp, check_stop=lambda: None):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, when asked for
+    quieten_loaders()
     workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
     workers["worker_init_fn"] = leave_signals_to_main
     workers["pin_memory"] = device.type == "cuda"

@@ -175,6 +175,12 @@ def is_plain_name(name):
 # ---------------------------------------------------------------- seeds and numbers
 
 
+def quieten_loaders():
+    """PyTorch's loaders warn of more workers than cores, when that was asked for, and that Python 3.12 sees a fork."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+
+
 def leave_signals_to_main(worker_id):
     """For a loader's worker processes: a terminal sends Ctrl-C and a cluster SIGTERM to all, but one shall answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -96,6 +96,8 @@ class Worker:
     def answer(self):
         line = self.process.stdout.readline()
         if not line:
+            self.process.stdin.close()
+            self.process.stdout.close()
             raise ValueError(f"a worker ended with status {self.process.wait()}; its words stand above")
         return json.loads(line)
 
@@ -125,7 +127,7 @@ def workers(options, wanted):
         yield started
     finally:
         for worker in started.values():
-            if not hasattr(worker, "peak"):
+            if not hasattr(worker, "peak") and not worker.process.stdin.closed:
                 worker.process.kill()
                 worker.process.communicate()
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 DEPTH = 4  # downsamplings, as in both papers
 DEEPEST = f"L{DEPTH}"  # the name of the head of X^{0,4}
+interpolate = functools.partial(F.interpolate, scale_factor=2, mode="bilinear", align_corners=True)
 
 
 @functools.lru_cache(maxsize=32)
@@ -40,7 +41,7 @@ class _Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.shape = x.shape
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        return interpolate(x)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -48,9 +49,8 @@ class _Double(torch.autograd.Function):
         rows, columns = (_interpolation(size, gradient.dtype, gradient.device) for size in (h, w))
         if gradient.stride(1) != 1:
             return rows @ (gradient @ columns.T)
-        gradient = gradient.permute(0, 2, 3, 1).reshape(
-            n, 2 * h, 2 * w * c
-        )  # channels_last: the channels lie innermost
+        # channels_last: the channels lie innermost
+        gradient = gradient.permute(0, 2, 3, 1).reshape(n, 2 * h, 2 * w * c)
         halved = columns @ (rows @ gradient).reshape(n * h, 2 * w, c)
         return halved.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
@@ -59,7 +59,7 @@ def upsample(x):
     """(N, C, H, W) -> (N, C, 2 H, 2 W), bilinear with aligned corners."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _Double.apply(x)
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    return interpolate(x)
 
 
 class VGGBlock(nn.Module):

@@ -198,8 +198,6 @@ def one_batch():
 
 def config_of(task):
     """What train.py makes of its options; the plain way switches off what it picks by itself."""
-    import torch.nn.functional as F
-
     import archs
     import train
     from devices import keep_memory
@@ -208,7 +206,7 @@ def config_of(task):
     words += ["--device", task["device"]]
     if task["plain"]:
         words += ["--amp", "off", "--channels_last", "False", "--cache", "False", "--num_workers", "0"]
-        archs.upsample = functools.partial(F.interpolate, scale_factor=2, mode="bilinear", align_corners=True)
+        archs.upsample = archs.interpolate
     else:
         keep_memory()
     return train.new_config(parse_options(train.build_parser, words)[0])

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from devices import pick_amp, pick_device
-from distributed import is_main, local_processes
+from devices import device_name, environment, pick_amp, pick_device
+from distributed import check_same, is_main, local_processes, world_size
 from utils import atomic_path, in_one_line, is_plain_name, read_yaml
 
 MODELS = Path("models")
@@ -136,6 +136,22 @@ def keeping(folder, script, at_end):
             raise OSError(f"{died}; {kept} --num_workers 0") from None
         raise
     at_end()
+
+
+def check_start(config, free, **more):
+    """ValueError unless all of torchrun's processes start with the same config, but for what is free, and `more`."""
+    same = {key: value for key, value in config.items() if key not in free - {"name"}}
+    check_same({**same, "environment": None, **more})
+
+
+def machine(device):
+    """environment(device), and the number of processes where there are several; for config.yml."""
+    return environment(device) | ({"processes": world_size()} if world_size() > 1 else {})
+
+
+def machine_name(device):
+    """device_name(device), and the number of processes where there are several; for people."""
+    return f"{world_size()} processes, each on " * (world_size() > 1) + device_name(device)
 
 
 def resolve_machine(config):

@@ -20,9 +20,8 @@ from tqdm import tqdm
 from archs import ARCHS, DEEPEST, as_heads, build_model
 from cli import Parser, Stops, check_config, number, parse_options, run_script
 from dataset import ABOUT, GROUPED, build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
-from devices import device_name, environment, keep_memory, memory, pick_amp, pick_device
+from devices import keep_memory, memory, pick_amp, pick_device
 from distributed import (
-    check_same,
     copy_main,
     gather,
     is_main,
@@ -36,7 +35,19 @@ from lookalikes import Sketches, about_groups, about_twins, grouped_split, group
 from losses import LOSSES, mean_over_heads
 from metrics import PixelCounts, summarise
 from report import plot_curves
-from runs import earlier_files, keeping, only_trainer, resolve_machine, restore, resumed, run_folder, write_log
+from runs import (
+    check_start,
+    earlier_files,
+    keeping,
+    machine,
+    machine_name,
+    only_trainer,
+    resolve_machine,
+    restore,
+    resumed,
+    run_folder,
+    write_log,
+)
 from utils import (
     count_params,
     load_checkpoint,
@@ -495,8 +506,7 @@ def prepare(config, folder, earlier, device, resume):
         print(f"resuming {folder} after epoch {run.epoch}")
     elif resume:
         print(f"{folder} has no whole epoch yet: starting with the first")
-    same = {key: value for key, value in config.items() if key not in FREE_ON_RESUME - {"name"}}
-    check_same({**same, "environment": None, "data": about["fingerprint"], "epoch": run.epoch})
+    check_start(config, FREE_ON_RESUME, data=about["fingerprint"], epoch=run.epoch)
     if begun and is_main():
         write_log(run.rows, folder / "log.csv")  # a kill may have come between the two files
     elif not resume and is_main():
@@ -504,8 +514,7 @@ def prepare(config, folder, earlier, device, resume):
 
     precision = "float32" if run.amp is None else f"{config['amp']} autocast"
     layout = "channels_last" if config["channels_last"] else "contiguous"
-    many = f"{world_size()} processes, each on " if world_size() > 1 else ""
-    print(f"{config['arch']}, {count_params(model):,} parameters, {many}{device_name(device)}, {precision}, {layout}")
+    print(f"{config['arch']}, {count_params(model):,} parameters, {machine_name(device)}, {precision}, {layout}")
     return run, loader, val_loader
 
 
@@ -515,8 +524,9 @@ def write_start(config, folder, earlier, split, device):
     for path in earlier:
         path.unlink()
     write_yaml(folder / "split.yml", split)
-    machine = environment(device) | ({"processes": world_size()} if world_size() > 1 else {})
-    write_yaml(folder / "config.yml", {**config, "environment": machine})  # last: with it the run can be resumed
+    write_yaml(
+        folder / "config.yml", {**config, "environment": machine(device)}
+    )  # last: it can be resumed
 
 
 def train(run, loader, val_loader, folder):

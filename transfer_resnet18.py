@@ -31,11 +31,10 @@ import folders
 import report
 from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
 from cli import Parser, Stops, check_config, number, parse_options, run_script
-from devices import device_name, environment, keep_memory, pick_amp, pick_device
+from devices import keep_memory, pick_amp, pick_device
 from distributed import (
     SharedBatches,
     WholeBatches,
-    check_same,
     copy_main,
     gather,
     is_main,
@@ -50,9 +49,12 @@ from folders import set_epoch, to_device
 from images import write_png
 from resnet18 import ResNet18, fill_body, grad_cam
 from runs import (
+    check_start,
     earlier_files,
     keeping,
     log_of,
+    machine,
+    machine_name,
     newest_run,
     only_trainer,
     resolve_machine,
@@ -468,11 +470,10 @@ def fit(config, model, datasets, folder, resume, device):
     loaders = build_loaders(config, datasets, model, device, amp, stops.check)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
     optimizer, scheduler = build_optimizer(model, config)
-    many = f"{world_size()} processes, each on " if world_size() > 1 else ""
     trained = model.fc if config["freeze"] else model  # a frozen body is a fixed function: its features are the data
     print(
         f"ResNet-18, {count_params(model):,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, on "
-        f"{many}{device_name(device)}: {'float32' if amp is None else config['amp'] + ' autocast, channels last'}"
+        f"{machine_name(device)}: {'float32' if amp is None else config['amp'] + ' autocast, channels last'}"
     )
     if resume:
         best = load_checkpoint(folder / "model.pth")
@@ -669,14 +670,12 @@ def train(config, options, folder):
         if config["sync_bn"]:
             model = sync_batch_norm(model, device)
         config.update(classes=classes, mean=list(folders.MEAN), std=list(folders.STD), data=fingerprint)
-        same = {key: value for key, value in config.items() if key not in FREE_ON_RESUME - {"name"}}
-        check_same({**same, "environment": None, "epoch": resume and len(resume["rows"])})
+        check_start(config, FREE_ON_RESUME, epoch=resume and len(resume["rows"]))
         if not options.resume and is_main():
             folder.mkdir(parents=True, exist_ok=True)
             for path in earlier:
                 path.unlink()
-            machine = environment(device) | ({"processes": world_size()} if world_size() > 1 else {})
-            write_yaml(folder / "config.yml", {**config, "environment": machine})
+            write_yaml(folder / "config.yml", {**config, "environment": machine(device)})
         rows = fit(config, model, datasets, folder, resume, device)
     if is_main():
         conclude(config, model, datasets, rows, folder, device)

@@ -192,7 +192,10 @@ def evaluate(model, loader, criterion, device, *, amp=None, thresholds=(0.5,), o
 
 
 def chosen_images(options, config, folder):
-    """-> Dataset of the run's validation images, of another data set, or of a split's test ids; and what to call it."""
+    """-> Dataset of the run's validation images, of another data set, or of a split's test ids; and what to call it.
+
+    Third, the content of the run's split.yml where its validation images were chosen, else {}.
+    """
     name = options.dataset or config["dataset"]
     root = Path("inputs") / name
     run_split = read_yaml(folder / "split.yml") if not (options.dataset or options.split) else {}
@@ -216,12 +219,12 @@ def chosen_images(options, config, folder):
         if seen := [img_id for img_id in ids if img_id in trained]:
             about = f"{len(seen)} of {len(ids)} {part} were trained on by {folder}"
             print(f"val.py: warning: {about}: {name_ids(seen, 3)}", file=sys.stderr)
-    return dataset, f"{name}, {part}"
+    return dataset, f"{name}, {part}", run_split
 
 
-def iou_by_twins(img_ids, table, folder):
+def iou_by_twins(img_ids, table, split):
     """One line: pooled IoU of the images with and without a twin in training, as split.yml lists them; or None."""
-    of_way = read_yaml(folder / "split.yml").get("twins") or {}
+    of_way = split.get("twins") or {}
     twins = {img_id for pairs in of_way.values() for img_id in pairs}
     has_twin = np.array([img_id in twins for img_id in img_ids])
     if has_twin.all() or not has_twin.any():
@@ -383,7 +386,7 @@ def main():
     fast = EightWays(model.folded()) if options.tta else model.folded()
     head = "mean" if options.level == "mean" else model.head_names[-1]  # the one that is judged
     criterion = LOSSES[config["loss"]]()
-    dataset, what = chosen_images(options, config, folder)
+    dataset, what, run_split = chosen_images(options, config, folder)
     loader = make_loader(dataset, options.batch_size, num_workers=options.num_workers)
     print(
         f"{folder}: {what}, {len(dataset)} images, {str(amp or 'float32').removeprefix('torch.')}"
@@ -415,7 +418,7 @@ def main():
         print(f"{HEADINGS[key]:<12}{text}")
     scores, (low, high) = summarise(table), bootstrap_interval(table)
     print(f"\nIoU {scores['iou']:.4f} ({low:.4f} to {high:.4f}, 95 % bootstrap over images), Dice {scores['dice']:.4f}")
-    if not (options.dataset or options.split) and (said := iou_by_twins(dataset.img_ids, table, folder)):
+    if said := iou_by_twins(dataset.img_ids, table, run_split):
         print(said)
     more = [compare_levels(model, loader, found["tables"], device, amp, output)] if options.levels else []
 

@@ -48,6 +48,21 @@ def run_script(script, *args, cwd, ok=True, env=None, timeout=300):
     return result
 
 
+def call(patch, script, *options):
+    """script.main() with these options, in this process -> what it returns. `script` is the imported module."""
+    patch.setattr(sys, "argv", [f"{script.__name__}.py", *" ".join(map(str, options)).split()])
+    return script.main()
+
+
+def trained(folder, script, *options):
+    """folder/inputs/tiny and the run that `script`, which is train, makes of it with these options -> folder."""
+    write_data_set(folder / "inputs" / "tiny", count=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        call(patch, script, *options)
+    return folder
+
+
 def write_data_set(folder, count=6, size=(32, 32), num_classes=1, channels=3, seed=0):
     """folder/images/<id>.png and folder/masks/<class>/<id>.png, ids img00, img01 ...; -> the ids.
 

@@ -10,14 +10,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import mounted, run_script, serving, write_data_set
+from conftest import call, mounted, run_script, serving, trained
 
 import download
 import predict
@@ -31,20 +30,10 @@ TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 4 -b 4 --dev
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def call(monkeypatch, script, *options):
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *" ".join(map(str, options)).split()])
-    return script.main()
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, one_thread):
     """A folder with inputs/tiny and models/run, trained without any accident."""
-    folder = tmp_path_factory.mktemp("straight")
-    write_data_set(folder / "inputs" / "tiny", count=9)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        call(patch, train, TINY, "--name run")
-    return folder
+    return trained(tmp_path_factory.mktemp("straight"), train, TINY, "--name run")
 
 
 @pytest.fixture

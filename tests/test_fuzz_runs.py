@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, run_script, write_data_set
+from conftest import REPOSITORY, call, run_script, write_data_set
 from fuzzing import Trap, broken, fuzz, judge
 
 import dataset
@@ -42,11 +42,6 @@ WRONG = (
     *(-1, 0, 7, 2**31, 10**30, 0.5, -1e300, math.nan, math.inf, [], ["a"], [0.5], [[[]]], {}, {"a": {"b": 1}}),
 )
 LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 60))
-
-
-def call(patch, script, *options):
-    patch.setattr(sys, "argv", [f"{script.__name__}.py", *" ".join(map(str, options)).split()])
-    script.main()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, write_data_set
+from conftest import REPOSITORY, call, trained, write_data_set
 from torch import nn
 
 import train
@@ -31,11 +31,6 @@ TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 4 -b 4 --dev
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def call(monkeypatch, script, *options):
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *" ".join(map(str, options)).split()])
-    return script.main()
-
-
 @pytest.fixture
 def go(place, monkeypatch):
     return lambda *options: call(monkeypatch, train, *options)
@@ -44,12 +39,7 @@ def go(place, monkeypatch):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, one_thread):
     """A folder with inputs/tiny and models/straight, a run without any accident."""
-    folder = tmp_path_factory.mktemp("resume")
-    write_data_set(folder / "inputs" / "tiny", count=9)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        call(patch, train, TINY, "--name straight")
-    return folder
+    return trained(tmp_path_factory.mktemp("resume"), train, TINY, "--name straight")
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, run_script, write_data_set
+from conftest import REPOSITORY, call, run_script, trained, write_data_set
 
 import train
 
@@ -29,12 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, one_thread):
     """A folder with inputs/tiny and a finished run models/base of two epochs."""
-    folder = tmp_path_factory.mktemp("train")
-    write_data_set(folder / "inputs" / "tiny", count=9)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        call(patch, TINY, "--name base")
-    return folder
+    return trained(tmp_path_factory.mktemp("train"), train, TINY, "--name base")
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +40,11 @@ def here(place, monkeypatch):
 @pytest.fixture
 def go(monkeypatch):
     """go(*options) runs train.main with them."""
-    return lambda *options: call(monkeypatch, *options)
+    return lambda *options: call(monkeypatch, train, *options)
 
 
 def words(options):
     return " ".join(map(str, options)).split()
-
-
-def call(monkeypatch, *options):
-    monkeypatch.setattr(sys, "argv", ["train.py", *words(options)])
-    train.main()
 
 
 def refused(go, *options, match):

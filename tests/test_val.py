@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -11,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import run_script, write_data_set
+from conftest import call, run_script, write_data_set
 
 import train
 import val
@@ -19,15 +18,6 @@ import val
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAIN = "--width 4 --lr 0.03 --epochs 6 -b 2 --ema 0 --device cpu --amp off --input_h 47 --input_w 33"
-
-
-def words(options):
-    return " ".join(map(str, options)).split()
-
-
-def call(monkeypatch, script, *options):
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words(options)])
-    script.main()
 
 
 @pytest.fixture(scope="module")

@@ -524,9 +524,7 @@ def write_start(config, folder, earlier, split, device):
     for path in earlier:
         path.unlink()
     write_yaml(folder / "split.yml", split)
-    write_yaml(
-        folder / "config.yml", {**config, "environment": machine(device)}
-    )  # last: it can be resumed
+    write_yaml(folder / "config.yml", {**config, "environment": machine(device)})  # last: it can be resumed
 
 
 def train(run, loader, val_loader, folder):

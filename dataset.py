@@ -27,6 +27,7 @@ from utils import is_plain_name, leave_signals_to_main, quieten_loaders
 
 ABOUT = ("sizes", "fingerprint")  # what split.yml keeps of Dataset.check, for each part
 GROUPED = "grouped"  # what --split takes beside a file of ids
+AUGMENTATIONS = ("flips", "mild", "colour", "copies", "affine", "cutmix")  # the parts that --augment puts together
 NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest is counted
 
 
@@ -120,16 +121,48 @@ def standardise(images, mean, std):
     return (images.float() / 255 - mean) / std
 
 
-def augmentation(input_h, input_w, input_channels):
-    """albumentations: the eight flips and rotations by 90 degrees, mild brightness, contrast and (RGB only) hue."""
+def augmentation(parts, input_h, input_w, input_channels):
+    """An albumentations Compose of the parts of --augment, a text such as "flips,mild", for uint8 images and masks.
+
+    flips: the eight flips and rotations by 90 degrees (four flips where height and width differ).
+    mild, colour: brightness, contrast and (RGB only) hue and saturation, a little or a lot, colour with gamma too.
+    copies: now and then the negative and (RGB only) the grey picture, as fluorescence is to histology; RGBA has none.
+    affine: half of the pictures turned by any angle, scaled by 0.7 to 1.4, shifted by up to a tenth, mirrored outside.
+    cutmix is none of its parts: it takes two items, and Dataset does it.
+    """
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for its newest version at import
     import albumentations as A  # late: validation does without its three seconds
 
-    flips = [A.D4(p=1)] if input_h == input_w else [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
-    colour = [A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)]
-    if input_channels == 3:  # the hue transform raises on any other number of channels
-        colour.append(A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=15, val_shift_limit=10, p=0.5))
-    return A.Compose(flips + colour)
+    parts, rgb, chosen = parts.split(","), input_channels == 3, []  # hue and grey raise on other numbers of channels
+    if "affine" in parts:
+        place = {"scale": (0.7, 1.4), "rotate": (-180, 180), "translate_percent": (-0.1, 0.1)}
+        chosen.append(A.Affine(**place, border_mode=cv2.BORDER_REFLECT_101, p=0.5))
+    if "flips" in parts:
+        chosen += [A.D4(p=1)] if input_h == input_w else [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
+    if "mild" in parts:
+        chosen.append(A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5))
+        chosen += [A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=15, val_shift_limit=10, p=0.5)] * rgb
+    if "colour" in parts:
+        chosen.append(A.RandomBrightnessContrast(brightness_limit=0.3, contrast_limit=0.3, p=0.5))
+        chosen.append(A.RandomGamma(gamma_limit=(60, 160), p=0.5))
+        chosen += [A.HueSaturationValue(hue_shift_limit=30, sat_shift_limit=40, val_shift_limit=10, p=0.5)] * rgb
+    if "copies" in parts:
+        chosen += [A.ToGray(p=0.1)] * rgb + [A.InvertImg(p=0.1)] * (input_channels != 4)
+    return A.Compose(chosen)
+
+
+def paste(image, mask, other_image, other_mask, stream):
+    """CutMix (Yun et al., ICCV 2019, https://arxiv.org/abs/1905.04899): a rectangle of another item replaces its own.
+
+    Arrays (H, W, C); the sides of the rectangle are a quarter to three quarters of the picture's. Returns new arrays.
+    """
+    h, w = image.shape[:2]
+    height, width = (max(1, round(side * stream.uniform(0.25, 0.75))) for side in (h, w))
+    top, left = stream.integers(h - height + 1), stream.integers(w - width + 1)
+    part = slice(top, top + height), slice(left, left + width)
+    image, mask = image.copy(), mask.copy()
+    image[part], mask[part] = other_image[part], other_mask[part]
+    return image, mask
 
 
 def is_two_valued(array):
@@ -159,6 +192,7 @@ class Dataset(torch.utils.data.Dataset):
         input_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         size: (height, width) that everything is resized to, or None.
         mean, std: for standardise, a float a channel; by default the image is only divided by 255.
+        cutmix: the part of the items, in [0, 1], that get a rectangle of another item; see paste.
 
     An item is image (C, H, W) float32, mask (num_classes, H, W) float32 of 0 and 1, {"img_id": id}.
     """
@@ -178,6 +212,7 @@ class Dataset(torch.utils.data.Dataset):
         mean=None,
         std=None,
         seed=0,
+        cutmix=0.0,
     ):
         if input_channels not in (1, 3, 4):
             raise ValueError(f"input_channels {input_channels}: expected 1 (grey), 3 (RGB) or 4 (RGBA)")
@@ -187,6 +222,7 @@ class Dataset(torch.utils.data.Dataset):
         self.transform, self.input_channels, self.size, self.seed = transform, input_channels, size, seed
         self.mean = mean or [0.0] * input_channels
         self.std = std or [1.0] * input_channels
+        self.cutmix = cutmix
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self._cache = None
 
@@ -198,15 +234,22 @@ class Dataset(torch.utils.data.Dataset):
         self.epoch.fill_(epoch)
 
     def __getitem__(self, index):
-        image, mask = self.arrays(index)
-        if self.transform is not None:
-            stream = np.random.default_rng((self.seed, int(self.epoch), index))
-            self.transform.set_random_state(stream, random.Random(int(stream.integers(2**62))))
-            augmented = self.transform(image=image, mask=mask)
-            image, mask = augmented["image"], augmented["mask"]
+        stream = np.random.default_rng((self.seed, int(self.epoch), index))
+        image, mask = self.augmented(index, stream)
+        if self.cutmix and stream.random() < self.cutmix:
+            image, mask = paste(image, mask, *self.augmented(int(stream.integers(len(self))), stream), stream)
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         mask = torch.from_numpy(np.ascontiguousarray(mask.transpose(2, 0, 1)))
         return standardise(image, self.mean, self.std), mask.float(), {"img_id": self.img_ids[index]}
+
+    def augmented(self, index, stream):
+        """The item as the transform draws it from a numpy Generator: image (H, W, C) uint8, mask likewise."""
+        image, mask = self.arrays(index)
+        if self.transform is None:
+            return image, mask
+        self.transform.set_random_state(stream, random.Random(int(stream.integers(2**62))))
+        drawn = self.transform(image=image, mask=mask)
+        return drawn["image"], drawn["mask"]
 
     def arrays(self, index):
         """The item before augmentation: image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1."""
@@ -322,9 +365,13 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def build_dataset(config, ids, augment=False):
-    """The Dataset that a run's config describes (dataset, extensions, channels, size, seed; mean and std if known)."""
+    """The Dataset that a run's config describes (dataset, extensions, channels, size, seed; mean and std if known).
+
+    augment: as the config's `augment` says.
+    """
     check_places(config)
     folder, size = Path("inputs") / config["dataset"], (config["input_h"], config["input_w"])
+    parts = config["augment"] if augment else "none"
     return Dataset(
         ids,
         folder / "images",
@@ -332,12 +379,13 @@ def build_dataset(config, ids, augment=False):
         config["img_ext"],
         config["mask_ext"],
         config["num_classes"],
-        augmentation(*size, config["input_channels"]) if augment else None,
+        augmentation(parts, *size, config["input_channels"]) if parts != "none" else None,
         input_channels=config["input_channels"],
         size=size,
         mean=config.get("mean"),
         std=config.get("std"),
         seed=config["seed"],
+        cutmix=0.5 if "cutmix" in parts else 0.0,
     )
 
 

@@ -62,13 +62,42 @@ class LovaszHingeLoss(nn.Module):
         return (F.relu(errors) * steps).sum(-1).mean()
 
 
+class BCELovaszLoss(nn.Module):
+    """bce_weight x binary cross entropy + LovaszHingeLoss."""
+
+    def __init__(self, bce_weight=0.5):
+        super().__init__()
+        self.bce_weight, self.lovasz = bce_weight, LovaszHingeLoss()
+
+    def forward(self, logits, masks):
+        bce = F.binary_cross_entropy_with_logits(_at_least_float32(logits), masks.to(_at_least_float32(logits).dtype))
+        return self.bce_weight * bce + self.lovasz(logits, masks)
+
+
 LOSSES = {
     "BCEDiceLoss": BCEDiceLoss,
+    "BCELovaszLoss": BCELovaszLoss,
     "LovaszHingeLoss": LovaszHingeLoss,
     "BCEWithLogitsLoss": nn.BCEWithLogitsLoss,
 }
 
 
-def mean_over_heads(criterion, heads, masks):
-    """Deep supervision as in the U-Net++ paper: the plain mean of the criterion over a list of heads' logits."""
-    return sum(criterion(logits.float(), masks) for logits in heads) / len(heads)
+def mean_over_heads(criterion, heads, masks, weights=None):
+    """Deep supervision as in the U-Net++ paper: the plain mean of the criterion over a list of heads' logits.
+
+    weights: a number a head for a weighted mean.
+    """
+    weights = weights or [1] * len(heads)
+    parts = [weight * criterion(logits.float(), masks) for weight, logits in zip(weights, heads, strict=True)]
+    return sum(parts) / sum(weights)
+
+
+def smooth_borders(masks, amount):
+    """Targets that are less sure at borders: (1 - amount) x masks + amount x their mean over 3 x 3 pixels.
+
+    masks (N, C, H, W) of 0 and 1, amount in [0, 1] -> the same shape, in [0, 1]; beyond the picture counts as its rim.
+    """
+    if not amount:
+        return masks
+    around = F.avg_pool2d(F.pad(masks, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return torch.lerp(masks, around, amount)

@@ -17,9 +17,19 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from archs import ARCHS, DEEPEST, as_heads, build_model
+from archs import ARCHS, DEEPEST, DEPTH, as_heads, build_model
 from cli import Parser, Stops, check_config, number, parse_options, run_script
-from dataset import ABOUT, GROUPED, build_dataset, check_split, list_ids, make_loader, set_epoch, split_ids
+from dataset import (
+    ABOUT,
+    AUGMENTATIONS,
+    GROUPED,
+    build_dataset,
+    check_split,
+    list_ids,
+    make_loader,
+    set_epoch,
+    split_ids,
+)
 from devices import keep_memory, memory, pick_amp, pick_device
 from distributed import (
     copy_main,
@@ -32,7 +42,7 @@ from distributed import (
     world_size,
 )
 from lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
-from losses import LOSSES, mean_over_heads
+from losses import LOSSES, mean_over_heads, smooth_borders
 from metrics import PixelCounts, summarise
 from report import plot_curves
 from runs import (
@@ -108,11 +118,15 @@ def build_parser():
     a("--img_ext", default=".png", help="default .png")
     a("--mask_ext", default=".png", help="default .png")
     a("--split", help="grouped: look-alikes on one side; or a split.yml of your own; default: a seeded 80/20 split")
+    parts = ",".join(AUGMENTATIONS)
+    a("--augment", type=augment, default="flips,mild", help=f"none, or some of {parts}; default flips,mild")
     a("--split_seed", type=number(int, 0, 2**32 - 1), default=41, help="default 41")
 
     a = parser.add_argument_group("optimisation").add_argument
     positive = number(float, 0)
     a("--loss", choices=sorted(LOSSES), default="BCEDiceLoss", help="default BCEDiceLoss")
+    a("--head_weights", type=head_weights, help="of the losses of L1 to L4, such as 1,2,3,4; default: all the same")
+    a("--border_smoothing", type=number(float, 0, 1), default=0.0, help="softer training masks at borders; default 0")
     a("--optimizer", choices=sorted(OPTIMIZERS), default="AdamW", help="default AdamW")
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="default 2e-3")
     a("--momentum", type=number(float, 0, 1), default=0.9, help="SGD; default 0.9")
@@ -140,6 +154,22 @@ def build_parser():
 
 def auto_or_bool(text):
     return text if text == "auto" else str2bool(text)
+
+
+def augment(text):
+    """'cutmix,flips' or a list of them -> 'flips,cutmix', parts in the order of AUGMENTATIONS; 'none' has no parts."""
+    names = [part.strip("[]'\" ") for part in text.split(",")] if text != "none" else []
+    if unknown := [name for name in names if name not in AUGMENTATIONS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected none, or some of {','.join(AUGMENTATIONS)}")
+    return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
+
+
+def head_weights(text):
+    """'1,2,3,4' or '[1, 2, 3, 4]' -> '1,2,3,4', numbers of at least 0, not all 0."""
+    weights = [number(float, 0, 1e6)(part) for part in str(text).strip("[] ").split(",")]
+    if len(weights) != DEPTH or not any(weights):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {DEPTH} numbers, not all of them 0")
+    return ",".join(f"{weight:g}" for weight in weights)
 
 
 def milestones(text):
@@ -183,6 +213,8 @@ def new_config(options):
     if not config["name"]:
         supervision = "wDS" if config["deep_supervision"] else "woDS"
         config["name"] = f"{Path(config['dataset']).name}_{config['arch']}_{supervision}"
+    if config["head_weights"] and not config["deep_supervision"]:
+        raise ValueError("--head_weights are for the four heads of deep supervision; give --deep_supervision True")
     return resolve_machine(config)
 
 
@@ -331,6 +363,8 @@ def train_one_epoch(
     scaler=None,
     step_scheduler=None,
     ema=None,
+    weights=None,
+    border_smoothing=0.0,
     label="",
     after_step=lambda: None,
 ):
@@ -347,7 +381,7 @@ def train_one_epoch(
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 heads = as_heads(model(images))
-            loss = mean_over_heads(criterion, heads, masks)
+            loss = mean_over_heads(criterion, heads, smooth_borders(masks, border_smoothing), weights)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss * (own * world_size() / total)).backward()
             scaler.step(optimizer)
@@ -439,6 +473,7 @@ def fit(run, loader, val_loader, criterion, folder, check_stop=lambda *_: None):
     config, device = run.config, run.device
     model = parallel(run.model, device)
     model = torch.compile(model) if config["compile"] else model
+    weights = [float(part) for part in config["head_weights"].split(",")] if config["head_weights"] else None
     each_step = run.scheduler if config["scheduler"] == "OneCycleLR" else None
     while not run.over():
         start, epoch = time.time(), run.epoch + 1
@@ -447,7 +482,7 @@ def fit(run, loader, val_loader, criterion, folder, check_stop=lambda *_: None):
         lr = run.optimizer.param_groups[0]["lr"]
         label = f"epoch {epoch}/{config['epochs']}"
         parts = {"amp": run.amp, "scaler": run.scaler, "step_scheduler": each_step, "ema": run.ema, "label": label}
-        parts["after_step"] = check_stop
+        parts |= {"weights": weights, "border_smoothing": config["border_smoothing"], "after_step": check_stop}
         try:
             trained = train_one_epoch(model, loader, criterion, run.optimizer, device, **parts)
             copy_main(run.judged)

@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from dataset import (
+    AUGMENTATIONS,
     NAMED_AT_MOST,
     Dataset,
     augmentation,
@@ -21,6 +22,7 @@ from dataset import (
     check_split,
     list_ids,
     make_loader,
+    paste,
     set_epoch,
     split_ids,
     standardise,
@@ -140,7 +142,7 @@ def test_channels(tmp_path, channels, stored):
     grey = np.full((4, 6), 40, np.uint8)  # grey in every form: what each channel must be is plain
     write(tmp_path / "images" / "a.png", grey if stored == 1 else np.dstack([grey] * 3 + [grey + 160] * (stored - 3)))
     write(tmp_path / "masks" / "0" / "a.png", grey * 0)
-    dataset = open_dataset(tmp_path, ids=["a"], input_channels=channels, transform=augmentation(4, 6, channels))
+    dataset = open_dataset(tmp_path, ids=["a"], input_channels=channels, transform=augmentation(USUAL, 4, 6, channels))
     alpha = {1: [], 3: [], 4: [200 if stored == 4 else 255]}[channels]
     assert dataset.arrays(0)[0].tolist() == [[[40] * min(channels, 3) + alpha] * 6] * 4
     image, mask, _ = dataset[0]
@@ -367,6 +369,8 @@ def test_auto_keeps_what_fits_in_a_quarter_of_the_memory(cells, monkeypatch):
 
 # ---------------------------------------------------------------- augmentation
 
+USUAL = "flips,mild"
+
 
 def noisy(tmp_path, count=24, size=(16, 16), num_classes=2):
     """Red is 200 where mask 0 is 1 and 20 elsewhere, green likewise with mask 1; no mask is symmetric."""
@@ -400,12 +404,13 @@ def same(one, other):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")  # more than the cores of a small machine
-@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
-def test_streams_and_order_do_not_depend_on_workers(tmp_path, size):
-    ids = noisy(tmp_path, size=size)
+@pytest.mark.parametrize(("size", "parts"), [((16, 16), USUAL), ((16, 24), ",".join(AUGMENTATIONS))])
+def test_streams_and_order_do_not_depend_on_workers(tmp_path, size, parts):
+    ids, cutmix = noisy(tmp_path, size=size), 0.5 * ("cutmix" in parts)
 
     def loader(workers, seed=3):
-        dataset = open_dataset(tmp_path, ids, num_classes=2, transform=augmentation(*size, 3), seed=seed)
+        transform = augmentation(parts, *size, 3)
+        dataset = open_dataset(tmp_path, ids, num_classes=2, transform=transform, seed=seed, cutmix=cutmix)
         dataset.check()
         return make_loader(dataset, 5, shuffle=True, seed=seed, num_workers=workers)
 
@@ -430,7 +435,7 @@ def test_streams_and_order_do_not_depend_on_workers(tmp_path, size):
 
 def test_loading_leaves_the_global_streams_alone(tmp_path):
     ids = noisy(tmp_path, count=6)
-    loader = make_loader(open_dataset(tmp_path, ids, transform=augmentation(16, 16, 3)), 2, shuffle=True)
+    loader = make_loader(open_dataset(tmp_path, ids, transform=augmentation(USUAL, 16, 16, 3)), 2, shuffle=True)
     drawn = []
     for load in (False, True):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
@@ -444,7 +449,7 @@ def test_loading_leaves_the_global_streams_alone(tmp_path):
 def test_orientation_and_colours_are_drawn_apart(tmp_path, size, orientations):
     """One image, many epochs: each orientation comes with and without a change of the colours."""
     ids = noisy(tmp_path, count=1, size=size)
-    dataset = open_dataset(tmp_path, ids, transform=augmentation(*size, 3))
+    dataset = open_dataset(tmp_path, ids, transform=augmentation(USUAL, *size, 3))
     original, seen = dataset.arrays(0), Counter()
     for epoch in range(40 * orientations):
         dataset.set_epoch(epoch)
@@ -469,14 +474,16 @@ def test_orientation_and_colours_are_drawn_apart(tmp_path, size, orientations):
 def test_the_items_of_an_epoch_differ(tmp_path):
     """One picture sixteen times: sixteen draws, and at least four of the eight orientations among them."""
     (img_id,) = noisy(tmp_path, count=1)
-    dataset = open_dataset(tmp_path, [img_id] * 16, transform=augmentation(16, 16, 3))
+    dataset = open_dataset(tmp_path, [img_id] * 16, transform=augmentation(USUAL, 16, 16, 3))
     assert len({dataset[index][1].numpy().tobytes() for index in range(16)}) >= 4
 
 
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
 @pytest.mark.parametrize("num_classes", [1, 2, 6])
-def test_image_and_masks_move_together(tmp_path, num_classes):
+def test_image_and_masks_move_together(tmp_path, num_classes, cutmix):
     ids = noisy(tmp_path, num_classes=num_classes)
-    dataset = open_dataset(tmp_path, ids, num_classes, transform=augmentation(16, 16, 3))
+    parts = "flips" if cutmix else USUAL  # two pictures in one have two sets of colours
+    dataset = open_dataset(tmp_path, ids, num_classes, transform=augmentation(parts, 16, 16, 3), cutmix=cutmix)
     moved = 0
     for index in range(len(ids)):
         image, mask, _ = dataset[index]
@@ -494,12 +501,102 @@ def test_colours_stay_mild_and_change(tmp_path):
     write(tmp_path / "images" / "a.png", np.full((8, 8), 100, np.uint8))
     write(tmp_path / "masks" / "0" / "a.png", np.zeros((8, 8), np.uint8))
     for channels in (1, 3):
-        dataset = open_dataset(tmp_path, ["a"], input_channels=channels, transform=augmentation(8, 8, channels))
+        dataset = open_dataset(tmp_path, ["a"], input_channels=channels, transform=augmentation(USUAL, 8, 8, channels))
         levels = set()
         for epoch in range(60):
             dataset.set_epoch(epoch)
             levels.add(round(dataset[0][0].mean().item() * 255))
         assert len(levels) > 15 and min(levels) >= 100 * 0.85 - 0.15 * 255 - 12 and max(levels) <= 115 + 0.15 * 255 + 12
+
+
+def reseed(transform, seed):
+    """As Dataset does; set_random_seed would give each part of it the same stream."""
+    stream = np.random.default_rng(seed)
+    transform.set_random_state(stream, random.Random(int(stream.integers(2**62))))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("parts", [*AUGMENTATIONS[:-1], ",".join(AUGMENTATIONS)])
+def test_every_part_changes_pictures_and_keeps_their_form(tmp_path, parts, channels):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (16, 16, channels), np.uint8)
+    mask = (rng.random((16, 16, 2)) < 0.4).astype(np.uint8)
+    transform, changed = augmentation(parts, 16, 16, channels), 0
+    for seed in range(60):
+        reseed(transform, seed)
+        drawn = transform(image=image, mask=mask)
+        assert drawn["image"].shape == image.shape and drawn["image"].dtype == np.uint8
+        assert drawn["mask"].shape == mask.shape and set(np.unique(drawn["mask"])) <= {0, 1}
+        changed += not np.array_equal(drawn["image"], image)
+    assert changed == 0 if (parts, channels) == ("copies", 4) else changed >= 3
+
+
+def test_copies_are_negatives_and_grey_pictures():
+    """A tenth each, drawn apart; the masks stay."""
+    image, mask = np.dstack([np.full((4, 4), value, np.uint8) for value in (10, 60, 200)]), np.ones((4, 4, 1), np.uint8)
+    transform, seen = augmentation("copies", 4, 4, 3), Counter()
+    for seed in range(600):
+        reseed(transform, seed)
+        drawn = transform(image=image, mask=mask)
+        assert np.array_equal(drawn["mask"], mask)
+        seen[tuple(drawn["image"][0, 0].tolist())] += 1
+    # ITU-R BT.601: 0.299 x 10 + 0.587 x 60 + 0.114 x 200 = 61
+    assert seen.keys() == {(10, 60, 200), (61, 61, 61), (245, 195, 55), (194, 194, 194)}
+    assert all(35 <= seen[kind] <= 75 for kind in ((61, 61, 61), (245, 195, 55)))  # expected 54, sd 7
+    assert 0 < seen[194, 194, 194] < 20  # expected 6
+
+
+def test_affine_moves_image_and_mask_together_and_changes_areas():
+    image, mask = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 1), np.uint8)
+    cv2.circle(mask, (30, 34), 12, 1, -1)
+    image[mask[..., 0] > 0] = 255
+    transform, areas = augmentation("affine", 64, 64, 3), []
+    for seed in range(80):
+        reseed(transform, seed)
+        drawn = transform(image=image, mask=mask)
+        bright, moved = drawn["image"][..., 0] > 127, drawn["mask"][..., 0] > 0
+        assert (bright & moved).sum() / (bright | moved).sum() > 0.9
+        areas.append(moved.sum() / mask.sum())
+    assert 0.4 < min(areas) < 0.7 and 1.4 < max(areas) < 2.1  # 0.49 to 1.96, but for what was rounded or mirrored
+    assert 20 <= sum(area == 1 for area in areas) <= 60  # half of them stay
+
+
+def test_cutmix_takes_one_rectangle_of_another_item(tmp_path):
+    """Items of one colour each: what is not an item's own is a rectangle of one other, masks likewise."""
+    ids = [f"c{k}" for k in range(5)]
+    for k, img_id in enumerate(ids):
+        write(tmp_path / "images" / f"{img_id}.png", np.full((20, 24, 3), 10 * k, np.uint8))
+        write(tmp_path / "masks" / "0" / f"{img_id}.png", np.full((20, 24), 255 * (k % 2), np.uint8))
+    dataset, others, sides = open_dataset(tmp_path, ids, cutmix=0.5), Counter(), set()
+    for epoch in range(80):
+        dataset.set_epoch(epoch)
+        for k in range(5):
+            image, mask, _ = dataset[k]
+            kinds = (image[0] * 25.5).round().int().numpy()
+            assert np.array_equal(mask[0].numpy(), kinds % 2)
+            if (kinds == k).all():
+                others[None] += 1  # or a rectangle of its own
+                continue
+            (other,) = np.unique(kinds[kinds != k])
+            rows, columns = (np.unique(axis) for axis in np.nonzero(kinds != k))
+            assert (kinds[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == other).all()
+            sides.add((len(rows), len(columns)))
+            others[int(other)] += 1
+    heights, widths = zip(*sides, strict=True)
+    assert (min(heights), max(heights), min(widths), max(widths)) == (5, 15, 6, 18)
+    assert 200 <= others.pop(None) <= 280 and len(others) == 5 and min(others.values()) > 15  # expected 240 and 32 each
+
+
+def test_paste_by_hand():
+    class Stream:
+        def uniform(self, low, high):
+            return 0.5
+
+        def integers(self, high):
+            return high - 1  # the last place
+
+    image, mask = paste(*(np.zeros((4, 2, 1)),) * 2, np.ones((4, 2, 1)), 2 * np.ones((4, 2, 1)), Stream())
+    assert image[..., 0].tolist() == [[0, 0], [0, 0], [0, 1], [0, 1]] and np.array_equal(mask, 2 * image)
 
 
 # ---------------------------------------------------------------- loaders
@@ -531,4 +628,9 @@ def test_build_dataset_reads_a_config(tmp_path, monkeypatch):
     assert plain.transform is None and plain.seed == 7
     shifted = build_dataset(config | {"mean": [0.5] * 3, "std": [0.5] * 3}, ["img01"])
     torch.testing.assert_close(shifted[0][0], 2 * image - 1)
-    assert build_dataset(config, ["img01"], augment=True).transform is not None
+    config["augment"] = "flips,cutmix"
+    augmented = build_dataset(config, ["img01"], augment=True)
+    assert augmented.transform is not None and augmented.cutmix == 0.5
+    plain = build_dataset(config | {"augment": "none"}, ["img01"], augment=True)
+    assert plain.transform is None and plain.cutmix == 0
+    assert build_dataset(config, ["img01"]).transform is None

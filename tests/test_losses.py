@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from losses import LOSSES, BCEDiceLoss, LovaszHingeLoss, mean_over_heads
+from losses import LOSSES, BCEDiceLoss, BCELovaszLoss, LovaszHingeLoss, mean_over_heads, smooth_borders
 
 LOGIT_3 = math.log(3)  # its sigmoid is 3/4
 
@@ -150,7 +150,7 @@ def test_a_batch_is_the_mean_of_its_images_and_classes(name):
     torch.testing.assert_close(criterion(logits, masks), torch.stack(alone).mean())
 
 
-@pytest.mark.parametrize("name", ["BCEDiceLoss", "LovaszHingeLoss"])
+@pytest.mark.parametrize("name", ["BCEDiceLoss", "BCELovaszLoss", "LovaszHingeLoss"])
 def test_bfloat16_logits_and_integer_masks_are_summed_in_float32(name):
     logits, masks = torch.randn(1, 1, 64, 64).bfloat16(), torch.rand(1, 1, 64, 64) > 0.5
     expected = LOSSES[name]()(logits.double(), masks.double())
@@ -169,6 +169,7 @@ def test_logits_and_masks_of_different_shapes(name):
 def test_the_names_that_users_know():
     assert {name: type(build()) for name, build in LOSSES.items()} == {
         "BCEDiceLoss": BCEDiceLoss,
+        "BCELovaszLoss": BCELovaszLoss,
         "LovaszHingeLoss": LovaszHingeLoss,
         "BCEWithLogitsLoss": nn.BCEWithLogitsLoss,
     }
@@ -180,3 +181,24 @@ def test_mean_over_heads():
     expected = -(math.log(1 / 2) + math.log(3 / 4)) / 2
     assert mean_over_heads(nn.BCEWithLogitsLoss(), heads, masks).item() == pytest.approx(expected)
     assert mean_over_heads(nn.BCEWithLogitsLoss(), heads[:1], masks).item() == pytest.approx(math.log(2))
+    assert mean_over_heads(nn.BCEWithLogitsLoss(), heads, masks, [3, 1]).item() == pytest.approx(
+        -(3 * math.log(1 / 2) + math.log(3 / 4)) / 4
+    )
+    with pytest.raises(ValueError):
+        mean_over_heads(nn.BCEWithLogitsLoss(), heads, masks, [1, 1, 1, 1])
+
+
+def test_bce_lovasz_is_half_the_one_and_the_other():
+    logits, masks = torch.randn(3, 2, 5, 4), (torch.rand(3, 2, 5, 4) > 0.6).float()
+    parts = nn.BCEWithLogitsLoss()(logits, masks) / 2 + LovaszHingeLoss()(logits, masks)
+    torch.testing.assert_close(BCELovaszLoss()(logits, masks), parts)
+
+
+def test_smooth_borders_by_hand():
+    masks = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]])[None, None].float()
+    assert smooth_borders(masks, 0) is masks
+    # the mean over 3 x 3 pixels, the picture's rim repeated beyond it
+    ninths = torch.tensor([[1, 2, 3, 3], [2, 4, 6, 6], [3, 6, 9, 9]])[None, None] / 9
+    torch.testing.assert_close(smooth_borders(masks, 1), ninths)
+    torch.testing.assert_close(smooth_borders(masks, 0.25), 0.75 * masks + 0.25 * ninths)
+    torch.testing.assert_close(smooth_borders(torch.ones(2, 3, 1, 1), 0.5), torch.ones(2, 3, 1, 1))

@@ -69,6 +69,9 @@ FLAGS = {
         "mask_ext": (".png", ".jpg / ../.png"),
         "split": ("models/run/split.yml", "none.yml recipe.yml grouped"),  # its images are all of one group
         "split_seed": ("0 4294967295", "-1"),
+        "augment": ("none flips cutmix,affine,copies,colour,mild,flips", "_ flop flips,,mild none,flips"),
+        "head_weights": ("1,1,1,1 [0,0,0.5,1]", "1 0,0,0,0 1,1,1,1,1 1,1,1,-1 1,1,1,nan a _"),
+        "border_smoothing": ("0 0.5 1", "-0.1 1.1"),
         "loss": ("", "MSE"),
         "optimizer": ("", "Adagrad"),
         "lr": ("0 1e-12 1e-3", "-1 inf 1e30"),
@@ -272,6 +275,7 @@ def run(patch, script, *words):
 
 def words_of(script, flag, value):
     words = BASE[script].replace(*(("--amp off", "") if flag == "onnx" else ("", "")))  # which export.py decided
+    words += " --deep_supervision True" * (flag == "head_weights")
     if flag == "paths":
         return f"{value} {words.split(' ', 1)[1]}"
     return f"{words} --{flag}" if value == "!" else f"{words} --{flag}={value}"
@@ -365,6 +369,7 @@ OTHERS = [
     (train, BASE[train] + " --optimizer SGD --nesterov True --momentum 0", "refused"),
     (train, BASE[train] + " --optimizer SGD --nesterov True", "accepted"),
     (train, BASE[train] + " --arch UNet --deep_supervision True", "refused"),
+    (train, BASE[train] + " --head_weights 1,1,1,1", "refused"),
     (train, BASE[train] + " --num_classes 5", "refused"),
     (val, "--name run --dataset one --device cpu", "accepted"),
     (val, "--name run --level 1 --levels", "refused"),

@@ -1,5 +1,6 @@
 """train.py: options, schedules, resuming, and what becomes of bad input; only killed runs have their own process."""
 
+import argparse
 import math
 import os
 import pickle
@@ -179,6 +180,42 @@ def test_a_recipe_stands_between_defaults_and_the_command_line(go):
 def test_the_config_of_a_run_is_a_recipe(go):
     go("--config", MODELS / "base" / "config.yml", "--name", "again")
     assert same_log("base", "again") and same_weights("base", "again")
+
+
+# ---------------------------------------------------------------- augmentation and loss
+
+
+def test_the_text_of_augment():
+    assert train.augment("none") == "none"
+    assert train.augment("cutmix,flips") == "flips,cutmix" == train.augment("['flips', 'cutmix', 'flips']")
+    for wrong in ("", "flip", "flips,", "none,flips", "flips mild"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected none, or some of flips,mild,colour"):
+            train.augment(wrong)
+
+
+def test_what_a_recipe_says_of_augmentation_and_loss_is_done(go):
+    recipe = "augment: [cutmix, flips]\nhead_weights: [0, 0, 0.5, 1]\nborder_smoothing: 0.5\ndeep_supervision: true\n"
+    Path("loss.yml").write_text(recipe)
+    go(TINY, "--config loss.yml --weight_decay 0 --epochs 1 --name loss")
+    config = yaml.safe_load((MODELS / "loss" / "config.yml").read_text())
+    expected = {"augment": "flips,cutmix", "head_weights": "0,0,0.5,1", "border_smoothing": 0.5}
+    assert {key: config[key] for key in expected} == expected
+    go(TINY, "--config loss.yml --weight_decay 0 --epochs 2 --name loss2")
+    first, second = (torch.load(MODELS / name / "last.pth", weights_only=True)["model"] for name in ("loss", "loss2"))
+    moved = {
+        level: not torch.equal(first[f"final{level}.weight"], second[f"final{level}.weight"]) for level in range(1, 5)
+    }
+    assert moved == {1: False, 2: False, 3: True, 4: True}  # no loss, no gradient
+    losses = [log("loss").loss[0]]
+    for other in ("--border_smoothing 0", "--augment none", "--head_weights 1,1,1,1"):
+        go(TINY, "--config loss.yml --weight_decay 0 --epochs 1 --overwrite --name loss2", other)
+        losses.append(log("loss2").loss[0])
+    assert len(set(losses)) == 4
+
+
+def test_weights_of_heads_need_heads(go):
+    refused(go, TINY, "--head_weights 1,2,3,4 --name one", match="give --deep_supervision True")
+    assert not (MODELS / "one").exists()
 
 
 # ---------------------------------------------------------------- stopping and resuming

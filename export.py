@@ -3,6 +3,7 @@
 python export.py --name run1               # models/run1 -> outputs/run1/run1_L4.onnx
 python export.py --name run1 --level 2     # pruned: smaller and faster; --level mean averages all heads
 python export.py --name run1 --int8        # -> run1_L4_int8.onnx: a quarter of the size, faster, quantised
+python export.py --name run1 --level 2 --run small   # no ONNX: a run of 1 MB, models/small, for predict.py and val.py
 
 Whoever uses the file needs onnxruntime alone:
 
@@ -29,12 +30,12 @@ import torch
 
 from archs import probabilities
 from cli import Parser, parse_options, run_script
-from dataset import check_split, standardise
+from dataset import ABOUT, check_split, standardise
 from images import decode, squeeze, to_channels
 from metrics import THRESHOLDS
-from runs import newest_run
+from runs import newest_run, run_folder
 from synthetic import nuclei
-from utils import atomic_path, count_params, read_yaml
+from utils import atomic_path, count_params, read_yaml, save_checkpoint, write_yaml
 from val import LEVELS, load_trained
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -44,6 +45,7 @@ TOLERANCE = 1e-4  # of a probability
 CHECKED = 4  # images
 CALIBRATED = 64  # training images whose activations give the ranges of --int8
 WHOLE_NUMBERS = ("Conv", "Relu", "MaxPool", "Resize", "Concat")  # operations that --int8 computes with 8 bits
+RUN_FILES = ("config.yml", "split.yml", "model.pth", "last.pth")  # of models/<name>, in this order looked for
 PARTS = {"train": "training", "val": "validation"}
 
 
@@ -51,10 +53,11 @@ def build_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("--name", help="models/<name>; default: the newest run")
-    a("--level", choices=LEVELS, default="4", help="the head to keep, or the mean of all; default 4")
+    a("--level", choices=LEVELS, help="the head to keep, or the mean of all; default: the deepest")
     a("--int8", action="store_true", help="quantise to 8 bits, calibrated on training images")
+    a("--run", metavar="NAME", help="write a run folder instead, models/NAME: pruned to --level, in half precision")
     a("--output", type=Path, help="file to write; default: outputs/<name>/<name>_L<level>.onnx, or ..._int8.onnx")
-    a("--overwrite", action="store_true", help="replace an existing file")
+    a("--overwrite", action="store_true", help="replace an existing file or run")
     return parser
 
 
@@ -194,19 +197,53 @@ def write_int8(deployed, path, config, metadata):
     return source
 
 
-def main():
-    options, _ = parse_options(build_parser)
+def write_run(name, options):
+    """models/<name> -> models/<options.run>: pruned, weights in half precision, with the ids it was trained on."""
+    source, folder = run_folder(name), run_folder(options.run)
+    if given := [flag for flag, value in (("--int8", options.int8), ("--output", options.output)) if value]:
+        raise ValueError(f"{given[0]} is for an ONNX file, --run for a run folder; give one of them")
+    if options.level == "mean":
+        raise ValueError("--run keeps one head: --level 1, 2, 3 or 4")
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"--run {options.run} is the run itself; give the new one another name")
+    if earlier := [path for path in (folder / file for file in RUN_FILES) if path.exists()]:
+        if (folder / "last.pth").exists():
+            raise FileExistsError(f"{folder} is a training of its own; take another name for --run")
+        if not options.overwrite:
+            raise FileExistsError(f"{earlier[0]} exists; give --overwrite to replace it, or another --run")
+    model, config = load_trained(name, torch.device("cpu"), level=options.level or "deepest")
+    split = read_yaml(source / "split.yml")
+    check_split(split, source / "split.yml")
+    split = {key: split[key] for key in (*PARTS, "test", *ABOUT) if key in split}
+    state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    if wild := [key for key, value in state.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"{wild[0]} of {source} is too large for half precision")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder / "model.pth", state)
+    write_yaml(folder / "split.yml", split)
+    cut = {"level": model.levels[-1]} if config["deep_supervision"] else {}
+    write_yaml(folder / "config.yml", {**config, "name": folder.name, **cut})
+    size = (folder / "model.pth").stat().st_size / 2**20
+    print(f"{folder}: {model.head_names[-1]}, {count_params(model):,} parameters in half precision, {size:.1f} MB")
+    print(f"use it: python predict.py --name {folder.name} pictures/")
+
+
+def write_deployed(name, options):
+    """models/<name> -> one ONNX file, compared with PyTorch before it gets its name."""
     check_packages()
-    name = options.name or newest_run("arch")
-    head = f"L{options.level}".replace("Lmean", "mean")
+    model, config = load_trained(name, torch.device("cpu"), level=options.level or "deepest")
+    head = "mean" if options.level == "mean" else model.head_names[-1]
     output = options.output or Path("outputs") / name / f"{name}_{head}{'_int8' * options.int8}.onnx"
     if output.exists() and not options.overwrite:
         raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another --output")
-    model, config = load_trained(name, torch.device("cpu"), level=options.level)
     config["name"] = name  # of the folder, which a user may have renamed
     deployed = Deployed(model.to(memory_format=torch.contiguous_format), config["mean"], config["std"])
     metadata = {key: config[key] for key in IN_CONFIG if key in config}
-    metadata |= {"level": options.level, "threshold": THRESHOLDS[0], "precision": "int8" if options.int8 else "float32"}
+    metadata |= {
+        "level": head.removeprefix("L"),
+        "threshold": THRESHOLDS[0],
+        "precision": "int8" if options.int8 else "float32",
+    }
 
     height, width = config["input_h"], config["input_w"]
     sizes = ((height, width), (height + height // 3 + 1, width - width // 5), (max(1, height // 2 - 1), width + 7))
@@ -227,6 +264,12 @@ def main():
     print(f"ONNX Runtime and PyTorch on {source}, largest and mean difference, pixels whose mask differs:")
     for (h, w), (largest, mean, masks) in found.items():
         print(f"  {h} x {w}: {largest:.1e}, {mean:.1e}, {masks:.3%}")
+
+
+def main():
+    options, _ = parse_options(build_parser)
+    name = options.name or newest_run("arch")
+    (write_run if options.run else write_deployed)(name, options)
 
 
 if __name__ == "__main__":

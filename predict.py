@@ -59,7 +59,7 @@ def build_parser():
     a("paths", nargs="+", metavar="PATH", help="a picture, a folder of pictures or a pattern such as 'scans/*.tif'")
     a("--name", help="models/<name>; default: the newest run")
     a("--onnx", type=Path, metavar="FILE", help="a file of export.py instead of a run; needs ONNX Runtime")
-    a("--level", choices=("1", "2", "3", "4", "mean"), default="4", help="head that answers; default 4, the deepest")
+    a("--level", choices=("1", "2", "3", "4", "mean"), help="head that answers; default: the deepest")
     a("--mode", choices=("auto", "resize", "tile"), default="auto", help="default auto; see above")
     a("--scale", type=number(float, 1e-3, 100), help="take tiles, of so many pixels per pixel; default: as in training")
     a("--tta", action="store_true", help="average the eight flips and rotations: eight times the work")
@@ -93,7 +93,8 @@ def torch_probability(options):
     device = pick_device(options.device)
     amp = pick_amp(options.amp, device)
     name = options.name or newest_run("arch")
-    model, config = load_trained(name, device, level=options.level)
+    model, config = load_trained(name, device, level=options.level or "deepest")
+    head = "mean of its heads" if options.level == "mean" else model.head_names[-1]
     model = model.folded()
 
     @torch.inference_mode()
@@ -103,7 +104,7 @@ def torch_probability(options):
             output = model(batch)
         return probabilities(output).permute(0, 2, 3, 1).cpu().numpy()
 
-    print(f"models/{name}, level {options.level}, {device}, {str(amp or 'float32').removeprefix('torch.')}")
+    print(f"models/{name}, {head}, {device}, {str(amp or 'float32').removeprefix('torch.')}")
     return probability, {**config, "name": name}
 
 

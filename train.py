@@ -73,7 +73,7 @@ RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "l
 COLUMNS = ("epoch", "lr", "loss", "iou", "val_loss", "val_iou", "seconds")  # of log.csv
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
 MOSTLY = 0.8  # a larger foreground is taken for a mistake
-FOUND_IN_DATA = ("mean", "std", "scale", "environment")  # what config.yml keeps beside the options
+NO_OPTIONS = ("mean", "std", "scale", "environment", "level")  # what config.yml may keep beside the options
 FREE_ON_RESUME = {
     "name",
     "device",
@@ -224,6 +224,8 @@ def resumed_config(options, given):
         raise ValueError("--resume needs --name, the run to go on with")
     folder = run_folder(options.name)
     config = check_config(build_parser, read_config(folder), folder / "config.yml")
+    if "level" in config:
+        raise ValueError(f"{folder} is another run cut to level {config['level']}; go on with the whole one")
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
 
 
@@ -591,8 +593,8 @@ def chosen_split(config, folder):
 
 
 def read_recipe(path):
-    """A recipe, or the config.yml of another run, whose findings about its data are not options."""
-    return {key: value for key, value in read_yaml(path).items() if key not in FOUND_IN_DATA}
+    """A recipe, or the config.yml of another run, whose findings about its data and machine are not options."""
+    return {key: value for key, value in read_yaml(path).items() if key not in NO_OPTIONS}
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ NEEDED = {  # what config.yml must hold for the run to be rebuilt: of what type,
     **{"deep_supervision": bool, "mean": list, "std": list},
 }
 SHOWN = 12  # images in each group of the report's gallery
+LEVELS_CUT = range(1, DEPTH + 1)  # what `level` may be in the config.yml of a run that export.py cut
 LEVELS = (*(str(level) for level in range(1, DEPTH + 1)), "mean")  # what --level takes
 
 
@@ -95,6 +96,7 @@ def read_config(folder):
     ]
     wrong += [key for key in ("mean", "std") if key not in wrong and not are_channels(config, key)]
     wrong += ["channels_last"] * (not isinstance(config.get("channels_last", False), bool))
+    wrong += ["level"] * ("level" in config and not (config["deep_supervision"] and _is(config["level"], LEVELS_CUT)))
     wrong += ["scale"] * ("scale" in config and not (_is_number(config["scale"]) and config["scale"] > 0))
     if wrong:
         wrong = ", ".join(f"{key} {config[key]!r}" for key in wrong)
@@ -125,12 +127,15 @@ def load_trained(name, device, which="best", level=None):
     """The model of models/<name>, built from its config.yml alone, in eval mode, and the config.
 
     which: "best" takes model.pth, "last" the weights of last.pth that a validation would have judged (the averaged
-    ones when averaging was on). level: "1" ... "4" prunes to that head alone, "mean" keeps all heads (`probabilities`
-    averages them), None keeps what was trained. ValueError when deep supervision would have been needed.
+    ones when averaging was on). level: "1" ... "4" prunes to that head alone, "deepest" to the deepest there is, "mean"
+    keeps all heads (`probabilities` averages them), None keeps what was trained. ValueError when deep supervision would
+    have been needed, or the run was cut to another level (export.py --run).
     """
     folder = run_folder(name)
     config = read_config(folder)
-    if level not in (None, str(DEPTH)) and not config["deep_supervision"]:
+    if "level" in config and level not in (None, "deepest", str(config["level"])):
+        raise ValueError(f"{folder} was cut to level {config['level']} and has no other: leave --level out")
+    if level not in (None, "deepest", str(DEPTH)) and not config["deep_supervision"]:
         raise ValueError(
             f"{folder} has level {DEPTH} alone, not {level}: it was trained without --deep_supervision True, and only "
             f"X^{{0,{DEPTH}}} has a head"
@@ -139,6 +144,7 @@ def load_trained(name, device, which="best", level=None):
     state = load_checkpoint(path)
     with torch.device("meta"):  # no memory is taken for what a stranger's config.yml asks, before the shapes are right
         model = build_model(config)
+        model = model.prune(config["level"]) if "level" in config else model
     try:
         model.to_empty(device="cpu")
         if which == "last":
@@ -152,7 +158,7 @@ def load_trained(name, device, which="best", level=None):
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
         raise ValueError(f"{path} holds weights that are not finite; the training diverged, or the file was changed")
     if level not in (None, "mean"):
-        model = model.prune(int(level))
+        model = model.prune(model.levels[-1] if level == "deepest" else int(level))
     model = model.to(device).eval()
     return (model.to(memory_format=torch.channels_last) if config.get("channels_last") else model), config
 

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import run_script, write_data_set
 
 import export
@@ -164,3 +165,66 @@ def test_missing_packages_in_one_line(run, monkeypatch):
     monkeypatch.setattr(export, "PACKAGES", ("onnx", "onnx_of_tomorrow"))
     with pytest.raises(ValueError, match=r"^onnx_of_tomorrow not installed; .*pip install -r requirements-onnx.txt$"):
         export.check_packages()
+
+
+# ---------------------------------------------------------------- a smaller run
+
+
+def test_a_run_cut_to_a_level_answers_like_that_level(run, tmp_path):
+    shutil.copytree(run, tmp_path / "here", ignore=shutil.ignore_patterns("outputs"))
+    here, folder = tmp_path / "here", tmp_path / "here" / "models" / "small"
+    said = run_script("export.py", "--name", "tiny", "--level", "2", "--run", "small", cwd=here).stdout
+    whole = NestedUNet(2, 3, deep_supervision=True, width=2)
+    assert f"L2, {sum(p.numel() for p in whole.prune(2).parameters()):,} parameters" in said
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yml", "model.pth", "split.yml"]
+
+    state = torch.load(folder / "model.pth", weights_only=True)
+    of_whole = torch.load(here / "models" / "tiny" / "model.pth", weights_only=True)
+    assert state.keys() == whole.prune(2).state_dict().keys()
+    for key, value in state.items():
+        assert value.dtype == (torch.float16 if of_whole[key].is_floating_point() else torch.int64)
+        torch.testing.assert_close(value.to(of_whole[key].dtype), of_whole[key], rtol=2**-11, atol=2**-24)
+    split, of_run = (yaml.safe_load((here / "models" / name / "split.yml").read_text()) for name in ("small", "tiny"))
+    assert split == {key: of_run[key] for key in ("train", "val", "sizes", "fingerprint")}
+
+    pictures = "inputs/cells/images"
+    of_level = run_script("predict.py", pictures, "--name", "tiny", "--level", 2, "--probability", cwd=here).stdout
+    of_small = run_script("predict.py", pictures, "--name", "small", "--probability", cwd=here).stdout
+    assert "models/tiny, L2," in of_level and "models/small, L2," in of_small
+    files = sorted(path.name for path in (here / "outputs" / "tiny" / "predict").glob("*_probability_*.png"))
+    assert len(files) == 12
+    for file in files:
+        pair = [cv2.imread(str(here / "outputs" / name / "predict" / file), -1) for name in ("tiny", "small")]
+        assert np.abs(np.subtract(*pair, dtype=np.int64)).max() < 0.01 * 65535
+
+    scores = run_script("val.py", "--name", "small", cwd=here).stdout
+    assert "\nL2 " in scores and "\nL4 " not in scores and "last epoch" not in scores
+    run_script("export.py", "--name", "small", "--output", "small.onnx", cwd=here)
+    assert session_of(here / "small.onnx").get_modelmeta().custom_metadata_map["level"] == "2"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for script, *options, expected in (
+        ("export.py", "--level", 2, "--run", "small", "models/small/config.yml exists; give --overwrite"),
+        ("export.py", "--run", "tiny", "--overwrite", "is the run itself"),
+        ("export.py", "--level", "mean", "--run", "new", "keeps one head"),
+        ("export.py", "--run", "new", "--int8", "--int8 is for an ONNX file"),
+        ("export.py", "--run", "../new", "expected the plain name of a folder"),
+    ):
+        assert expected in run_script(script, "--name", "tiny", *options, cwd=here, ok=False).stderr
+    for script, *options, expected in (
+        ("predict.py", "inputs", "--level", 1, "was cut to level 2 and has no other: leave --level out"),
+        ("val.py", "--levels", "was cut to level 2"),
+        ("export.py", "--run", "tiny", "--overwrite", "models/tiny is a training of its own"),
+        ("train.py", "--resume", "is another run cut to level 2; go on with the whole one"),
+        ("train.py", "--dataset", "cells", "models/small exists; --overwrite replaces it"),
+    ):
+        assert expected in run_script(script, "--name", "small", *options, cwd=here, ok=False).stderr
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    run_script("export.py", "--name", "tiny", "--level", 1, "--run", "small", "--overwrite", cwd=here)
+    assert yaml.safe_load((folder / "config.yml").read_text())["level"] == 1
+    run_script("train.py", "--config", folder / "config.yml", "--name", "again", cwd=here)  # a recipe, as any config
+    for level in (0, 5, "2", True, 2.0):
+        (folder / "config.yml").write_text(yaml.safe_dump(yaml.safe_load(before["config.yml"]) | {"level": level}))
+        assert f"level {level!r} is nothing that train.py writes" in run_script(
+            "val.py", "--name", "small", cwd=here, ok=False
+        ).stderr  # fmt: skip

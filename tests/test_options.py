@@ -126,6 +126,7 @@ FLAGS = {
         "level": ("", "0 5"),
         "output": ("a.onnx new/folder/a.onnx", "models"),
         "int8": ("!", ""),
+        "run": ("small", "run ../x ."),
         "overwrite": ("!", ""),
     },
     preprocess_dsb2018: {

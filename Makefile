@@ -1,12 +1,13 @@
 # make demo    set up, then train and evaluate on generated nuclei, offline after the installation
 # make test    set up, then run the tests
+# make results-quick    the default recipe's row of docs/RESULTS.md, one seed: about an hour on two cores; needs the data
 # make test-slow        those that take long: fuzzing, kills at random moments, every value of every option
 # make test-versions    the tests with the lowest versions that requirements.txt admits, and with the newest
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-versions lint clean
+.PHONY: demo results-quick test test-slow test-versions lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements.txt requirements-onnx.txt requirements-dev.txt
@@ -18,6 +19,13 @@ demo: $(VENV)/.ready
 	$(BIN)/python preprocess_dsb2018.py --demo --overwrite
 	$(BIN)/python train.py --config configs/demo.yml --overwrite
 	$(BIN)/python val.py --name demo
+
+SEED ?= 0
+results-quick: $(VENV)/.ready
+	test -d inputs/dsb2018_96 || $(BIN)/python preprocess_dsb2018.py --download
+	$(BIN)/python train.py --config configs/default.yml --seed $(SEED) --name default_s$(SEED)
+	$(BIN)/python val.py --name default_s$(SEED)
+	PYTHONPATH=. $(BIN)/python docs/results.py default_s$(SEED)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q

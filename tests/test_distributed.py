@@ -42,10 +42,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def nuclei(count, batch_size, shuffle, augment=False):
     """A loader of the first `count` images of inputs/tiny, in its third epoch."""
     root, ids = Path("inputs/tiny"), [f"img{k:02d}" for k in range(count)]
-    transform = augmentation("flips,mild,cutmix", 32, 32, 3) if augment else None
-    loader = make_loader(
-        Dataset(ids, root / "images", root / "masks", ".png", ".png", 1, transform), batch_size, shuffle, seed=5
-    )
+    options = {"transform": augmentation("flips,mild", 32, 32, 3), "cutmix": 0.5} if augment else {}
+    dataset = Dataset(ids, root / "images", root / "masks", ".png", ".png", 1, **options)
+    loader = make_loader(dataset, batch_size, shuffle, seed=5)
     if shuffle:
         set_epoch(loader, 3)
     return loader

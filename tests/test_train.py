@@ -21,6 +21,7 @@ import yaml
 from conftest import REPOSITORY, call, run_script, trained, write_data_set
 
 import train
+from cli import parse_options
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 2 -b 4 --device cpu --amp off --ema 0.9"
 MODELS = Path("models")
@@ -175,6 +176,27 @@ def test_a_recipe_stands_between_defaults_and_the_command_line(go):
     config = yaml.safe_load((MODELS / "recipe" / "config.yml").read_text())
     expected = {"epochs": 1, "lr": 0.001, "batch_size": 5, "milestones": "1,2", "amp": "off", "gamma": 2 / 3}
     assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yml")), ids=lambda path: path.name)
+def test_the_recipes_of_the_repository_are_read(path):
+    """That of the defaults says in a file what train.py does without one."""
+    options, given = parse_options(train.build_parser, ["--config", str(path)], read_config=train.read_recipe)
+    assert given - {"config"} == yaml.safe_load(path.read_text()).keys()
+    if path.name == "default.yml":
+        defaults = vars(train.build_parser().parse_args([]))
+        assert {key for key in given if getattr(options, key) != defaults[key]} == {"config", "deep_supervision"}
+        assert given >= {
+            "epochs",
+            "batch_size",
+            "augment",
+            "loss",
+            "optimizer",
+            "lr",
+            "weight_decay",
+            "scheduler",
+            "ema",
+        }
 
 
 def test_the_config_of_a_run_is_a_recipe(go):

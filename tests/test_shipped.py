@@ -1,0 +1,43 @@
+"""models/nuclei_L2, the trained model in the repository: small, whole, and good on pictures that it never saw."""
+
+import cv2
+import numpy as np
+import torch
+import yaml
+from conftest import REPOSITORY, run_script
+
+from synthetic import nuclei
+
+FOLDER = REPOSITORY / "models" / "nuclei_L2"
+PICTURES = 24
+
+
+def test_it_is_a_run_of_about_a_megabyte():
+    names = {path.name for path in FOLDER.iterdir()}
+    assert names >= {"README.md", "config.yml", "model.pth", "split.yml"} and "last.pth" not in names
+    assert (FOLDER / "model.pth").stat().st_size < 1.5e6
+    config = yaml.safe_load((FOLDER / "config.yml").read_text())
+    assert (config["name"], config["level"], config["arch"]) == ("nuclei_L2", 2, "NestedUNet")
+    split = yaml.safe_load((FOLDER / "split.yml").read_text())
+    assert (len(split["train"]), len(split["val"])) == (536, 134)
+    state = torch.load(FOLDER / "model.pth", weights_only=True)
+    kinds = {value.dtype for value in state.values() if value.is_floating_point()}
+    assert kinds == {torch.float16} and all(value.isfinite().all() for value in state.values())
+
+
+def test_it_finds_generated_nuclei_at_once(tmp_path):
+    """Fluorescence and stained tissue, which it knows from photographs alone: one command, as the README has it."""
+    (tmp_path / "models").symlink_to(REPOSITORY / "models")
+    (tmp_path / "pictures").mkdir()
+    truth = {}
+    for seed in range(PICTURES):
+        image, labels = nuclei(seed)
+        truth[f"{seed:02d}"] = labels > 0
+        cv2.imwrite(str(tmp_path / "pictures" / f"{seed:02d}.png"), image[..., ::-1])
+    said = run_script("predict.py", "--name", "nuclei_L2", "pictures", "--device", "cpu", cwd=tmp_path).stdout
+    assert "models/nuclei_L2, L2" in said
+    both = either = 0
+    for name, true in truth.items():
+        mask = cv2.imread(str(tmp_path / "outputs" / "nuclei_L2" / "predict" / f"{name}_mask.png"), -1) > 127
+        both, either = both + np.sum(mask & true), either + np.sum(mask | true)
+    assert both / either > 0.8

@@ -95,7 +95,7 @@ def build_parser():
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--weights", help="start from the weights of a run (its name) or a file")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="initial weights, order, augmentation (default 0)")
-    a("--epochs", type=number(int, 1, 100_000), default=60, help="default 60")
+    a("--epochs", type=number(int, 1, 100_000), default=80, help="default 80")
     a("-b", "--batch_size", type=natural, default=16, help="of all processes together; default 16")
     a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better val_iou; 0: never")
 
@@ -119,12 +119,12 @@ def build_parser():
     a("--mask_ext", default=".png", help="default .png")
     a("--split", help="grouped: look-alikes on one side; or a split.yml of your own; default: a seeded 80/20 split")
     parts = ",".join(AUGMENTATIONS)
-    a("--augment", type=augment, default="flips,mild", help=f"none, or some of {parts}; default flips,mild")
+    a("--augment", type=augment, default="flips,mild,cutmix", help=f"none, or some of {parts}; default %(default)s")
     a("--split_seed", type=number(int, 0, 2**32 - 1), default=41, help="default 41")
 
     a = parser.add_argument_group("optimisation").add_argument
     positive = number(float, 0)
-    a("--loss", choices=sorted(LOSSES), default="BCEDiceLoss", help="default BCEDiceLoss")
+    a("--loss", choices=sorted(LOSSES), default="BCELovaszLoss", help="default BCELovaszLoss")
     a("--head_weights", type=head_weights, help="of the losses of L1 to L4, such as 1,2,3,4; default: all the same")
     a("--border_smoothing", type=number(float, 0, 1), default=0.0, help="softer training masks at borders; default 0")
     a("--optimizer", choices=sorted(OPTIMIZERS), default="AdamW", help="default AdamW")

@@ -42,17 +42,22 @@ class BCEDiceLoss(nn.Module):
 class LovaszHingeLoss(nn.Module):
     """The Lovász extension of the Jaccard loss on hinge errors, per image and class, then averaged.
 
-    Berman, Triki, Blaschko, CVPR 2018, https://arxiv.org/abs/1705.08790. With errors m = max(0, 1 - logit x sign) in
-    falling order and Δ(k) the Jaccard loss of mispredicting the k largest, the loss is sum_k m_k (Δ(k) - Δ(k - 1)).
-    All images and classes are sorted in one call.
+    Berman, Triki, Blaschko, CVPR 2018, https://arxiv.org/abs/1705.08790. With the errors m = max(0, 1 - logit x sign /
+    margin) in falling order and Δ(k) the Jaccard loss of mispredicting the k largest: sum_k m_k (Δ(k) - Δ(k - 1)).
+    All images and classes are sorted in one call. A logit beyond the margin gains nothing: the paper's margin, 1,
+    leaves probabilities between 0.27 and 0.73, so that masks are good at a threshold of 0.5 and empty at 0.75.
     """
+
+    def __init__(self, margin=1.0):
+        super().__init__()
+        self.margin = margin
 
     def forward(self, logits, masks):
         if logits.shape != masks.shape:  # as the cross entropy says of itself; broadcasting would hide it
             raise ValueError(f"logits {tuple(logits.shape)} and masks {tuple(masks.shape)} differ in shape")
         logits = _at_least_float32(logits).flatten(2)  # (N, C, P)
         masks = masks.to(logits.dtype).flatten(2)
-        errors, order = torch.sort(1 - logits * (2 * masks - 1), dim=-1, descending=True)
+        errors, order = torch.sort(1 - logits / self.margin * (2 * masks - 1), dim=-1, descending=True)
         wrong_foreground = masks.gather(-1, order).cumsum(-1)
         rank = torch.arange(1, errors.shape[-1] + 1, device=errors.device, dtype=errors.dtype)
         foreground = masks.sum(-1, keepdim=True)
@@ -63,14 +68,15 @@ class LovaszHingeLoss(nn.Module):
 
 
 class BCELovaszLoss(nn.Module):
-    """bce_weight x binary cross entropy + LovaszHingeLoss."""
+    """bce_weight x binary cross entropy + the Lovász hinge of a margin that lets probabilities be sure (4: 0.98)."""
 
-    def __init__(self, bce_weight=0.5):
+    def __init__(self, bce_weight=0.25, margin=4.0):
         super().__init__()
-        self.bce_weight, self.lovasz = bce_weight, LovaszHingeLoss()
+        self.bce_weight, self.lovasz = bce_weight, LovaszHingeLoss(margin)
 
     def forward(self, logits, masks):
-        bce = F.binary_cross_entropy_with_logits(_at_least_float32(logits), masks.to(_at_least_float32(logits).dtype))
+        logits = _at_least_float32(logits)
+        bce = F.binary_cross_entropy_with_logits(logits, masks.to(logits.dtype))
         return self.bce_weight * bce + self.lovasz(logits, masks)
 
 

@@ -188,10 +188,15 @@ def test_mean_over_heads():
         mean_over_heads(nn.BCEWithLogitsLoss(), heads, masks, [1, 1, 1, 1])
 
 
-def test_bce_lovasz_is_half_the_one_and_the_other():
+def test_bce_lovasz_is_a_quarter_of_the_one_and_the_other_with_a_wide_margin():
     logits, masks = torch.randn(3, 2, 5, 4), (torch.rand(3, 2, 5, 4) > 0.6).float()
-    parts = nn.BCEWithLogitsLoss()(logits, masks) / 2 + LovaszHingeLoss()(logits, masks)
-    torch.testing.assert_close(BCELovaszLoss()(logits, masks), parts)
+    expected = nn.BCEWithLogitsLoss()(logits, masks) / 4 + LovaszHingeLoss()(logits / 4, masks)
+    torch.testing.assert_close(BCELovaszLoss()(logits, masks), expected)
+    # within a margin of 4 two errors of 0.025 are left; with both pixels wrong the IoU would be 1 of 3
+    right = torch.tensor([[[[3.9, -3.9], [4.1, -4.1]]]])
+    hinge = LovaszHingeLoss(margin=4)
+    assert hinge(right, (right > 0).float()).item() == pytest.approx(0.025 * 2 / 3, rel=1e-4)
+    assert hinge(right * 1.1, (right > 0).float()) == 0
 
 
 def test_smooth_borders_by_hand():

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import fuzzing
 import numpy as np
 import pytest
 from conftest import write_data_set
@@ -185,7 +186,7 @@ FLAGS = {
         "raw": ("none", ""),
         "json": ("rows.json", "none/rows.json"),
         "serve": ("", ""),  # between its own processes
-        "data_dir": ("", "none"),
+        "data_dir": ("none", ""),  # only `transfer` needs it: test_benchmark.py
         "device": ("", "gpu"),
     },
 }
@@ -312,6 +313,8 @@ def test_the_table_knows_every_option(script):
 def furnish(flag, patch):
     if flag == "onnx":
         expect("accepted", patch, export, BASE[export], "--output run.onnx")
+    if flag == "compile":
+        patch.setattr(fuzzing, "LIMIT_SECONDS", 600)  # the compiler is no reader of files
 
 
 @pytest.mark.parametrize(("script", "flag"), QUICK)

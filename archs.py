@@ -46,7 +46,9 @@ class _Double(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         n, c, h, w = ctx.shape
-        rows, columns = (_interpolation(size, gradient.dtype, gradient.device) for size in (h, w))
+        # torch.compile sees through the cache, with a warning
+        matrix = _interpolation.__wrapped__ if torch.compiler.is_compiling() else _interpolation
+        rows, columns = (matrix(size, gradient.dtype, gradient.device) for size in (h, w))
         if gradient.stride(1) != 1:
             return rows @ (gradient @ columns.T)
         # channels_last: the channels lie innermost

@@ -28,7 +28,7 @@ import transfer_resnet18 as transfer
 import val
 from archs import NestedUNet, as_heads
 from dataset import Dataset, augmentation, make_loader, set_epoch
-from losses import BCEDiceLoss, mean_over_heads
+from losses import LOSSES, BCEDiceLoss, mean_over_heads
 from resnet18 import ResNet18
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 -b 4 --device cpu --amp off --ema 0.9 --lr 0.02"
@@ -315,7 +315,7 @@ def test_the_saved_weights_are_those_that_were_judged(two):
     model, config = val.load_trained("straight", CPU)
     ids = yaml.safe_load(Path("models/straight/split.yml").read_text())["val"]
     loader = make_loader(val.build_dataset(config, ids), 4)
-    found = val.evaluate(model, loader, BCEDiceLoss(), CPU)
+    found = val.evaluate(model, loader, LOSSES[config["loss"]](), CPU)
     log = pd.read_csv("models/straight/log.csv")
     assert val.summarise(found["tables"]["L4"])["iou"] == pytest.approx(log.val_iou.max(), rel=1e-12)
     assert found["loss"] == pytest.approx(log.val_loss[log.val_iou.idxmax()], abs=1e-6)

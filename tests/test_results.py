@@ -6,8 +6,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY, run_script, write_data_set
 
-OPTIONS = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 2 -b 4 --lr 0.01 --ema 0 --deep_supervision True"
-OPTIONS += " --head_weights 1,1,2,2"
+OPTIONS = "--dataset tiny --width 4 --input_w 32 --input_h 32 --epochs 2 -b 2 --lr 0.03 --ema 0 --augment flips"
+OPTIONS += " --loss BCEDiceLoss --deep_supervision True --head_weights 1,1,2,2"
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,14 @@ def test_a_row_is_what_val_says(place):
 
 def test_the_command_of_a_row_makes_the_run_again(place):
     command = results(place, "--each", "tiny_s1")[0]["command"].strip("`").split()
-    assert command[:2] == ["python", "train.py"] and "--lr" not in command
+    assert command[:2] == ["python", "train.py"] and "--weight_decay" not in command
     run_script(*command[1:], "--name", "again", cwd=place)
     of_run, again = (pd.read_csv(place / "models" / name / "log.csv") for name in ("tiny_s1", "again"))
     assert of_run.drop(columns="seconds").equals(again.drop(columns="seconds"))
 
 
 def test_another_head_and_the_worst_images(place):
-    assert results(place, "--head", "L1", "tiny_s0")[0]["Dice"] != results(place, "tiny_s0")[0]["Dice"]
+    assert results(place, "--head", "L1", "tiny_s0")[0]["mIoU10"] != results(place, "tiny_s0")[0]["mIoU10"]
     run_script("docs/results.py", "tiny_s0", "--worst", "worst.png", cwd=place, env={"PYTHONPATH": str(REPOSITORY)})
     config = yaml.safe_load((place / "models" / "tiny_s0" / "split.yml").read_text())
     assert len(config["val"]) == 4

@@ -18,6 +18,7 @@ import val
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAIN = "--width 4 --lr 0.03 --epochs 6 -b 2 --ema 0 --device cpu --amp off --input_h 47 --input_w 33"
+TRAIN += " --augment flips,mild --loss BCEDiceLoss"
 
 
 @pytest.fixture(scope="module")

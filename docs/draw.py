@@ -1,6 +1,8 @@
 """The figures of HOW_IT_WORKS.md, drawn from the model itself: its nodes, and what a trained run sees in them.
 
-PYTHONPATH=. python docs/draw.py --name run1 --image ID             # writes docs/nodes.png and docs/features.png
+And the generated picture that the README segments.
+
+PYTHONPATH=. python docs/draw.py --name run1 --image ID             # writes docs/nodes.png, features.png, picture.png
 PYTHONPATH=. python docs/draw.py --curves plain_s0 fast_s0 fast_s1  # writes docs/fast_and_plain.png, for the README
 """
 
@@ -14,15 +16,17 @@ from matplotlib.figure import Figure
 from archs import DEPTH, NestedUNet
 from cli import Parser, parse_options, run_script
 from dataset import standardise
-from images import decode, to_channels
+from images import decode, to_channels, write_png
 from report import BLUE, PALETTE
 from runs import newest_run
+from synthetic import nuclei
 from utils import count_params, read_yaml
 from val import load_trained
 
 DOCS = Path(__file__).parent
 COLOURS = [(150, 150, 150), PALETTE[6], PALETTE[1], PALETTE[2], BLUE]  # of the diagonals i + j = 0 ... 4
 SIDE = 96
+PICTURE = 13  # the seed of the README's picture to try
 
 
 def build_parser():
@@ -169,7 +173,8 @@ def main():
     options.name = options.name or newest_run("arch")
     draw_nodes(DOCS / "nodes.png")
     draw_features(DOCS / "features.png", options.name, options.image)
-    print(f"nodes.png and features.png are in {DOCS}")
+    write_png(DOCS / "picture.png", nuclei(PICTURE)[0])
+    print(f"nodes.png, features.png and picture.png are in {DOCS}")
 
 
 if __name__ == "__main__":

@@ -41,3 +41,8 @@ def test_it_finds_generated_nuclei_at_once(tmp_path):
         mask = cv2.imread(str(tmp_path / "outputs" / "nuclei_L2" / "predict" / f"{name}_mask.png"), -1) > 127
         both, either = both + np.sum(mask & true), either + np.sum(mask | true)
     assert both / either > 0.8
+
+
+def test_the_picture_of_the_readme_is_a_generated_one():
+    picture = cv2.imread(str(REPOSITORY / "docs" / "picture.png"))[..., ::-1]
+    assert any(np.array_equal(picture, nuclei(seed)[0]) for seed in range(PICTURES))

@@ -1,6 +1,6 @@
 # make demo    set up, then train and evaluate on generated nuclei, offline after the installation
 # make test    set up, then run the tests
-# make results-quick    the default recipe's row of docs/RESULTS.md, one seed: about an hour on two cores; needs the data
+# make results-quick    the default recipe's row of docs/RESULTS.md, one seed: an hour of one core; needs the data
 # make test-slow        those that take long: fuzzing, kills at random moments, every value of every option
 # make test-versions    the tests with the lowest versions that requirements.txt admits, and with the newest
 PYTHON ?= python3

@@ -26,8 +26,9 @@ from dataset import build_dataset, make_loader
 from devices import keep_memory, pick_amp, pick_device
 from losses import LOSSES
 from metrics import INTERSECTION, PREDICTED, THRESHOLDS, TRUE, bootstrap_interval, iou, summarise
+from runs import run_folder
 from utils import read_yaml
-from val import evaluate, load_trained
+from val import Predictions, evaluate, load_trained, read_config
 
 OTHERS = {"dice": "Dice", "iou_per_image": "IoU/image", "iou_per_batch": "IoU/batch16", "miou": "mIoU",
           "miou_ten": "mIoU10"}  # fmt: skip
@@ -57,17 +58,20 @@ def command(config):
 
 
 def judge(name, which, options):
-    """-> the table of counts of one run's validation images, of its best or last epoch, and the images' Dataset."""
+    """A run's validation images, by its best or last epoch -> table of counts, Dataset, {id: predicted mask}."""
     device = pick_device()
     model, config = load_trained(name, device, which)
+    heads = model.head_names + ["mean"] * (len(model.head_names) > 1)
+    head = options.head or model.head_names[-1]
+    if head not in heads:
+        raise ValueError(f"models/{name} has no head {head}, only {', '.join(heads)}")
     dataset = build_dataset(config, read_yaml(Path("models") / name / "split.yml")["val"])
     dataset.check()
     model = EightWays(model.folded()) if options.tta else model.folded()
-    found = evaluate(
-        model, make_loader(dataset, 16), LOSSES[config["loss"]](), device, amp=pick_amp("auto", device),
-        thresholds=THRESHOLDS,
-    )  # fmt: skip
-    return found["tables"][options.head or model.head_names[-1]], dataset
+    criterion, predictions = LOSSES[config["loss"]](), Predictions(head)
+    judging = {"amp": pick_amp("auto", device), "thresholds": THRESHOLDS, "on_batch": predictions}
+    found = evaluate(model, make_loader(dataset, 16), criterion, device, **judging)
+    return found["tables"][head], dataset, predictions.masks
 
 
 def row(names, options):
@@ -94,18 +98,8 @@ def row(names, options):
 
 def draw_worst(name, options, path):
     """Columns of the images that cost most wrong pixels: image, truth, prediction, errors."""
-    predicted = {}
-
-    def keep(img_ids, probabilities, masks):
-        values = probabilities[options.head or list(probabilities)[-1 - ("mean" in probabilities)]]
-        predicted.update(zip(img_ids, (values > THRESHOLDS[0]).cpu().numpy(), strict=True))
-
-    device = pick_device()
-    model, config = load_trained(name, device, "last")
-    dataset = build_dataset(config, read_yaml(Path("models") / name / "split.yml")["val"])
-    criterion, loader = LOSSES[config["loss"]](), make_loader(dataset, 16)
-    tables = evaluate(model, loader, criterion, device, amp=pick_amp("auto", device), on_batch=keep)["tables"]
-    counts = tables[options.head or model.head_names[-1]][:, :, 0].sum(1)
+    table, dataset, predicted = judge(name, "last", options)
+    counts = table[:, :, 0].sum(1)
     wrong = counts[:, PREDICTED] + counts[:, TRUE] - 2 * counts[:, INTERSECTION]
     columns, captions = [], []
     for k in np.argsort(-wrong)[:SHOWN]:
@@ -132,7 +126,7 @@ def main():
     heads = ["run", "seeds", "epochs", "minutes", "IoU, last epoch (95 %)", "IoU, best epoch", *OTHERS.values()]
     print(f"| {' | '.join([*heads, 'command'])} |\n|{'---|' * (len(heads) + 1)}")
     for names in [[name] for name in options.names] if options.each else [options.names]:
-        config = read_yaml(Path("models") / names[0] / "config.yml")
+        config = read_config(run_folder(names[0]))
         print(f"| {' | '.join([names[0], *row(names, options), f'`{command(config)}`'])} |", flush=True)
 
 

@@ -8,6 +8,7 @@ from conftest import REPOSITORY, run_script, write_data_set
 
 OPTIONS = "--dataset tiny --width 4 --input_w 32 --input_h 32 --epochs 2 -b 2 --lr 0.03 --ema 0 --augment flips"
 OPTIONS += " --loss BCEDiceLoss --deep_supervision True --head_weights 1,1,2,2"
+ENV = {"PYTHONPATH": str(REPOSITORY)}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def place(tmp_path_factory):
 
 def results(place, *options):
     """The cells of each row that docs/results.py prints."""
-    said = run_script("docs/results.py", *options, cwd=place, env={"PYTHONPATH": str(REPOSITORY)}).stdout
+    said = run_script("docs/results.py", *options, cwd=place, env=ENV).stdout
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()]
     return [dict(zip(head, row, strict=True)) for row in rows]
 
@@ -54,8 +55,10 @@ def test_the_command_of_a_row_makes_the_run_again(place):
 
 def test_another_head_and_the_worst_images(place):
     assert results(place, "--head", "L1", "tiny_s0")[0]["mIoU10"] != results(place, "tiny_s0")[0]["mIoU10"]
-    run_script("docs/results.py", "tiny_s0", "--worst", "worst.png", cwd=place, env={"PYTHONPATH": str(REPOSITORY)})
+    run_script("docs/results.py", "tiny_s0", "--worst", "worst.png", cwd=place, env=ENV)
     config = yaml.safe_load((place / "models" / "tiny_s0" / "split.yml").read_text())
     assert len(config["val"]) == 4
     sheet = cv2.imread(str(place / "worst.png"))  # two columns of four pictures, twice
     assert sheet.shape[:2] == (2 * (4 * (96 + 8) + 20) + 8, 2 * (96 + 8) + 8)
+    wrong = run_script("docs/results.py", "tiny_s0", "--head", "L5", cwd=place, ok=False, env=ENV)
+    assert "models/tiny_s0 has no head L5, only L1, L2, L3, L4, mean" in wrong.stderr

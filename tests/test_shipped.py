@@ -44,5 +44,6 @@ def test_it_finds_generated_nuclei_at_once(tmp_path):
 
 
 def test_the_picture_of_the_readme_is_a_generated_one():
-    picture = cv2.imread(str(REPOSITORY / "docs" / "picture.png"))[..., ::-1]
-    assert any(np.array_equal(picture, nuclei(seed)[0]) for seed in range(PICTURES))
+    """To the last level of 255: OpenCV 4.11 rounds some pixels otherwise than 5.0."""
+    picture = cv2.imread(str(REPOSITORY / "docs" / "picture.png"))[..., ::-1].astype(int)
+    assert any(np.abs(picture - nuclei(seed)[0]).max() <= 1 for seed in range(PICTURES))

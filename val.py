@@ -59,7 +59,7 @@ NEEDED = {  # what config.yml must hold for the run to be rebuilt: of what type,
 }
 SHOWN = 12  # images in each group of the report's gallery
 LEVELS_CUT = range(1, DEPTH + 1)  # what `level` may be in the config.yml of a run that export.py cut
-LEVELS = (*(str(level) for level in range(1, DEPTH + 1)), "mean")  # what --level takes
+LEVELS = (*map(str, LEVELS_CUT), "mean")  # what --level takes
 
 
 def build_parser():
@@ -300,6 +300,16 @@ def print_table(rows, columns):
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
+def panels_of(image, truth, prediction):
+    """image (H, W, C) uint8, truth and prediction (classes, H, W) bool -> [(heading, picture), ...], four of them."""
+    return [
+        ("image", image),
+        ("truth", report.mask_picture(truth)),
+        ("prediction", report.mask_picture(prediction)),
+        ("errors", report.label_overlay(report.brighten(image), truth, prediction)),
+    ]
+
+
 def gallery_items(dataset, rows, masks):
     """The images with the lowest, middle and highest IoU, for report.gallery."""
     order = sorted(range(len(rows)), key=lambda k: (rows[k]["iou"], rows[k]["img_id"]))
@@ -311,12 +321,7 @@ def gallery_items(dataset, rows, masks):
     for k in sorted(group_of, key=order.index):
         image, truth, img_id = *dataset.arrays(k), rows[k]["img_id"]
         truth, prediction = truth.transpose(2, 0, 1) > 0, masks[img_id]
-        panels = [
-            ("image", image),
-            ("truth", report.mask_picture(truth)),
-            ("prediction", report.mask_picture(prediction)),
-            ("errors", report.label_overlay(report.brighten(image), truth, prediction)),
-        ]
+        panels = panels_of(image, truth, prediction)
         values = {"IoU": rows[k]["iou"], "Dice": rows[k]["dice"], "foreground": float(truth.mean())}
         items.append({"title": img_id, "panels": panels, "values": values, "group": group_of[k]})
     return items

@@ -28,7 +28,7 @@ from losses import LOSSES
 from metrics import INTERSECTION, PREDICTED, THRESHOLDS, TRUE, bootstrap_interval, iou, summarise
 from runs import run_folder
 from utils import read_yaml
-from val import Predictions, evaluate, load_trained, read_config
+from val import Predictions, evaluate, load_trained, panels_of, read_config
 
 OTHERS = {"dice": "Dice", "iou_per_image": "IoU/image", "iou_per_batch": "IoU/batch16", "miou": "mIoU",
           "miou_ten": "mIoU10"}  # fmt: skip
@@ -104,9 +104,8 @@ def draw_worst(name, options, path):
     columns, captions = [], []
     for k in np.argsort(-wrong)[:SHOWN]:
         image, truth = dataset.arrays(k)
-        truth, prediction = truth.transpose(2, 0, 1) > 0, predicted[dataset.img_ids[k]]
-        overlay = report.label_overlay(report.brighten(image), truth, prediction)
-        columns.append([report.brighten(image), report.mask_picture(truth), report.mask_picture(prediction), overlay])
+        _, *others = panels_of(image, truth.transpose(2, 0, 1) > 0, predicted[dataset.img_ids[k]])
+        columns.append([report.brighten(image), *(picture for _, picture in others)])
         captions.append(f"{dataset.img_ids[k][:8]} {iou(counts[k]):.2f}")
     half = len(columns) // 2
     rows = [list(part) for of_half in (columns[:half], columns[half:]) for part in zip(*of_half, strict=True)]

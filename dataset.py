@@ -125,7 +125,8 @@ def augmentation(parts, input_h, input_w, input_channels):
     """An albumentations Compose of the parts of --augment, a text such as "flips,mild", for uint8 images and masks.
 
     flips: the eight flips and rotations by 90 degrees (four flips where height and width differ).
-    mild, colour: brightness, contrast and (RGB only) hue and saturation, a little or a lot, colour with gamma too.
+    mild, colour: brightness, contrast and (RGB only) hue and saturation, a little or a lot, colour with gamma too. All
+        in proportion to the picture: a shift of 15 % of 255 levels would turn a dim picture of fluorescence black.
     copies: now and then the negative and (RGB only) the grey picture, as fluorescence is to histology; RGBA has none.
     affine: half of the pictures turned by any angle, scaled by 0.7 to 1.4, shifted by up to a tenth, mirrored outside.
     cutmix is none of its parts: it takes two items, and Dataset does it.
@@ -139,13 +140,11 @@ def augmentation(parts, input_h, input_w, input_channels):
         chosen.append(A.Affine(**place, border_mode=cv2.BORDER_REFLECT_101, p=0.5))
     if "flips" in parts:
         chosen += [A.D4(p=1)] if input_h == input_w else [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
-    if "mild" in parts:
-        chosen.append(A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5))
-        chosen += [A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=15, val_shift_limit=10, p=0.5)] * rgb
-    if "colour" in parts:
-        chosen.append(A.RandomBrightnessContrast(brightness_limit=0.3, contrast_limit=0.3, p=0.5))
-        chosen.append(A.RandomGamma(gamma_limit=(60, 160), p=0.5))
-        chosen += [A.HueSaturationValue(hue_shift_limit=30, sat_shift_limit=40, val_shift_limit=10, p=0.5)] * rgb
+    for part, light, hue, saturation in (("mild", 0.15, 10, 15), ("colour", 0.3, 30, 40)):
+        if part in parts:
+            chosen.append(A.RandomBrightnessContrast(light, light, brightness_by_max=False, p=0.5))
+            chosen += [A.RandomGamma(gamma_limit=(60, 120), p=0.5)] * (part == "colour")
+            chosen += [A.HueSaturationValue(hue, saturation, val_shift_limit=0, p=0.5)] * rgb
     if "copies" in parts:
         chosen += [A.ToGray(p=0.1)] * rgb + [A.InvertImg(p=0.1)] * (input_channels != 4)
     return A.Compose(chosen)

@@ -1,6 +1,7 @@
 # make demo    set up, then train and evaluate on generated nuclei, offline after the installation
 # make test    set up, then run the tests
-# make results-quick    the default recipe's row of docs/RESULTS.md, one seed: an hour of one core; needs the data
+# make results-quick    the default recipe's row of docs/RESULTS.md, one seed: an hour of one core, or half of two; it goes on
+#                       where it was stopped; downloads the data
 # make test-slow        those that take long: fuzzing, kills at random moments, every value of every option
 # make test-versions    the tests with the lowest versions that requirements.txt admits, and with the newest
 PYTHON ?= python3
@@ -23,7 +24,8 @@ demo: $(VENV)/.ready
 SEED ?= 0
 results-quick: $(VENV)/.ready
 	test -d inputs/dsb2018_96 || $(BIN)/python preprocess_dsb2018.py --download
-	$(BIN)/python train.py --config configs/default.yml --seed $(SEED) --name default_s$(SEED)
+	if test -f models/default_s$(SEED)/config.yml; then $(BIN)/python train.py --name default_s$(SEED) --resume; \
+	else $(BIN)/python train.py --config configs/default.yml --seed $(SEED) --name default_s$(SEED); fi
 	$(BIN)/python val.py --name default_s$(SEED)
 	PYTHONPATH=. $(BIN)/python docs/results.py default_s$(SEED)
 

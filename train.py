@@ -97,11 +97,21 @@ def build_parser():
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="initial weights, order, augmentation (default 0)")
     a("--epochs", type=number(int, 1, 100_000), default=80, help="default 80")
     a("-b", "--batch_size", type=natural, default=16, help="of all processes together; default 16")
-    a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better val_iou; 0: never")
+    a(
+        "--early_stopping",
+        type=number(int),
+        default=-1,
+        help="stop after N epochs without a better val_iou; default: never",
+    )
 
     a = parser.add_argument_group("model").add_argument
     a("-a", "--arch", choices=sorted(ARCHS), default="NestedUNet", help="default NestedUNet")
-    a("--deep_supervision", type=str2bool, default=False, help="NestedUNet: a loss on each of four heads")
+    a(
+        "--deep_supervision",
+        type=str2bool,
+        default=False,
+        help="NestedUNet: a loss on each of four heads, so that it can be pruned; default False",
+    )
     a("--input_channels", type=int, choices=(1, 3, 4), default=3, help="grey, RGB or RGBA; default 3")
     a("--num_classes", type=number(int, 1, 1000), default=1, help="folders masks/0, masks/1 ...; default 1")
     a(
@@ -594,7 +604,9 @@ def chosen_split(config, folder):
 
 def read_recipe(path):
     """A recipe, or the config.yml of another run, whose findings about its data and machine are not options."""
-    return {key: value for key, value in read_yaml(path).items() if key not in NO_OPTIONS}
+    recipe = read_yaml(path)
+    left_out = (*NO_OPTIONS, *(("device", "num_workers") if "environment" in recipe else ()))
+    return {key: value for key, value in recipe.items() if key not in left_out}
 
 
 if __name__ == "__main__":

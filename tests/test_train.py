@@ -178,6 +178,16 @@ def test_a_recipe_stands_between_defaults_and_the_command_line(go):
     assert {key: config[key] for key in expected} == expected
 
 
+def test_the_config_of_a_run_is_a_recipe_for_other_machines_too(tmp_path):
+    lines = ["device: cpu", "num_workers: 0", "cache: false", "lr: 0.5"]
+    for extra, kept in (
+        (["environment: {torch: '2.14'}", "mean: [0.1]"], {"cache", "lr"}),
+        ([], {"cache", "lr", "device", "num_workers"}),
+    ):
+        (tmp_path / "a.yml").write_text("\n".join(lines + extra))
+        assert train.read_recipe(tmp_path / "a.yml").keys() == kept
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yml")), ids=lambda path: path.name)
 def test_the_recipes_of_the_repository_are_read(path):
     """That of the defaults says in a file what train.py does without one."""

@@ -121,32 +121,34 @@ def standardise(images, mean, std):
     return (images.float() / 255 - mean) / std
 
 
-def augmentation(parts, input_h, input_w, input_channels):
+def augmentation(parts, input_h, input_w, rgb=True):
     """An albumentations Compose of the parts of --augment, a text such as "flips,mild", for uint8 images and masks.
 
     flips: the eight flips and rotations by 90 degrees (four flips where height and width differ).
     mild, colour: brightness, contrast and (RGB only) hue and saturation, a little or a lot, colour with gamma too. All
         in proportion to the picture: a shift of 15 % of 255 levels would turn a dim picture of fluorescence black.
-    copies: now and then the negative and (RGB only) the grey picture, as fluorescence is to histology; RGBA has none.
+    copies: now and then the negative and (RGB only) the grey picture, as fluorescence is to histology.
     affine: half of the pictures turned by any angle, scaled by 0.7 to 1.4, shifted by up to a tenth, mirrored outside.
+    Alpha is none of the images' channels here: Dataset moves it with the masks.
     cutmix is none of its parts: it takes two items, and Dataset does it.
     """
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for its newest version at import
     import albumentations as A  # late: validation does without its three seconds
 
-    parts, rgb, chosen = parts.split(","), input_channels == 3, []  # hue and grey raise on other numbers of channels
+    parts, chosen = parts.split(","), []
     if "affine" in parts:
-        place = {"scale": (0.7, 1.4), "rotate": (-180, 180), "translate_percent": (-0.1, 0.1)}
+        place = {"scale": (0.7, 1.4), "keep_ratio": True, "rotate": (-180, 180), "translate_percent": (-0.1, 0.1)}
         chosen.append(A.Affine(**place, border_mode=cv2.BORDER_REFLECT_101, p=0.5))
     if "flips" in parts:
         chosen += [A.D4(p=1)] if input_h == input_w else [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
     for part, light, hue, saturation in (("mild", 0.15, 10, 15), ("colour", 0.3, 30, 40)):
         if part in parts:
+            light = (-light, 0.15)  # more would turn the nuclei of bright pictures white
             chosen.append(A.RandomBrightnessContrast(light, light, brightness_by_max=False, p=0.5))
             chosen += [A.RandomGamma(gamma_limit=(60, 120), p=0.5)] * (part == "colour")
             chosen += [A.HueSaturationValue(hue, saturation, val_shift_limit=0, p=0.5)] * rgb
     if "copies" in parts:
-        chosen += [A.ToGray(p=0.1)] * rgb + [A.InvertImg(p=0.1)] * (input_channels != 4)
+        chosen += [A.ToGray(p=0.1)] * rgb + [A.InvertImg(p=0.1)]
     return A.Compose(chosen)
 
 
@@ -247,8 +249,11 @@ class Dataset(torch.utils.data.Dataset):
         if self.transform is None:
             return image, mask
         self.transform.set_random_state(stream, random.Random(int(stream.integers(2**62))))
-        drawn = self.transform(image=image, mask=mask)
-        return drawn["image"], drawn["mask"]
+        if self.input_channels != 4:
+            drawn = self.transform(image=image, mask=mask)
+            return drawn["image"], drawn["mask"]
+        drawn = self.transform(image=image[..., :3], mask=np.dstack([mask, image[..., 3]]))  # alpha moves, but no more
+        return np.dstack([drawn["image"], drawn["mask"][..., -1]]), drawn["mask"][..., :-1]
 
     def arrays(self, index):
         """The item before augmentation: image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1."""
@@ -296,11 +301,13 @@ class Dataset(torch.utils.data.Dataset):
         count, total, squares, covered = (sum(column) for column in zip(*sums, strict=True))
         self._cache = kept
         mean = total / count
+        variance = np.maximum(squares / count - mean**2, 1e-6)
+        variance = np.maximum(variance, variance.max() / 16)  # an empty channel, or alpha, would get hundreds of sigmas
         return {
             "fingerprint": hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
             "sizes": dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:NAMED_AT_MOST]),
             "mean": [round(float(value), 6) for value in mean],
-            "std": [round(float(value), 6) for value in np.sqrt(np.maximum(squares / count - mean**2, 1e-6))],
+            "std": [round(float(value), 6) for value in np.sqrt(variance)],
             "foreground": [float(value) for value in covered / count],
             "two_valued": two_valued,
             "bytes": size,
@@ -378,7 +385,7 @@ def build_dataset(config, ids, augment=False):
         config["img_ext"],
         config["mask_ext"],
         config["num_classes"],
-        augmentation(parts, *size, config["input_channels"]) if parts != "none" else None,
+        augmentation(parts, *size, rgb=config["input_channels"] > 1) if parts != "none" else None,
         input_channels=config["input_channels"],
         size=size,
         mean=config.get("mean"),

@@ -44,7 +44,9 @@ def pick_amp(name, device):
     elif name == "auto":
         name = "bf16" if device.type == "cpu" and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _cpuinfo()) else "off"
     if name == "fp16" and device.type == "cpu":
-        raise ValueError("--amp fp16 needs a GPU; on a CPU use --amp bf16, off or auto")
+        raise ValueError(
+            "--amp fp16 needs a GPU, to resume what was trained so too; on a CPU use --amp bf16, off or auto"
+        )
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from archs import probabilities
+from archs import DEPTH, probabilities
 from cli import Parser, parse_options, run_script
 from dataset import ABOUT, check_split, standardise
 from images import decode, squeeze, to_channels
@@ -221,8 +221,8 @@ def write_run(name, options):
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / "model.pth", state)
     write_yaml(folder / "split.yml", split)
-    cut = {"level": model.levels[-1]} if config["deep_supervision"] else {}
-    write_yaml(folder / "config.yml", {**config, "name": folder.name, **cut})
+    level = model.levels[-1] if config["deep_supervision"] else DEPTH
+    write_yaml(folder / "config.yml", {**config, "name": folder.name, "level": level})
     size = (folder / "model.pth").stat().st_size / 2**20
     print(f"{folder}: {model.head_names[-1]}, {count_params(model):,} parameters in half precision, {size:.1f} MB")
     print(f"use it: python predict.py --name {folder.name} pictures/")

@@ -3,8 +3,9 @@
     criterion = LOSSES["BCEDiceLoss"]()
     loss = mean_over_heads(criterion, heads, masks)
 
-Every criterion takes logits (N, C, H, W), any float dtype, and masks (N, C, H, W) of 0 and 1, and returns a float32
-(or float64) scalar. The classes are binary problems of their own: masks may overlap.
+Every criterion takes logits (N, C, H, W), any float dtype, and masks (N, C, H, W) of 0 and 1, or softer (the Lovász
+hinge takes those above 0.5 for 1), and returns a float32 (or float64) scalar. The classes are binary problems of their
+own: masks may overlap.
 """
 
 import torch
@@ -56,7 +57,7 @@ class LovaszHingeLoss(nn.Module):
         if logits.shape != masks.shape:  # as the cross entropy says of itself; broadcasting would hide it
             raise ValueError(f"logits {tuple(logits.shape)} and masks {tuple(masks.shape)} differ in shape")
         logits = _at_least_float32(logits).flatten(2)  # (N, C, P)
-        masks = masks.to(logits.dtype).flatten(2)
+        masks = (masks > 0.5).to(logits.dtype).flatten(2)  # a softer target would push an unsure pixel further out
         errors, order = torch.sort(1 - logits / self.margin * (2 * masks - 1), dim=-1, descending=True)
         wrong_foreground = masks.gather(-1, order).cumsum(-1)
         rank = torch.arange(1, errors.shape[-1] + 1, device=errors.device, dtype=errors.dtype)
@@ -98,10 +99,16 @@ def mean_over_heads(criterion, heads, masks, weights=None):
     return sum(parts) / sum(weights)
 
 
+def head_weights(config):
+    """The `head_weights` of a run's config, "1,2,3,4" -> [1.0, 2.0, 3.0, 4.0]; None where all count the same."""
+    return [float(part) for part in config["head_weights"].split(",")] if config.get("head_weights") else None
+
+
 def smooth_borders(masks, amount):
     """Targets that are less sure at borders: (1 - amount) x masks + amount x their mean over 3 x 3 pixels.
 
     masks (N, C, H, W) of 0 and 1, amount in [0, 1] -> the same shape, in [0, 1]; beyond the picture counts as its rim.
+    Up to 0.5 every pixel stays on its side of 0.5; more would teach that single pixels are background.
     """
     if not amount:
         return masks

@@ -180,8 +180,9 @@ def resumed(config, folder, options, given, free, leave_out):
     if missing := sorted(vars(options).keys() - set(leave_out) - config.keys()):
         raise ValueError(f"{folder}/config.yml is damaged: {', '.join(missing)} missing")
     config = {**config, "name": folder.name}
-    asked = {key: getattr(options, key) for key in given - set(leave_out) if getattr(options, key) != "auto"}
-    asked = {key: value for key, value in asked.items() if (key, value) != ("num_workers", -1)}
+    asked = {key: getattr(options, key) for key in given - set(leave_out)}
+    anew = resolve_machine({**config, **{key: value for key, value in asked.items() if key in free}})
+    asked = {key: anew[key] if key in free else value for key, value in asked.items() if key in free or value != "auto"}
     differing = {k: f"{k} {v} (run: {config[k]})" for k, v in sorted(asked.items()) if v != config[k]}
     if refused := [text for key, text in differing.items() if key not in free]:
         raise ValueError(

@@ -42,7 +42,7 @@ from distributed import (
     world_size,
 )
 from lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
-from losses import LOSSES, mean_over_heads, smooth_borders
+from losses import LOSSES, head_weights, mean_over_heads, smooth_borders
 from metrics import PixelCounts, summarise
 from report import plot_curves
 from runs import (
@@ -113,7 +113,7 @@ def build_parser():
         help="NestedUNet: a loss on each of four heads, so that it can be pruned; default False",
     )
     a("--input_channels", type=int, choices=(1, 3, 4), default=3, help="grey, RGB or RGBA; default 3")
-    a("--num_classes", type=number(int, 1, 1000), default=1, help="folders masks/0, masks/1 ...; default 1")
+    a("--num_classes", type=number(int, 1, 100), default=1, help="folders masks/0, masks/1 ...; default 1")
     a(
         "--width",
         type=number(int, 1, 1024),
@@ -135,8 +135,8 @@ def build_parser():
     a = parser.add_argument_group("optimisation").add_argument
     positive = number(float, 0)
     a("--loss", choices=sorted(LOSSES), default="BCELovaszLoss", help="default BCELovaszLoss")
-    a("--head_weights", type=head_weights, help="of the losses of L1 to L4, such as 1,2,3,4; default: all the same")
-    a("--border_smoothing", type=number(float, 0, 1), default=0.0, help="softer training masks at borders; default 0")
+    a("--head_weights", type=weights_of_heads, help="of the losses of L1 to L4, such as 1,2,3,4; default: all the same")
+    a("--border_smoothing", type=number(float, 0, 0.5), default=0.0, help="softer training masks at borders; default 0")
     a("--optimizer", choices=sorted(OPTIMIZERS), default="AdamW", help="default AdamW")
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="default 2e-3")
     a("--momentum", type=number(float, 0, 1), default=0.9, help="SGD; default 0.9")
@@ -174,7 +174,7 @@ def augment(text):
     return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
 
 
-def head_weights(text):
+def weights_of_heads(text):
     """'1,2,3,4' or '[1, 2, 3, 4]' -> '1,2,3,4', numbers of at least 0, not all 0."""
     weights = [number(float, 0, 1e6)(part) for part in str(text).strip("[] ").split(",")]
     if len(weights) != DEPTH or not any(weights):
@@ -225,6 +225,10 @@ def new_config(options):
         config["name"] = f"{Path(config['dataset']).name}_{config['arch']}_{supervision}"
     if config["head_weights"] and not config["deep_supervision"]:
         raise ValueError("--head_weights are for the four heads of deep supervision; give --deep_supervision True")
+    if config["border_smoothing"] and config["loss"] == "LovaszHingeLoss":
+        raise ValueError("--border_smoothing is for losses with a cross entropy; LovaszHingeLoss sees 0 and 1 alone")
+    if config["scheduler"] in ("CosineAnnealingLR", "ReduceLROnPlateau") and config["lr"] < config["min_lr"]:
+        raise ValueError(f"--lr {config['lr']:g} is below --min_lr {config['min_lr']:g}, to which it should fall")
     return resolve_machine(config)
 
 
@@ -327,7 +331,8 @@ def start_from(model, config):
         other = {**read_yaml(path.parent / "config.yml"), "input_channels": config["input_channels"]}
         config.update({key: other[key] for key in ("mean", "std") if are_channels(other, key)})
     state = load_checkpoint(path)
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    for key in ("state_dict", "ema", "model"):  # of others' checkpoints; of our last.pth, averaged where it was
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     state = state.items() if isinstance(state, dict) else ()
     state = {str(key).removeprefix("module."): value for key, value in state if torch.is_tensor(value)}
     if wild := [key for key, value in state.items() if not torch.isfinite(value).all()]:
@@ -404,7 +409,7 @@ def train_one_epoch(
                 ema.update_parameters(model)
             parts.append(loss.detach() * (own / total))
             sizes.append(total)
-            counts.update(torch.sigmoid(heads[-1].detach()[:own]), masks[:own])
+            counts.update(torch.sigmoid(heads[-1].detach()[:own].float()), masks[:own])
             bar.update(total)
             if step % look_every == 0 or step == len(loader):
                 found = gather((torch.stack(parts).tolist(), counts.table().sum(0, keepdims=True)))
@@ -485,7 +490,7 @@ def fit(run, loader, val_loader, criterion, folder, check_stop=lambda *_: None):
     config, device = run.config, run.device
     model = parallel(run.model, device)
     model = torch.compile(model) if config["compile"] else model
-    weights = [float(part) for part in config["head_weights"].split(",")] if config["head_weights"] else None
+    weights = head_weights(config)
     each_step = run.scheduler if config["scheduler"] == "OneCycleLR" else None
     while not run.over():
         start, epoch = time.time(), run.epoch + 1
@@ -498,7 +503,8 @@ def fit(run, loader, val_loader, criterion, folder, check_stop=lambda *_: None):
         try:
             trained = train_one_epoch(model, loader, criterion, run.optimizer, device, **parts)
             copy_main(run.judged)
-            judged = evaluate(run.judged, val_loader, criterion, device, amp=run.amp, on_batch=check_stop)
+            parts = {"amp": run.amp, "weights": weights, "on_batch": check_stop}
+            judged = evaluate(run.judged, val_loader, criterion, device, **parts)
             if not math.isfinite(judged["loss"]):
                 raise FloatingPointError(f"the validation loss after step {len(loader)} is {judged['loss']}")
         except FloatingPointError as error:

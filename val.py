@@ -96,7 +96,8 @@ def read_config(folder):
     ]
     wrong += [key for key in ("mean", "std") if key not in wrong and not are_channels(config, key)]
     wrong += ["channels_last"] * (not isinstance(config.get("channels_last", False), bool))
-    wrong += ["level"] * ("level" in config and not (config["deep_supervision"] and _is(config["level"], LEVELS_CUT)))
+    levels = LEVELS_CUT if config["deep_supervision"] is True else range(DEPTH, DEPTH + 1)
+    wrong += ["level"] * ("level" in config and not _is(config["level"], levels))
     wrong += ["scale"] * ("scale" in config and not (_is_number(config["scale"]) and config["scale"] > 0))
     if wrong:
         wrong = ", ".join(f"{key} {config[key]!r}" for key in wrong)
@@ -144,7 +145,7 @@ def load_trained(name, device, which="best", level=None):
     state = load_checkpoint(path)
     with torch.device("meta"):  # no memory is taken for what a stranger's config.yml asks, before the shapes are right
         model = build_model(config)
-        model = model.prune(config["level"]) if "level" in config else model
+        model = model.prune(config["level"]) if "level" in config and config["deep_supervision"] else model
     try:
         model.to_empty(device="cpu")
         if which == "last":
@@ -164,13 +165,13 @@ def load_trained(name, device, which="best", level=None):
 
 
 @torch.inference_mode()
-def evaluate(model, loader, criterion, device, *, amp=None, thresholds=(0.5,), on_batch=None, label=None):
+def evaluate(model, loader, criterion, device, *, amp=None, weights=None, thresholds=(0.5,), on_batch=None, label=None):
     """Loss and pixel counts of every head over all images of a loader, of all processes where torchrun started several.
 
-    amp: the autocast dtype, or None for float32. on_batch(img_ids, {head: probabilities}, masks) sees every batch of
-    this process; label: of a progress bar, or None. Returns {"loss": the criterion, mean over heads and images,
-    "tables": {head: int64 (images, classes, thresholds, 4)}} with the model's head_names, the deepest last, and, for
-    more than one head, "mean", the mean of their probabilities.
+    amp: the autocast dtype, or None for float32. weights: of the heads' losses, or None. on_batch(img_ids, {head:
+    probabilities}, masks) sees every batch of this process; label: of a progress bar, or None. Returns {"loss": the
+    criterion, mean over heads and images, "tables": {head: int64 (images, classes, thresholds, 4)}} with the model's
+    head_names, the deepest last, and, for more than one head, "mean", the mean of their probabilities.
     """
     model.eval()
     counts, losses = {}, []
@@ -178,7 +179,7 @@ def evaluate(model, loader, criterion, device, *, amp=None, thresholds=(0.5,), o
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             heads = as_heads(model(images))
-        losses.append(mean_over_heads(criterion, heads, masks) * len(images))
+        losses.append(mean_over_heads(criterion, heads, masks, weights) * len(images))
         of_head = {name: probabilities(head) for name, head in zip(model.head_names, heads, strict=True)}
         if len(heads) > 1:
             of_head["mean"] = probabilities(heads)

@@ -48,12 +48,11 @@ def build_parser():
 def command(config):
     """The command that makes such a run: the options that differ from train.py's defaults."""
     parser, leave_out = train.build_parser(), {*train.ABOUT_THE_COMMAND, *train.FREE_ON_RESUME}
-    resolved = {"amp", "channels_last"}  # of the machine; auto everywhere
-    given = [
-        f"--{key} {config[key]}"
-        for key, default in vars(parser.parse_args([])).items()
-        if key not in leave_out | resolved and config[key] != default
-    ]
+    resolved = {"channels_last", *(["amp"] if config["amp"] != "off" else [])}  # of the machine; auto everywhere
+    defaults = {key: default for key, default in vars(parser.parse_args([])).items() if key not in leave_out | resolved}
+    if missing := sorted(defaults.keys() - config.keys()):
+        raise ValueError(f"models/{config['name']} is of an earlier train.py, without --{', --'.join(missing)}")
+    given = [f"--{key} {config[key]}" for key, default in defaults.items() if config[key] != default]
     return " ".join(["python train.py", *given])
 
 
@@ -76,7 +75,10 @@ def judge(name, which, options):
 
 def row(names, options):
     """The cells of one row: runs that differ in their seed alone."""
-    last, best = ([judge(name, which, options)[0] for name in names] for which in ("last", "best"))
+    judged = {which: [judge(name, which, options) for name in names] for which in ("last", "best")}
+    if any(dataset.img_ids != judged["last"][0][1].img_ids for _, dataset, _ in judged["last"]):
+        raise ValueError(f"{', '.join(names)} have other validation images than one another; give --each")
+    last, best = ([table for table, _, _ in of_runs] for of_runs in judged.values())
     logs = [pd.read_csv(Path("models") / name / "log.csv") for name in names]
     scores = [summarise(table) for table in last]
 
@@ -119,6 +121,8 @@ def main():
     options, _ = parse_options(build_parser)
     keep_memory()
     torch.set_grad_enabled(False)
+    if options.worst and len(options.names) > 1:
+        raise ValueError("--worst is of one run")
     if options.worst:
         draw_worst(options.names[0], options, options.worst)
         return
@@ -126,7 +130,8 @@ def main():
     print(f"| {' | '.join([*heads, 'command'])} |\n|{'---|' * (len(heads) + 1)}")
     for names in [[name] for name in options.names] if options.each else [options.names]:
         config = read_config(run_folder(names[0]))
-        print(f"| {' | '.join([names[0], *row(names, options), f'`{command(config)}`'])} |", flush=True)
+        of_run = command(config)
+        print(f"| {' | '.join([names[0], *row(names, options), f'`{of_run}`'])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def nuclei(count, batch_size, shuffle, augment=False):
     """A loader of the first `count` images of inputs/tiny, in its third epoch."""
     root, ids = Path("inputs/tiny"), [f"img{k:02d}" for k in range(count)]
-    options = {"transform": augmentation("flips,mild", 32, 32, 3), "cutmix": 0.5} if augment else {}
+    options = {"transform": augmentation("flips,mild", 32, 32), "cutmix": 0.5} if augment else {}
     dataset = Dataset(ids, root / "images", root / "masks", ".png", ".png", 1, **options)
     loader = make_loader(dataset, batch_size, shuffle, seed=5)
     if shuffle:

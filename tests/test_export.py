@@ -228,3 +228,18 @@ def test_a_run_cut_to_a_level_answers_like_that_level(run, tmp_path):
         assert f"level {level!r} is nothing that train.py writes" in run_script(
             "val.py", "--name", "small", cwd=here, ok=False
         ).stderr  # fmt: skip
+
+
+def test_a_run_without_deep_supervision_in_half_precision_is_no_training(tmp_path):
+    write_data_set(tmp_path / "inputs" / "cells", count=6)
+    options = (
+        "--dataset cells --arch UNet --width 2 --input_w 32 --input_h 32 --epochs 1 --augment none --loss BCEDiceLoss"
+    )
+    run_script("train.py", *options.split(), "--name", "whole", cwd=tmp_path)
+    run_script("export.py", "--name", "whole", "--run", "small", cwd=tmp_path)
+    kept = (tmp_path / "models" / "small" / "model.pth").read_bytes()
+    assert "another run cut to level 4" in run_script(
+        "train.py", "--name", "small", "--resume", cwd=tmp_path, ok=False
+    ).stderr  # fmt: skip
+    assert kept == (tmp_path / "models" / "small" / "model.pth").read_bytes()
+    assert "\nL4 " in run_script("val.py", "--name", "small", cwd=tmp_path).stdout

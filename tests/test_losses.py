@@ -207,3 +207,16 @@ def test_smooth_borders_by_hand():
     torch.testing.assert_close(smooth_borders(masks, 1), ninths)
     torch.testing.assert_close(smooth_borders(masks, 0.25), 0.75 * masks + 0.25 * ninths)
     torch.testing.assert_close(smooth_borders(torch.ones(2, 3, 1, 1), 0.5), torch.ones(2, 3, 1, 1))
+
+
+def test_smoothed_borders_are_less_sure_and_small_nuclei_stay():
+    """Free logits go to the targets for the cross entropy's part; the Lovász hinge sees the masks of before."""
+    masks = torch.zeros(1, 1, 9, 9)
+    masks[..., 1, 1] = masks[..., 4:8, 4:8] = 1
+    smooth = smooth_borders(masks, 0.5)
+    assert torch.equal((smooth > 0.5).float(), masks)
+    logits = torch.randn_like(masks)
+    hinge = LovaszHingeLoss(4)
+    assert hinge(logits, smooth) == hinge(logits, masks)
+    expected = 0.25 * nn.functional.binary_cross_entropy_with_logits(logits, smooth) + hinge(logits, masks)
+    torch.testing.assert_close(BCELovaszLoss()(logits, smooth), expected)

@@ -72,7 +72,7 @@ FLAGS = {
         "split_seed": ("0 4294967295", "-1"),
         "augment": ("none flips cutmix,affine,copies,colour,mild,flips", "_ flop flips,,mild none,flips"),
         "head_weights": ("1,1,1,1 [0,0,0.5,1]", "1 0,0,0,0 1,1,1,1,1 1,1,1,-1 1,1,1,nan a _"),
-        "border_smoothing": ("0 0.5 1", "-0.1 1.1"),
+        "border_smoothing": ("0 0.25 0.5", "-0.1 0.6"),
         "loss": ("", "MSE"),
         "optimizer": ("", "Adagrad"),
         "lr": ("0 1e-12 1e-3", "-1 inf 1e30"),

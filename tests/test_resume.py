@@ -173,6 +173,17 @@ def test_a_run_without_a_whole_epoch_is_started_again(go, monkeypatch, capsys):
     assert same_run("straight", "first")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_of_a_gpu_goes_on_without_one_where_auto_says_so(go, capsys):
+    go(f"{TINY} --epochs 1 --name gpu")
+    path = Path("models/gpu/config.yml")
+    path.write_text(path.read_text().replace("device: cpu\n", "device: cuda\n"))
+    with pytest.raises(ValueError, match="use --device auto or cpu"):
+        go("--name gpu --resume")
+    go("--name gpu --resume --device auto")
+    assert "on which no result depends: device cpu (run: cuda)" in capsys.readouterr().out
+
+
 def test_a_network_that_draws_random_numbers_is_resumed_alike(go, monkeypatch):
     """None of ours has dropout; who adds it gets the same stream after --resume."""
     build = train.build_model

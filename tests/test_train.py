@@ -21,6 +21,7 @@ import yaml
 from conftest import REPOSITORY, call, run_script, trained, write_data_set
 
 import train
+import val
 from cli import parse_options
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 2 -b 4 --device cpu --amp off --ema 0.9"
@@ -245,6 +246,31 @@ def test_what_a_recipe_says_of_augmentation_and_loss_is_done(go):
     assert len(set(losses)) == 4
 
 
+def test_the_validation_loss_weighs_the_heads_too(go):
+    """A head without weight has no part in what a scheduler or a reader sees."""
+    go(TINY, "--head_weights 0,0,0,1 --deep_supervision True --weight_decay 0 --epochs 1 --name weighed")
+    model, config = val.load_trained("weighed", torch.device("cpu"), "last")
+    dataset = train.build_dataset(config, yaml.safe_load((MODELS / "weighed" / "split.yml").read_text())["val"])
+    images, masks = (
+        torch.stack(part) for part in list(zip(*(dataset[k] for k in range(len(dataset))), strict=True))[:2]
+    )
+    with torch.no_grad():
+        expected = train.LOSSES[config["loss"]]()(model(images)[-1], masks).item()
+    assert log("weighed").val_loss[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ("--border_smoothing 0.5 --loss LovaszHingeLoss", "LovaszHingeLoss sees 0 and 1 alone"),
+        ("--scheduler CosineAnnealingLR --lr 1e-6", "--lr 1e-06 is below --min_lr 1e-05"),
+    ],
+)
+def test_options_that_work_against_one_another_are_refused(go, options, match):
+    refused(go, TINY, options, "--name one", match=match)
+    assert not (MODELS / "one").exists()
+
+
 def test_weights_of_heads_need_heads(go):
     refused(go, TINY, "--head_weights 1,2,3,4 --name one", match="give --deep_supervision True")
     assert not (MODELS / "one").exists()
@@ -379,6 +405,17 @@ def test_starts_from_the_weights_of_runs_and_files(go, capsys):
 class Hostile:
     def __reduce__(self):
         return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("ema", [0, 0.9])
+def test_starts_from_a_last_pth(go, ema):
+    """Of the averaged weights where there are some: those that a validation judged."""
+    go(TINY, f"--epochs 1 --ema {ema} --overwrite --name first")
+    go(TINY, "--epochs 1 --lr 0 --ema 0 --weight_decay 0 --overwrite --name second --weights models/first/last.pth")
+    first, second = (
+        val.load_trained(name, torch.device("cpu"), "last")[0].state_dict() for name in ("first", "second")
+    )
+    assert all(torch.equal(value, second[key]) for key, value in first.items() if key.endswith("weight"))
 
 
 def test_refuses_weights_that_do_not_fit(go):

@@ -126,7 +126,7 @@ def onnx_probability(options):
         config |= {"scale": float(about.get("scale") or 0), "name": options.name or Path(about["name"]).name}
     except Exception as error:  # ONNX Runtime's errors have no class in common
         raise ValueError(f"{options.onnx} is no ONNX file of export.py ({type(error).__name__})") from None
-    fits = config["input_channels"] in (1, 3, 4) and 1 <= config["num_classes"] <= 1000
+    fits = config["input_channels"] in (1, 3, 4) and 1 <= config["num_classes"] <= 100
     fits &= all(1 <= config[key] <= 4096 for key in ("input_h", "input_w")) and 0 <= config["scale"] < 1e6
     if not fits or not is_plain_name(config["name"]):
         raise ValueError(f"{options.onnx} is no ONNX file of export.py: {config}")

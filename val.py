@@ -53,7 +53,7 @@ HEADINGS = {  # of the printed table; the definitions follow it
 }
 NEEDED = {  # what config.yml must hold for the run to be rebuilt: of what type, or which of these whole numbers
     **dict.fromkeys(("arch", "dataset", "img_ext", "mask_ext", "loss"), str),
-    **{"num_classes": range(1, 1001), "input_channels": (1, 3, 4), "width": range(1, 1025)},
+    **{"num_classes": range(1, 101), "input_channels": (1, 3, 4), "width": range(1, 1025)},
     **{"input_h": range(1, 4097), "input_w": range(1, 4097), "seed": range(2**32)},
     **{"deep_supervision": bool, "mean": list, "std": list},
 }

@@ -62,3 +62,11 @@ def test_another_head_and_the_worst_images(place):
     assert sheet.shape[:2] == (2 * (4 * (96 + 8) + 20) + 8, 2 * (96 + 8) + 8)
     wrong = run_script("docs/results.py", "tiny_s0", "--head", "L5", cwd=place, ok=False, env=ENV)
     assert "models/tiny_s0 has no head L5, only L1, L2, L3, L4, mean" in wrong.stderr
+
+
+def test_runs_of_other_images_are_no_row(place):
+    run_script("train.py", *OPTIONS.split(), "--split_seed", 1, "--name", "other", cwd=place)
+    refused = run_script("docs/results.py", "tiny_s0", "other", cwd=place, env=ENV, ok=False)
+    assert "have other validation images than one another" in refused.stderr
+    both = run_script("docs/results.py", "tiny_s0", "other", "--worst", "w.png", cwd=place, env=ENV, ok=False)
+    assert "--worst is of one run" in both.stderr and not (place / "w.png").exists()

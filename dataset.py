@@ -301,8 +301,8 @@ class Dataset(torch.utils.data.Dataset):
         count, total, squares, covered = (sum(column) for column in zip(*sums, strict=True))
         self._cache = kept
         mean = total / count
-        variance = np.maximum(squares / count - mean**2, 1e-6)
-        variance = np.maximum(variance, variance.max() / 16)  # an empty channel, or alpha, would get hundreds of sigmas
+        variance = squares / count - mean**2
+        variance = np.maximum(variance, max(variance.max() / 16, 1e-6))  # empty channels would get hundreds of sigmas
         return {
             "fingerprint": hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
             "sizes": dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:NAMED_AT_MOST]),

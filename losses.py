@@ -99,11 +99,6 @@ def mean_over_heads(criterion, heads, masks, weights=None):
     return sum(parts) / sum(weights)
 
 
-def head_weights(config):
-    """The `head_weights` of a run's config, "1,2,3,4" -> [1.0, 2.0, 3.0, 4.0]; None where all count the same."""
-    return [float(part) for part in config["head_weights"].split(",")] if config.get("head_weights") else None
-
-
 def smooth_borders(masks, amount):
     """Targets that are less sure at borders: (1 - amount) x masks + amount x their mean over 3 x 3 pixels.
 

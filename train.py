@@ -42,7 +42,7 @@ from distributed import (
     world_size,
 )
 from lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
-from losses import LOSSES, head_weights, mean_over_heads, smooth_borders
+from losses import LOSSES, mean_over_heads, smooth_borders
 from metrics import PixelCounts, summarise
 from report import plot_curves
 from runs import (
@@ -135,7 +135,7 @@ def build_parser():
     a = parser.add_argument_group("optimisation").add_argument
     positive = number(float, 0)
     a("--loss", choices=sorted(LOSSES), default="BCELovaszLoss", help="default BCELovaszLoss")
-    a("--head_weights", type=weights_of_heads, help="of the losses of L1 to L4, such as 1,2,3,4; default: all the same")
+    a("--head_weights", type=head_weights, help="of the losses of L1 to L4, such as 1,2,3,4; default: all the same")
     a("--border_smoothing", type=number(float, 0, 0.5), default=0.0, help="softer training masks at borders; default 0")
     a("--optimizer", choices=sorted(OPTIMIZERS), default="AdamW", help="default AdamW")
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="default 2e-3")
@@ -174,7 +174,7 @@ def augment(text):
     return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
 
 
-def weights_of_heads(text):
+def head_weights(text):
     """'1,2,3,4' or '[1, 2, 3, 4]' -> '1,2,3,4', numbers of at least 0, not all 0."""
     weights = [number(float, 0, 1e6)(part) for part in str(text).strip("[] ").split(",")]
     if len(weights) != DEPTH or not any(weights):
@@ -490,7 +490,7 @@ def fit(run, loader, val_loader, criterion, folder, check_stop=lambda *_: None):
     config, device = run.config, run.device
     model = parallel(run.model, device)
     model = torch.compile(model) if config["compile"] else model
-    weights = head_weights(config)
+    weights = [float(part) for part in config["head_weights"].split(",")] if config["head_weights"] else None
     each_step = run.scheduler if config["scheduler"] == "OneCycleLR" else None
     while not run.over():
         start, epoch = time.time(), run.epoch + 1
@@ -503,8 +503,9 @@ def fit(run, loader, val_loader, criterion, folder, check_stop=lambda *_: None):
         try:
             trained = train_one_epoch(model, loader, criterion, run.optimizer, device, **parts)
             copy_main(run.judged)
-            parts = {"amp": run.amp, "weights": weights, "on_batch": check_stop}
-            judged = evaluate(run.judged, val_loader, criterion, device, **parts)
+            judged = evaluate(
+                run.judged, val_loader, criterion, device, amp=run.amp, weights=weights, on_batch=check_stop
+            )
             if not math.isfinite(judged["loss"]):
                 raise FloatingPointError(f"the validation loss after step {len(loader)} is {judged['loss']}")
         except FloatingPointError as error:

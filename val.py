@@ -96,7 +96,7 @@ def read_config(folder):
     ]
     wrong += [key for key in ("mean", "std") if key not in wrong and not are_channels(config, key)]
     wrong += ["channels_last"] * (not isinstance(config.get("channels_last", False), bool))
-    levels = LEVELS_CUT if config["deep_supervision"] is True else range(DEPTH, DEPTH + 1)
+    levels = LEVELS_CUT if config["deep_supervision"] is True else (DEPTH,)
     wrong += ["level"] * ("level" in config and not _is(config["level"], levels))
     wrong += ["scale"] * ("scale" in config and not (_is_number(config["scale"]) and config["scale"] > 0))
     if wrong:

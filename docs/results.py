@@ -75,10 +75,10 @@ def judge(name, which, options):
 
 def row(names, options):
     """The cells of one row: runs that differ in their seed alone."""
-    judged = {which: [judge(name, which, options) for name in names] for which in ("last", "best")}
-    if any(dataset.img_ids != judged["last"][0][1].img_ids for _, dataset, _ in judged["last"]):
+    ids = [read_yaml(run_folder(name) / "split.yml")["val"] for name in names]
+    if any(of_run != ids[0] for of_run in ids):
         raise ValueError(f"{', '.join(names)} have other validation images than one another; give --each")
-    last, best = ([table for table, _, _ in of_runs] for of_runs in judged.values())
+    last, best = ([judge(name, which, options)[0] for name in names] for which in ("last", "best"))
     logs = [pd.read_csv(Path("models") / name / "log.csv") for name in names]
     scores = [summarise(table) for table in last]
 

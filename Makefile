@@ -27,7 +27,7 @@ results-quick: $(VENV)/.ready
 	if test -f models/default_s$(SEED)/config.yml; then $(BIN)/python train.py --name default_s$(SEED) --resume; \
 	else $(BIN)/python train.py --config configs/default.yml --seed $(SEED) --name default_s$(SEED); fi
 	$(BIN)/python val.py --name default_s$(SEED)
-	PYTHONPATH=. $(BIN)/python docs/results.py default_s$(SEED)
+	$(BIN)/python -m tools.results default_s$(SEED)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from devices import memory
-from distributed import SharedBatches, WholeBatches, local_processes
-from images import decode, foreground, squeeze, squeeze_mask, to_channels
-from utils import is_plain_name, leave_signals_to_main, quieten_loaders
+from common.devices import memory
+from common.distributed import local_processes
+from common.files import is_plain_name
+from common.images import decode, foreground, squeeze, squeeze_mask, to_channels
+from common.loaders import SharedBatches, WholeBatches, leave_signals_to_main, quieten_loaders
 
 ABOUT = ("sizes", "fingerprint")  # what split.yml keeps of Dataset.check, for each part
 GROUPED = "grouped"  # what --split takes beside a file of ids

@@ -29,13 +29,14 @@ import numpy as np
 import torch
 
 from archs import DEPTH, probabilities
-from cli import Parser, parse_options, run_script
+from common.cli import Parser, parse_options, run_script
+from common.files import atomic_path, read_yaml, save_checkpoint, write_yaml
+from common.images import decode, squeeze, to_channels
+from common.runs import newest_run, run_folder
+from common.synthetic import nuclei
 from dataset import ABOUT, check_split, standardise
-from images import decode, squeeze, to_channels
 from metrics import THRESHOLDS
-from runs import newest_run, run_folder
-from synthetic import nuclei
-from utils import atomic_path, count_params, read_yaml, save_checkpoint, write_yaml
+from utils import count_params
 from val import LEVELS, load_trained
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from archs import probabilities
+from common.files import atomic_path
+from common.report import BLUE, GREEN, VERMILION
 from metrics import summarise
-from report import BLUE, GREEN, VERMILION
-from utils import atomic_path, count_params
+from utils import count_params
 
 ENOUGH = 0.005  # half a point of pooled IoU below the best level
 ROUNDS = 11

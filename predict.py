@@ -38,10 +38,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-import report
-from cli import Parser, number, parse_options, run_script
-from images import MAX_PIXELS, check_pixels, read_picture, squeeze, to_channels, write_png
-from utils import atomic_path, is_plain_name
+from common import report
+from common.cli import Parser, number, parse_options, run_script
+from common.files import atomic_path, is_plain_name
+from common.images import MAX_PIXELS, check_pixels, read_picture, squeeze, to_channels, write_png
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # looked for in folders; a file may have any name
 TILE, OVERLAP = 256, 64  # pixels that the network sees
@@ -85,9 +85,9 @@ def torch_probability(options):
     import torch
 
     from archs import probabilities
+    from common.devices import pick_amp, pick_device
+    from common.runs import newest_run
     from dataset import standardise
-    from devices import pick_amp, pick_device
-    from runs import newest_run
     from val import load_trained
 
     device = pick_device(options.device)

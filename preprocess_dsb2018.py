@@ -40,11 +40,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from cli import Parser, number, parse_options, run_script
-from download import PACKED, ZIP_ERRORS, check_zip, fetch, open_zip
-from images import decode, foreground, quieten_opencv, squeeze, squeeze_mask, to_channels, write_png
-from synthetic import nuclei
-from utils import is_plain_name, write_yaml
+from common.cli import Parser, number, parse_options, run_script
+from common.download import PACKED, ZIP_ERRORS, check_zip, fetch, open_zip
+from common.files import is_plain_name, write_yaml
+from common.images import decode, foreground, quieten_opencv, squeeze, squeeze_mask, to_channels, write_png
+from common.synthetic import nuclei
 
 RAW = Path("inputs/data-science-bowl-2018")
 URL = "https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"

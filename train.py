@@ -18,34 +18,14 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from archs import ARCHS, DEEPEST, DEPTH, as_heads, build_model
-from cli import Parser, Stops, check_config, number, parse_options, run_script
-from dataset import (
-    ABOUT,
-    AUGMENTATIONS,
-    GROUPED,
-    build_dataset,
-    check_split,
-    list_ids,
-    make_loader,
-    set_epoch,
-    split_ids,
-)
-from devices import keep_memory, memory, pick_amp, pick_device
-from distributed import (
-    copy_main,
-    gather,
-    is_main,
-    parallel,
-    processes,
-    sync_batch_norm,
-    with_shares,
-    world_size,
-)
-from lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
-from losses import LOSSES, mean_over_heads, smooth_borders
-from metrics import PixelCounts, summarise
-from report import plot_curves
-from runs import (
+from common.cli import Parser, Stops, check_config, number, parse_options, run_script
+from common.devices import keep_memory, memory, pick_amp, pick_device, seed_everything
+from common.distributed import copy_main, gather, is_main, parallel, processes, sync_batch_norm, world_size
+from common.files import load_checkpoint, read_yaml, save_checkpoint, write_yaml
+from common.loaders import with_shares
+from common.lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
+from common.report import plot_curves
+from common.runs import (
     check_start,
     earlier_files,
     keeping,
@@ -58,15 +38,20 @@ from runs import (
     run_folder,
     write_log,
 )
-from utils import (
-    count_params,
-    load_checkpoint,
-    read_yaml,
-    save_checkpoint,
-    seed_everything,
-    str2bool,
-    write_yaml,
+from dataset import (
+    ABOUT,
+    AUGMENTATIONS,
+    GROUPED,
+    build_dataset,
+    check_split,
+    list_ids,
+    make_loader,
+    set_epoch,
+    split_ids,
 )
+from losses import LOSSES, mean_over_heads, smooth_borders
+from metrics import PixelCounts, summarise
+from utils import count_params, str2bool
 from val import are_channels, evaluate, read_config
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")

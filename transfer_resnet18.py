@@ -26,29 +26,18 @@ from torch.utils.data import DataLoader
 from torchvision.models import ResNet18_Weights
 from tqdm import tqdm
 
-import download
-import folders
-import report
-from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
-from cli import Parser, Stops, check_config, number, parse_options, run_script
-from devices import keep_memory, pick_amp, pick_device
-from distributed import (
-    SharedBatches,
-    WholeBatches,
-    copy_main,
-    gather,
-    is_main,
-    launched,
-    parallel,
-    processes,
-    sync_batch_norm,
-    with_shares,
-    world_size,
-)
-from folders import set_epoch, to_device
-from images import write_png
-from resnet18 import ResNet18, fill_body, grad_cam
-from runs import (
+from classification import folders
+from classification.folders import set_epoch, to_device
+from classification.resnet18 import ResNet18, fill_body, grad_cam
+from classification.scores import confusion_matrix, format_confusion, heat_overlay, notable, wilson
+from common import download, report
+from common.cli import Parser, Stops, check_config, number, parse_options, run_script
+from common.devices import keep_memory, pick_amp, pick_device, seed_everything
+from common.distributed import copy_main, gather, is_main, launched, parallel, processes, sync_batch_norm, world_size
+from common.files import atomic_path, load_checkpoint, read_yaml, save_checkpoint, write_yaml
+from common.images import write_png
+from common.loaders import SharedBatches, WholeBatches, leave_signals_to_main, quieten_loaders, with_shares
+from common.runs import (
     check_start,
     earlier_files,
     keeping,
@@ -63,18 +52,7 @@ from runs import (
     run_folder,
     write_log,
 )
-from utils import (
-    atomic_path,
-    count_params,
-    leave_signals_to_main,
-    load_checkpoint,
-    quieten_loaders,
-    read_yaml,
-    save_checkpoint,
-    seed_everything,
-    str2bool,
-    write_yaml,
-)
+from utils import count_params, str2bool
 
 DATA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 DATA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
@@ -231,7 +209,7 @@ def provide_data(options, data_dir):
 
 def write_demo(folder, counts=(("train", 60), ("val", 20)), size=96):
     """Generated ants and bees as <folder>/{train,val}/{ants,bees}/*.png, in place only when all are written."""
-    from synthetic import two_classes
+    from common.synthetic import two_classes
 
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     seed = 0

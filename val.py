@@ -18,13 +18,15 @@ import torch
 from tqdm import tqdm
 
 import levels
-import report
 from archs import ARCHS, DEPTH, EightWays, as_heads, build_model, probabilities
-from cli import Parser, number, parse_options, run_script
+from common import report
+from common.cli import Parser, number, parse_options, run_script
+from common.devices import device_name, keep_memory, pick_amp, pick_device
+from common.distributed import gather, launched
+from common.files import atomic_path, load_checkpoint, read_yaml
+from common.images import write_png
+from common.runs import newest_run, run_folder
 from dataset import GROUPED, build_dataset, changes, check_places, check_split, list_ids, make_loader, name_ids
-from devices import device_name, keep_memory, pick_amp, pick_device
-from distributed import gather, launched
-from images import write_png
 from losses import LOSSES, mean_over_heads
 from metrics import (
     DEFINITIONS,
@@ -39,8 +41,6 @@ from metrics import (
     per_class,
     summarise,
 )
-from runs import newest_run, run_folder
-from utils import atomic_path, load_checkpoint, read_yaml
 
 HEADINGS = {  # of the printed table; the definitions follow it
     "iou": "IoU",

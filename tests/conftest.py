@@ -24,7 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_script(script, *args, cwd, ok=True, env=None, timeout=300):
-    """Run `script` (such as "train.py") of the repository in the folder `cwd` -> CompletedProcess, output as text.
+    """Run `script`, "train.py" or "tools.benchmark", of the repository in the folder `cwd` -> CompletedProcess of text.
 
     ok=True asserts status 0; ok=False asserts a user's mistake: status 2, and one line on stderr that names the script,
     after any progress, and no traceback; ok=None asserts nothing. Deprecated calls are errors, one thread is used.
@@ -34,23 +34,26 @@ def run_script(script, *args, cwd, ok=True, env=None, timeout=300):
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "error::DeprecationWarning,error::FutureWarning",
         "NO_ALBUMENTATIONS_UPDATE": "1",
+        "PYTHONPATH": str(REPOSITORY),
         **(env or {}),
     }
     environment = {key: value for key, value in os.environ.items() if key != "DEBUG"} | settings
-    command = [sys.executable, str(REPOSITORY / script), *map(str, args)]
+    place = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
+    name = Path(script).name if script.endswith(".py") else f"{script.rpartition('.')[2]}.py"
+    command = [sys.executable, *place, *map(str, args)]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     said = f"{' '.join(command)}\nstatus {result.returncode}\n{result.stdout}\n{result.stderr}"
     if ok:
         assert result.returncode == 0, said
     elif ok is not None:
         assert result.returncode == 2 and "Traceback" not in result.stderr, said
-        assert result.stderr.strip().split("\n")[-1].startswith(f"{Path(script).name}: error: "), said
+        assert result.stderr.strip().split("\n")[-1].startswith(f"{name}: error: "), said
     return result
 
 
 def call(patch, script, *options):
     """script.main() with these options, in this process -> what it returns. `script` is the imported module."""
-    patch.setattr(sys, "argv", [f"{script.__name__}.py", *" ".join(map(str, options)).split()])
+    patch.setattr(sys, "argv", [f"{script.__name__.rpartition('.')[2]}.py", *" ".join(map(str, options)).split()])
     return script.main()
 
 

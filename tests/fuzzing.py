@@ -14,7 +14,8 @@ import signal
 import warnings
 from pathlib import Path
 
-from utils import MAX_MESSAGE, in_one_line
+from common.cli import in_one_line
+from common.files import MAX_MESSAGE
 
 # What the C libraries in OpenCV and Pillow say of a broken file by themselves.
 CODEC = re.compile(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import run_script
 
-import benchmark
-from images import write_png
+from common.images import write_png
+from tools import benchmark
 
 
 def test_the_transfer_rows(tmp_path):
@@ -19,7 +19,7 @@ def test_the_transfer_rows(tmp_path):
             folder.mkdir(parents=True)
             for k in range(count):
                 write_png(folder / f"{k}.png", rng.integers(0, 256, (64, 64, 3), np.uint8))
-    result = run_script("benchmark.py", "--only", "transfer", "--rounds", 1, "--data_dir", "pictures", cwd=tmp_path)
+    result = run_script("tools.benchmark", "--only", "transfer", "--rounds", 1, "--data_dir", "pictures", cwd=tmp_path)
     rows = re.findall(r"^\| transfer, an epoch, (.*?) \| [\d.]+ m?s \| ([\d.]+) \|", result.stdout, re.MULTILINE)
     assert [name for name, _ in rows][0] == "plain tutorial loop" and len(rows) == 4 and float(rows[0][1]) == 1
 
@@ -27,7 +27,7 @@ def test_the_transfer_rows(tmp_path):
 def test_on_generated_data_without_any(tmp_path):
     """Real workers: loading and preprocessing where there is neither a data set nor raw data."""
     options = ("--only", "loading", "preprocess", "--rounds", 1, "--threads", 1, "--json", "rows.json")
-    said = run_script("benchmark.py", *options, cwd=tmp_path).stdout
+    said = run_script("tools.benchmark", *options, cwd=tmp_path).stdout
     assert "96 generated images (inputs/dsb2018_96 is not there)" in said and "medians of 1 rounds" in said
     written = json.loads((tmp_path / "rows.json").read_text())
     rows = {row["what"]: row for row in written["rows"]}
@@ -52,7 +52,7 @@ def row_of_plain(name):
 @pytest.mark.slow
 def test_the_network_rows(tmp_path):
     options = ("--only", "limit", "training", "inference", "--rounds", 1, "--threads", 1, "--json", "rows.json")
-    run_script("benchmark.py", *options, cwd=tmp_path, timeout=900)
+    run_script("tools.benchmark", *options, cwd=tmp_path, timeout=900)
     rows = {row["what"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     arithmetic = {4: 9.70, 3: 5.71, 2: 2.90, 1: 1.12}
     for level, gflop in arithmetic.items():
@@ -95,10 +95,10 @@ def test_fractions_and_the_table_by_hand():
 
 def test_a_worker_that_fails_ends_in_one_line(tmp_path):
     (tmp_path / "inputs" / "empty").mkdir(parents=True)
-    said = run_script("benchmark.py", "--only", "loading", "--dataset", "empty", cwd=tmp_path, ok=False).stderr
+    said = run_script("tools.benchmark", "--only", "loading", "--dataset", "empty", cwd=tmp_path, ok=False).stderr
     assert "a worker ended with status 2; its words stand above" in said and "images: no such folder" in said
 
 
 def test_no_folder_for_the_json(tmp_path):
-    said = run_script("benchmark.py", "--only", "limit", "--json", "gone/rows.json", cwd=tmp_path, ok=False).stderr
+    said = run_script("tools.benchmark", "--only", "limit", "--json", "gone/rows.json", cwd=tmp_path, ok=False).stderr
     assert "gone: no such folder to write rows.json in" in said

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from classification import confusion_matrix, format_confusion, heat_overlay, notable, wilson
+from classification.scores import confusion_matrix, format_confusion, heat_overlay, notable, wilson
 
 
 @pytest.mark.parametrize(

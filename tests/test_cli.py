@@ -10,8 +10,9 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from cli import Parser, Stops, Terminated, number, parse_options
-from utils import read_yaml, str2bool
+from common.cli import Parser, Stops, Terminated, number, parse_options
+from common.files import read_yaml
+from utils import str2bool
 
 # ---------------------------------------------------------------- numbers
 
@@ -178,7 +179,7 @@ def test_scripts_without_a_settings_file(monkeypatch):
 
 def ran(tmp_path, body, **environment):
     script = tmp_path / "my.py"
-    script.write_text(f"from cli import run_script\n\n\ndef main():\n    {body}\n\n\nrun_script(main)\n")
+    script.write_text(f"from common.cli import run_script\n\n\ndef main():\n    {body}\n\n\nrun_script(main)\n")
     variables = {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", **environment}
     return subprocess.run([sys.executable, script], capture_output=True, text=True, env=variables, timeout=60)
 

@@ -12,6 +12,7 @@ from conftest import write_data_set
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+from common.images import read_picture, to_channels
 from dataset import (
     AUGMENTATIONS,
     NAMED_AT_MOST,
@@ -27,7 +28,6 @@ from dataset import (
     split_ids,
     standardise,
 )
-from images import read_picture, to_channels
 
 IDS = [f"img{number:02d}" for number in range(6)]
 

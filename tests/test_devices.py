@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-import devices
-from devices import device_name, environment, pick_amp, pick_device
-from utils import read_yaml, write_yaml
+from common import devices
+from common.devices import device_name, environment, pick_amp, pick_device
+from common.files import read_yaml, write_yaml
 
 
 def machine(monkeypatch, cuda=0, mps=False, capability=(8, 0), cpuinfo=""):

@@ -18,12 +18,12 @@ import pytest
 import torch
 from conftest import call, mounted, run_script, serving, trained
 
-import download
 import predict
 import train
 import transfer_resnet18
 import val
-from utils import load_checkpoint, save_checkpoint, write_yaml
+from common import download
+from common.files import load_checkpoint, save_checkpoint, write_yaml
 
 # the val_iou of these runs rises at first, so that model.pth is written in several epochs
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 4 -b 4 --device cpu --amp off --ema 0 --lr 0.03"

@@ -20,16 +20,15 @@ from conftest import REPOSITORY, write_data_set
 from PIL import Image
 from torch import nn
 
-import cli
-import distributed
-import folders
 import train
 import transfer_resnet18 as transfer
 import val
 from archs import NestedUNet, as_heads
+from classification import folders
+from classification.resnet18 import ResNet18
+from common import cli, distributed, loaders
 from dataset import Dataset, augmentation, make_loader, set_epoch
 from losses import LOSSES, BCEDiceLoss, mean_over_heads
-from resnet18 import ResNet18
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 -b 4 --device cpu --amp off --ema 0.9 --lr 0.02"
 CPU = torch.device("cpu")
@@ -128,7 +127,7 @@ def work():
     with distributed.processes(CPU):
         print("told once")
         for count in range(7):
-            parts = distributed.gather(distributed.share(list(range(count))))
+            parts = distributed.gather(loaders.share(list(range(count))))
             assert sum(parts, []) == list(range(count)) and max(map(len, parts)) - min(map(len, parts)) <= 1
         batches = list(nuclei(7, 3, shuffle=True, augment=True))
         seen = distributed.gather([(images, info["img_id"]) for images, _, info in batches])
@@ -336,8 +335,8 @@ def test_one_process_is_left_alone():
         assert device is CPU and distributed.world_size() == 1 and distributed.is_main()
     model = nn.Linear(1, 1)
     assert distributed.parallel(model, CPU) is model and distributed.gather(3) == [3]
-    assert distributed.share([1, 2]) == [1, 2]
-    assert list(distributed.with_shares([("ab", 1)])) == [(("ab", 1), 2, 2)]
+    assert loaders.share([1, 2]) == [1, 2]
+    assert list(loaders.with_shares([("ab", 1)])) == [(("ab", 1), 2, 2)]
 
 
 def test_the_order_of_one_process_stays_as_it_was():
@@ -373,17 +372,17 @@ def test_more_processes_than_gpus(second_of_two, monkeypatch):
 
 
 def test_sharing_needs_enough_images_and_a_shared_loader(monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(loaders, "world_size", lambda: 3)
     with pytest.raises(ValueError, match="--batch_size 2 is shared by 3 processes; give at least 3"):
-        distributed.SharedBatches(range(9), 2)
+        loaders.SharedBatches(range(9), 2)
     with pytest.raises(ValueError, match=r"SharedBatches"):
-        next(distributed.with_shares([("ab", 1)]))
+        next(loaders.with_shares([("ab", 1)]))
     for own, expected in enumerate(([2, 1], [2, 1], [1, 1])):
-        monkeypatch.setattr(distributed, "rank", lambda own=own: own)
-        sizes = distributed.SharedBatches(range(8), 5).sizes()
+        monkeypatch.setattr(loaders, "rank", lambda own=own: own)
+        sizes = loaders.SharedBatches(range(8), 5).sizes()
         assert sizes == list(zip(expected, (5, 3), strict=True))
-        assert [size for size, _ in distributed.SharedBatches(range(11), 5).sizes()] == [*(expected[:1] * 2), own == 0]
-    dropping = distributed.SharedBatches(range(11), 5, drop_last=True)
+        assert [size for size, _ in loaders.SharedBatches(range(11), 5).sizes()] == [*(expected[:1] * 2), own == 0]
+    dropping = loaders.SharedBatches(range(11), 5, drop_last=True)
     assert len(dropping) == len(dropping.sizes()) == len(list(dropping)) == 2
 
 

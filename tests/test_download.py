@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import serving
 
-import download
-from download import check_zip, fetch, safe_extract
+from common import download
+from common.download import check_zip, fetch, safe_extract
 
 DATA = bytes(range(256)) * 5000  # 1.28 MB, five chunks
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-import folders
+from classification import folders
 
 
 def save(path, size=(40, 30), colour=(200, 30, 30), **options):

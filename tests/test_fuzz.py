@@ -28,10 +28,9 @@ import torch
 from fuzzing import Trap, broken, fuzz, judge, mutated
 from PIL import Image
 
-import download
-import folders
-import images
 import preprocess_dsb2018
+from classification import folders
+from common import download, images
 
 # ---------------------------------------------------------------- pictures
 

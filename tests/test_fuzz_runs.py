@@ -25,13 +25,13 @@ from fuzzing import Trap, broken, fuzz, judge
 
 import dataset
 import export
-import resnet18
 import train
 import transfer_resnet18
 import utils
 import val
 from archs import build_model
-from cli import parse_options
+from classification import resnet18
+from common.cli import parse_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

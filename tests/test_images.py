@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images import decode, foreground, squeeze, squeeze_mask, to_channels, write_png
+from common.images import decode, foreground, squeeze, squeeze_mask, to_channels, write_png
 
 UNREADABLE = "unreadable: no whole picture of 8 or 16 bits"
 

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
-import lookalikes
-from images import decode, squeeze, to_channels
-from lookalikes import ALIKE, Sketches, about_groups, about_twins, grouped_split, groups, kind_of, seams, twins
+from common import lookalikes
+from common.images import decode, squeeze, to_channels
+from common.lookalikes import ALIKE, Sketches, about_groups, about_twins, grouped_split, groups, kind_of, seams, twins
 
 
 def flat(value, size=(96, 96)):

@@ -19,13 +19,13 @@ import pytest
 from conftest import write_data_set
 from fuzzing import judge
 
-import benchmark
 import export
 import predict
 import preprocess_dsb2018
 import train
 import transfer_resnet18
 import val
+from tools import benchmark
 from utils import str2bool
 
 pytestmark = pytest.mark.usefixtures("one_thread")

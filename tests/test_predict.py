@@ -14,11 +14,11 @@ from conftest import run_script
 from PIL import Image
 
 import predict
-import report
 from archs import NestedUNet
-from images import squeeze
+from common import report
+from common.files import save_checkpoint, write_yaml
+from common.images import squeeze
 from predict import OVERLAP, TILE, Picture, Results, eight_ways, find_files, output_names, predict_tiled, windows
-from utils import save_checkpoint, write_yaml
 
 MEAN, STD, SCALE = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], 0.5
 

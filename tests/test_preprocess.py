@@ -20,10 +20,10 @@ import pytest
 import yaml
 from conftest import mounted, serving
 
-import download
 import preprocess_dsb2018 as preprocess
-from images import squeeze, squeeze_mask
-from synthetic import nuclei
+from common import download
+from common.images import squeeze, squeeze_mask
+from common.synthetic import nuclei
 
 SCRIPT = Path(__file__).parents[1] / "preprocess_dsb2018.py"
 IDS = ["a1", "b2", "c3"]

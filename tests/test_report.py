@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import report
+from common import report
 
 HOSTILE = "<script>alert(1)</script>\"'&{x} ä"
 VOID = {"meta", "link", "img", "br", "hr", "input"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from resnet18 import ResNet18, fill_body, grad_cam
+from classification.resnet18 import ResNet18, fill_body, grad_cam
 
 
 @pytest.fixture(scope="module")

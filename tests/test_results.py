@@ -1,4 +1,4 @@
-"""docs/results.py: its rows say what val.py and log.csv say, and its commands make the runs again."""
+"""tools/results.py: its rows say what val.py and log.csv say, and its commands make the runs again."""
 
 import cv2
 import pandas as pd
@@ -22,8 +22,8 @@ def place(tmp_path_factory):
 
 
 def results(place, *options):
-    """The cells of each row that docs/results.py prints."""
-    said = run_script("docs/results.py", *options, cwd=place, env=ENV).stdout
+    """The cells of each row that tools/results.py prints."""
+    said = run_script("tools.results", *options, cwd=place, env=ENV).stdout
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()]
     return [dict(zip(head, row, strict=True)) for row in rows]
 
@@ -55,18 +55,18 @@ def test_the_command_of_a_row_makes_the_run_again(place):
 
 def test_another_head_and_the_worst_images(place):
     assert results(place, "--head", "L1", "tiny_s0")[0]["mIoU10"] != results(place, "tiny_s0")[0]["mIoU10"]
-    run_script("docs/results.py", "tiny_s0", "--worst", "worst.png", cwd=place, env=ENV)
+    run_script("tools.results", "tiny_s0", "--worst", "worst.png", cwd=place, env=ENV)
     config = yaml.safe_load((place / "models" / "tiny_s0" / "split.yml").read_text())
     assert len(config["val"]) == 4
     sheet = cv2.imread(str(place / "worst.png"))  # two columns of four pictures, twice
     assert sheet.shape[:2] == (2 * (4 * (96 + 8) + 20) + 8, 2 * (96 + 8) + 8)
-    wrong = run_script("docs/results.py", "tiny_s0", "--head", "L5", cwd=place, ok=False, env=ENV)
+    wrong = run_script("tools.results", "tiny_s0", "--head", "L5", cwd=place, ok=False, env=ENV)
     assert "models/tiny_s0 has no head L5, only L1, L2, L3, L4, mean" in wrong.stderr
 
 
 def test_runs_of_other_images_are_no_row(place):
     run_script("train.py", *OPTIONS.split(), "--split_seed", 1, "--name", "other", cwd=place)
-    refused = run_script("docs/results.py", "tiny_s0", "other", cwd=place, env=ENV, ok=False)
+    refused = run_script("tools.results", "tiny_s0", "other", cwd=place, env=ENV, ok=False)
     assert "have other validation images than one another" in refused.stderr
-    both = run_script("docs/results.py", "tiny_s0", "other", "--worst", "w.png", cwd=place, env=ENV, ok=False)
+    both = run_script("tools.results", "tiny_s0", "other", "--worst", "w.png", cwd=place, env=ENV, ok=False)
     assert "--worst is of one run" in both.stderr and not (place / "w.png").exists()

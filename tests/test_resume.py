@@ -25,7 +25,7 @@ from torch import nn
 import train
 import transfer_resnet18
 import val
-from utils import load_checkpoint
+from common.files import load_checkpoint
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 4 -b 4 --device cpu --amp off --lr 0.02 --ema 0.9"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -212,7 +212,7 @@ def test_the_same_training_writes_the_same_bytes(go):
 ZYGOTE = """
 import importlib, json, os, sys
 import albumentations, matplotlib.figure, sklearn.model_selection, torch
-from cli import run_script
+from common.cli import run_script
 script = importlib.import_module(sys.argv[1])
 torch.set_num_threads(1)
 for line in sys.stdin:

@@ -6,7 +6,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, run_script
 
-from synthetic import nuclei
+from common.synthetic import nuclei
 
 FOLDER = REPOSITORY / "models" / "nuclei_L2"
 PICTURES = 24

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from synthetic import nuclei, two_classes
+from common.synthetic import nuclei, two_classes
 
 SEEDS = range(40)
 

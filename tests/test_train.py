@@ -22,7 +22,7 @@ from conftest import REPOSITORY, call, run_script, trained, write_data_set
 
 import train
 import val
-from cli import parse_options
+from common.cli import parse_options
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 2 -b 4 --device cpu --amp off --ema 0.9"
 MODELS = Path("models")

@@ -19,9 +19,8 @@ import yaml
 from PIL import Image
 from torch import nn
 
-import folders
-import resnet18
 import transfer_resnet18 as script
+from classification import folders, resnet18
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--weights", "none", "--img_size", "32", "-b", "4", "--device", "cpu", "--name", "run"]

@@ -13,18 +13,10 @@ import torch
 import yaml
 from torch import nn
 
-from utils import (
-    AverageMeter,
-    atomic_path,
-    count_params,
-    in_one_line,
-    load_checkpoint,
-    read_yaml,
-    save_checkpoint,
-    seed_everything,
-    str2bool,
-    write_yaml,
-)
+from common.cli import in_one_line
+from common.devices import seed_everything
+from common.files import atomic_path, load_checkpoint, read_yaml, save_checkpoint, write_yaml
+from utils import AverageMeter, count_params, str2bool
 
 
 def names(folder):

@@ -11,8 +11,9 @@ import sys
 import threading
 from pathlib import Path
 
-from distributed import is_main, launched, speak_in_turn
-from utils import in_one_line
+from common.distributed import is_main, launched, speak_in_turn
+
+MAX_MESSAGE = 4000  # characters: a message may name some twenty ids
 
 
 def number(kind, low=-math.inf, high=math.inf):
@@ -87,6 +88,18 @@ def _parse(build_parser, tokens, source):
     parser = build_parser()
     parser.prog += f": {source}"  # so that a wrong value names its file
     return parser.parse_args(tokens)
+
+
+def in_one_line(error):
+    """An error's message as one line of printable characters, not longer than a screen.
+
+    Of an error that a loader's process passed on, it is its traceback's last line.
+    """
+    message = str(error).strip()
+    if " in DataLoader worker process " in message.split("\n", 1)[0]:
+        message = message.rsplit("\n", 1)[-1].partition(": ")[2]
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split())) or type(error).__name__
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 4]} ..."
 
 
 class Terminated(KeyboardInterrupt):

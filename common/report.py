@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils import atomic_path
+from common.files import atomic_path
 
 # Okabe and Ito's palette, which people with any kind of colour vision can tell apart (https://jfly.uni-koeln.de/color)
 VERMILION, SKY, GREEN, BLUE = (213, 94, 0), (86, 180, 233), (0, 158, 115), (0, 114, 178)

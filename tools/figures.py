@@ -2,8 +2,8 @@
 
 And the generated picture that the README segments.
 
-PYTHONPATH=. python docs/draw.py --name run1 --image ID             # writes docs/nodes.png, features.png, picture.png
-PYTHONPATH=. python docs/draw.py --curves plain_s0 fast_s0 fast_s1  # writes docs/fast_and_plain.png, for the README
+python -m tools.figures --name run1 --image ID             # writes docs/nodes.png, features.png, picture.png
+python -m tools.figures --curves plain_s0 fast_s0 fast_s1  # writes docs/fast_and_plain.png, for the README
 """
 
 from pathlib import Path
@@ -14,16 +14,17 @@ import torch
 from matplotlib.figure import Figure
 
 from archs import DEPTH, NestedUNet
-from cli import Parser, parse_options, run_script
+from common.cli import Parser, parse_options, run_script
+from common.files import read_yaml
+from common.images import decode, to_channels, write_png
+from common.report import BLUE, PALETTE
+from common.runs import newest_run
+from common.synthetic import nuclei
 from dataset import standardise
-from images import decode, to_channels, write_png
-from report import BLUE, PALETTE
-from runs import newest_run
-from synthetic import nuclei
-from utils import count_params, read_yaml
+from utils import count_params
 from val import load_trained
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 COLOURS = [(150, 150, 150), PALETTE[6], PALETTE[1], PALETTE[2], BLUE]  # of the diagonals i + j = 0 ... 4
 SIDE = 96
 PICTURE = 13  # the seed of the README's picture to try

@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from distributed import gather, is_main, local_processes
-from images import check_pixels, open_picture
+from common.distributed import gather, is_main, local_processes
+from common.images import check_pixels, open_picture
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 200_000_000  # of one picture, as the largest cameras have: a few bytes can claim to be gigabytes

@@ -28,7 +28,7 @@ from collections import Counter
 
 import numpy as np
 
-from images import squeeze, to_channels
+from common.images import squeeze, to_channels
 
 SIDE = 96
 SEAM, SECOND, CONTRAST = 0.15, 0.6, 288  # mismatch; share of the second best; sum of squares of a border, 2 grey levels

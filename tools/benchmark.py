@@ -1,8 +1,8 @@
 """The numbers of the README, measured again on this machine: a table in Markdown, each row beside the plain way.
 
-python benchmark.py                                # everything, in a few minutes
-python benchmark.py --only inference --rounds 9    # some of it
-python benchmark.py --only transfer                # seconds an epoch: the plain tutorial loop and ours, in turns
+python -m tools.benchmark                                # everything, in a few minutes
+python -m tools.benchmark --only inference --rounds 9    # some of it
+python -m tools.benchmark --only transfer                # seconds an epoch: the plain tutorial loop and ours, in turns
 
 The plain way is our own network with every switch off: float32, contiguous tensors, PyTorch's own upsampling gradient,
 batch norms as they are, files decoded each epoch, memory as the C library hands it out. The fast way is what train.py,
@@ -27,8 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from cli import Parser, number, parse_options, run_script
-from utils import atomic_path
+from common.cli import Parser, number, parse_options, run_script
+from common.files import atomic_path
 
 BATCH, SIDE = 16, 96
 LEVELS = (4, 3, 2, 1)
@@ -86,10 +86,10 @@ class Worker:
     def __init__(self, options, kind, **about):
         place = about.pop("place", None)  # where its inputs/ is
         task = {"kind": kind, "device": options.device, "dataset": options.dataset, "threads": options.threads, **about}
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps(task)]
-        threads = {"OMP_NUM_THREADS": str(options.threads), "NO_ALBUMENTATIONS_UPDATE": "1"}
+        command = [sys.executable, "-m", "tools.benchmark", "--serve", json.dumps(task)]
+        settings = {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(Path(__file__).parents[1])}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env={**os.environ, **threads}, cwd=place, **pipes)
+        self.process = subprocess.Popen(command, env={**os.environ, **settings}, cwd=place, **pipes)
         self.about = self.answer()  # once it is ready: gflop and the like
         self.clock = "wall" if kind == "preprocess" else options.clock  # more threads, not less work
 
@@ -200,7 +200,7 @@ def config_of(task):
     """What train.py makes of its options; the plain way switches off what it picks by itself."""
     import archs
     import train
-    from devices import keep_memory
+    from common.devices import keep_memory
 
     words = ["--arch", "NestedUNet", "--deep_supervision", "True", "--dataset", task["dataset"]]
     words += ["--device", task["device"]]
@@ -218,7 +218,7 @@ def serve_train(task):
 
     import train
     from archs import build_model
-    from devices import pick_device
+    from common.devices import pick_device
     from losses import LOSSES
 
     config = config_of(task)
@@ -239,7 +239,7 @@ def serve_inference(task):
     import torch
 
     from archs import NestedUNet, probabilities
-    from devices import keep_memory, pick_amp, pick_device
+    from common.devices import keep_memory, pick_amp, pick_device
 
     device = pick_device(task["device"])
     amp = None if task["plain"] else pick_amp("auto", device)
@@ -263,8 +263,8 @@ def serve_write_onnx(task):
 
     import export
     from archs import NestedUNet
-    from images import squeeze
-    from synthetic import nuclei
+    from common.images import squeeze
+    from common.synthetic import nuclei
 
     torch.manual_seed(0)
     folder = Path(task["folder"])
@@ -336,7 +336,7 @@ def serve_limit(task):
     import torch
     import torch.nn.functional as F
 
-    from devices import keep_memory, pick_amp, pick_device
+    from common.devices import keep_memory, pick_amp, pick_device
 
     keep_memory()
     device = pick_device(task["device"])
@@ -479,8 +479,8 @@ def write_raw(folder):
     """RAW generated pictures in the form of stage1_train: a folder an image, a mask file a nucleus."""
     import numpy as np
 
-    from images import write_png
-    from synthetic import nuclei
+    from common.images import write_png
+    from common.synthetic import nuclei
 
     for seed in range(RAW):
         image, labels = nuclei(seed)
@@ -525,8 +525,8 @@ def plain_epoch(options):
     import torchvision
     from torchvision.transforms import v2
 
-    from devices import pick_device
-    from folders import MEAN, STD, list_pictures
+    from classification.folders import MEAN, STD, list_pictures
+    from common.devices import pick_device
 
     device = pick_device(options.device)
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
@@ -572,7 +572,7 @@ def our_epoch(options, words):
     import torch
 
     import transfer_resnet18 as script
-    from devices import pick_amp, pick_device
+    from common.devices import pick_amp, pick_device
 
     config = script.new_config(
         *parse_options(script.build_parser, ["--data_dir", options.data_dir, "--device", options.device, *words])
@@ -636,7 +636,7 @@ def notes(line):
 
 def about_machine(options, source):
     """Where and with what this was measured, one sentence each."""
-    from devices import device_name, pick_device
+    from common.devices import device_name, pick_device
 
     versions = {}
     for name in PACKAGES:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from devices import device_name, environment, pick_amp, pick_device
-from distributed import check_same, is_main, local_processes, world_size
-from utils import atomic_path, in_one_line, is_plain_name, read_yaml
+from common.cli import in_one_line
+from common.devices import device_name, environment, pick_amp, pick_device
+from common.distributed import check_same, is_main, local_processes, world_size
+from common.files import atomic_path, is_plain_name, read_yaml
 
 MODELS = Path("models")
 MAKERS = {  # what only the config.yml of one script's runs holds, and a command that makes such a run

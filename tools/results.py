@@ -1,8 +1,8 @@
 """Rows of RESULTS.md, judged again from runs of train.py: one of several seeds, or one for each run.
 
-PYTHONPATH=. python docs/results.py run_s0 run_s1 run_s2          # one row: mean and standard deviation over the runs
-PYTHONPATH=. python docs/results.py --each run_s0 other           # a row a run
-PYTHONPATH=. python docs/results.py run_s0 --worst docs/worst.png # the validation images that cost most pixels
+python -m tools.results run_s0 run_s1 run_s2          # one row: mean and standard deviation over the runs
+python -m tools.results --each run_s0 other           # a row a run
+python -m tools.results run_s0 --worst docs/worst.png # the validation images that cost most pixels
 
 A row is of each run's own validation images and deepest head: last epoch, best epoch (picked on the same images), the
 other definitions of the last epoch, and the minutes that log.csv counts. The 95 % interval is a bootstrap over images
@@ -18,16 +18,16 @@ import pandas as pd
 import torch
 from PIL import Image
 
-import report
 import train
 from archs import EightWays
-from cli import Parser, parse_options, run_script
+from common import report
+from common.cli import Parser, parse_options, run_script
+from common.devices import keep_memory, pick_amp, pick_device
+from common.files import read_yaml
+from common.runs import run_folder
 from dataset import build_dataset, make_loader
-from devices import keep_memory, pick_amp, pick_device
 from losses import LOSSES
 from metrics import INTERSECTION, PREDICTED, THRESHOLDS, TRUE, bootstrap_interval, iou, summarise
-from runs import run_folder
-from utils import read_yaml
 from val import Predictions, evaluate, load_trained, panels_of, read_config
 
 OTHERS = {"dice": "Dice", "iou_per_image": "IoU/image", "iou_per_batch": "IoU/batch16", "miou": "mIoU",

@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -96,7 +97,7 @@ def environment(device):
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    git = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -108,3 +109,12 @@ def environment(device):
         "device": device_name(device),
         "git_commit": commit or "unknown",
     }
+
+
+def seed_everything(seed):
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,11 +1,11 @@
-"""The two networks, UNet and NestedUNet (U-Net++), and what a model returns.
+"""The two networks, UNet and NestedUNet (U-Net++), and what they return.
 
     model = NestedUNet(num_classes=1, input_channels=3, deep_supervision=True)
     heads = as_heads(model(images))  # logits of [X^{0,1}, X^{0,2}, X^{0,3}, X^{0,4}], each (N, num_classes, H, W)
     small = model.prune(2)           # a smaller model: X^{0,2}, its head, and what feeds it
     fast = small.folded()            # for inference: no batch norm, the same output
 
-Layers carry the paper's names, X^{i,j} = `conv{i}_{j}`: i counts the downsamplings, j the steps along a skip pathway.
+Nodes carry the paper's names, X^{i,j} = `conv{i}_{j}`: i counts the downsamplings, j the steps along a skip pathway.
 U-Net: Ronneberger, Fischer, Brox, MICCAI 2015, https://arxiv.org/abs/1505.04597
 U-Net++: Zhou et al., DLMIA 2018, https://arxiv.org/abs/1807.10165, and IEEE TMI 2020, https://arxiv.org/abs/1912.05074
 """
@@ -26,7 +26,7 @@ interpolate = functools.partial(F.interpolate, scale_factor=2, mode="bilinear", 
 
 @functools.lru_cache(maxsize=32)
 def _interpolation(size, dtype, device):
-    """(size, 2 size): how much output k takes from input i when a line is doubled bilinearly, corners aligned."""
+    """(size, 2 size): the weight of input i in output k when a line is doubled bilinearly with aligned corners."""
     unit_lines = torch.eye(size, dtype=torch.float64)[None]
     return F.interpolate(unit_lines, scale_factor=2, mode="linear", align_corners=True)[0].to(device, dtype)
 
@@ -34,8 +34,8 @@ def _interpolation(size, dtype, device):
 class _Double(torch.autograd.Function):
     """Bilinear doubling whose gradient is two matrix products, along the rows and along the columns.
 
-    PyTorch's own backward on a CPU scatters value by value: 4 to 5 times slower in channels_last bfloat16, a tenth of a
-    training step. On a GPU it adds in no fixed order; matrix products repeat to the last bit.
+    PyTorch's own backward scatters value by value on a CPU: it is 4 to 5 times slower in channels_last bfloat16, a
+    tenth of a training step. On a GPU it adds in no fixed order, while matrix products repeat to the last bit.
     """
 
     @staticmethod
@@ -65,11 +65,11 @@ def upsample(x):
 
 
 class VGGBlock(nn.Module):
-    """Twice (3x3 convolution, batch norm, ReLU) of some maps, joined: -> (N, out_channels, H, W).
+    """Two times (3x3 convolution, batch norm, ReLU) -> (N, out_channels, H, W).
 
-    Of one map (N, in_channels, H, W); or of several, the last of which, (N, C, H / 2, W / 2), is upsampled first, all
-    together having in_channels. With `checkpointing` the joined maps, the largest tensors of a training, are not kept
-    for the backward pass but made again, together with the first convolution.
+    The input is one map (N, in_channels, H, W), or several maps that have in_channels together: they are concatenated
+    after the last one, (N, C, H / 2, W / 2), has been upsampled. With `checkpointing` the concatenated maps, the
+    largest tensors of a training, are not kept for the backward pass but computed again with the first convolution.
     """
 
     checkpointing = False
@@ -93,10 +93,10 @@ class VGGBlock(nn.Module):
 
 
 class SkipNetwork(nn.Module):
-    """What both networks share: nodes X^{i,j} joined by pooling, bilinear upsampling and skips.
+    """What both networks share: nodes X^{i,j} connected by pooling, bilinear upsampling and skips.
 
     X^{i,0} sees the pooled X^{i-1,0}; any other X^{i,j} sees X^{i,k} for k in `skips(j)` and the upsampled X^{i+1,j-1}.
-    A subclass says which nodes and skips there are, and which levels d have a head, on X^{0,d}.
+    A subclass defines the nodes, the skips, and the levels d that have a head on X^{0,d}.
     """
 
     nodes = ()  # (i, j) pairs, each after the nodes that feed it
@@ -126,15 +126,16 @@ class SkipNetwork(nn.Module):
         return [f"L{level}" for level in self.levels]
 
     def prune(self, level):
-        """A new model of the nodes with i + j <= level and the head of X^{0,level} alone: forward returns its logits.
+        """A new model with the nodes i + j <= level and only the head of X^{0,level}, whose logits forward returns.
 
-        They are those of the same head of this model, which stays as it is. Padding stays at multiples of 16, because
-        upsampling with aligned corners gives other values at another size. ValueError when no head was trained there.
+        The logits equal those of the same head of this model, which is left unchanged. Padding stays at multiples of
+        16, because upsampling with aligned corners depends on the size. ValueError when no head was trained there.
         """
         if level not in self.levels:
-            known = f"level {level}: this {type(self).__name__} has no such head, only {', '.join(self.head_names)}"
-            advice = "; a model to prune is a NestedUNet trained with --deep_supervision True"
-            raise ValueError(known + advice * (len(self.levels) == 1))
+            said = f"level {level}: this {type(self).__name__} has no such head, only {', '.join(self.head_names)}"
+            if len(self.levels) == 1:
+                said += "; pruning needs a NestedUNet trained with --deep_supervision True"
+            raise ValueError(said)
         pruned = copy.deepcopy(self)
         pruned.levels = (level,)
         pruned.nodes = tuple((i, j) for i, j in self.nodes if i + j <= level)
@@ -144,11 +145,11 @@ class SkipNetwork(nn.Module):
         return pruned
 
     def folded(self):
-        """A new model for inference alone, each batch norm folded into the convolution before it; the same outputs.
+        """A new model for inference only, with each batch norm folded into the convolution before it; same outputs.
 
-        In evaluation mode a batch norm is a scale and a shift of each channel, which the convolution's weights and bias
-        can hold, computed here in their own precision. This model stays as it is; the new one prunes, but neither
-        trains nor fits the checkpoints of this one.
+        In eval mode a batch norm is a scale and a shift of each channel, which the weights and bias of a convolution
+        can hold, computed here in their own precision. This model is left unchanged. The new one can be pruned, but it
+        neither trains nor fits this model's checkpoints.
         """
         folded = copy.deepcopy(self).eval().requires_grad_(False)
         for block in folded.modules():
@@ -173,7 +174,7 @@ class SkipNetwork(nn.Module):
     def pad(self, images):
         """Pad right and bottom by replication to multiples of 16; in training to at least 32.
 
-        32 pixels leave 2 x 2 at the bottom, so that batch norm sees more than one value a channel even in a batch of 1.
+        32 pixels leave 2 x 2 at the bottom, so batch norm sees more than one value per channel even in a batch of one.
         """
         multiple, least = 2**DEPTH, 2 ** (DEPTH + 1) if self.training else 1
         # rounded up without negative numbers: ONNX divides those towards zero, Python downwards
@@ -182,7 +183,7 @@ class SkipNetwork(nn.Module):
 
 
 class UNet(SkipNetwork):
-    """U-Net built of the same blocks as NestedUNet, so that the two compare. 7,852,545 parameters by default.
+    """U-Net built from the same blocks as NestedUNet, so that the two compare. 7,852,545 parameters by default.
 
     images (N, input_channels, H, W) float, any H and W -> logits (N, num_classes, H, W).
     """
@@ -208,8 +209,8 @@ class NestedUNet(SkipNetwork):
     """U-Net++: every X^{i,j}, j > 0, sees all earlier nodes of its row. 9,163,329 parameters by default.
 
     images (N, input_channels, H, W) float, any H and W -> logits (N, num_classes, H, W) of X^{0,4}; with
-    deep_supervision a list of the logits of X^{0,1} ... X^{0,4}, each from a 1x1 convolution of its own (`final1` ...).
-    Pruned to one of them, it returns that one's logits alone.
+    deep_supervision a list of the logits of X^{0,1} ... X^{0,4}, each from its own 1x1 convolution (`final1` ...).
+    Pruned to one level, it returns the logits of that level alone.
     """
 
     nodes = tuple((d - j, j) for d in range(DEPTH + 1) for j in range(d + 1))  # diagonal by diagonal: L0, L1 ... L4
@@ -240,7 +241,7 @@ ARCHS = {"UNet": UNet, "NestedUNet": NestedUNet}
 def build_model(config):
     """The network that a run's config describes (arch, num_classes, input_channels, deep_supervision, width).
 
-    With `checkpointing` in the config, training it takes less memory and more time; its results are the same.
+    With `checkpointing` in the config, training takes less memory and more time, with the same results.
     """
     if config["arch"] not in ARCHS:
         raise ValueError(f"arch {config['arch']!r} is unknown; expected one of {', '.join(ARCHS)}")
@@ -253,32 +254,10 @@ def build_model(config):
 
 
 def as_heads(output):
-    """What a model returned, as a list of logits, the deepest head last; one head is a list of one."""
+    """What a model returned, as a list of logits with the deepest head last; a single head is a list of one."""
     return list(output) if isinstance(output, (list, tuple)) else [output]
 
 
 def probabilities(output):
     """What a model returned -> (N, num_classes, H, W) float32 in [0, 1]: the mean over its heads of their sigmoids."""
     return torch.stack([torch.sigmoid(logits.float()) for logits in as_heads(output)]).mean(0)
-
-
-class EightWays(nn.Module):
-    """A model that looks at the eight flips and rotations by 90 degrees of a batch (test-time augmentation).
-
-    Each head's logits are those of the mean of its eight probabilities, in float32.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.head_names = model, model.head_names
-
-    def forward(self, images):
-        total = None
-        for turns in range(4):
-            for flipped in (False, True):
-                turned = torch.rot90(images, turns, (2, 3))
-                turned = turned.flip(3) if flipped else turned
-                found = [torch.sigmoid(logits.float()) for logits in as_heads(self.model(turned))]
-                found = [torch.rot90(head.flip(3) if flipped else head, -turns, (2, 3)) for head in found]
-                total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-        return [torch.logit(head / 8, eps=1e-7) for head in total]

@@ -1,23 +1,22 @@
-"""A trained run as one ONNX file for any picture: nobody has to standardise, pad or crop around it, or to do so twice.
+"""Export a trained run as one ONNX file that takes pictures as they are: standardisation, padding and cropping inside.
 
 python export.py --name run1               # models/run1 -> outputs/run1/run1_L4.onnx
 python export.py --name run1 --level 2     # pruned: smaller and faster; --level mean averages all heads
 python export.py --name run1 --int8        # -> run1_L4_int8.onnx: a quarter of the size, faster, quantised
 python export.py --name run1 --level 2 --run small   # no ONNX: a run of 1 MB, models/small, for predict.py and val.py
 
-Whoever uses the file needs onnxruntime alone:
+Using the file needs onnxruntime only:
 
     session = onnxruntime.InferenceSession("outputs/run1/run1_L4.onnx")
     [probabilities] = session.run(None, {"images": images})  # uint8 (N, H, W, 3) RGB -> float32 (N, H, W, classes)
     session.get_modelmeta().custom_metadata_map              # {"name": "run1", "threshold": "0.5", ...}
 
---int8: convolutions, pooling, upsampling and what joins them compute with whole numbers of 8 bits, whose ranges are
-the smallest and largest values seen on 64 training images (Jacob et al., CVPR 2018, https://arxiv.org/abs/1712.05877;
-weights have a scale a channel). Standardisation and sigmoid stay float32. Of the ways to find the ranges, smallest and
-largest, entropy and the 99.99th percentile gave an IoU within 0.0004 of each other on 200 other training images.
+--int8: convolutions, pooling, upsampling and concatenation compute with 8-bit integers. Their ranges are the smallest
+and largest values seen on 64 training images (Jacob et al., CVPR 2018, https://arxiv.org/abs/1712.05877; weights have
+one scale per channel). Standardisation and sigmoid stay float32. Three ways to find the ranges (minimum and maximum,
+entropy, 99.99th percentile) gave an IoU within 0.0004 of each other on 200 other training images.
 """
 
-import argparse
 import importlib.util
 import inspect
 import logging
@@ -25,19 +24,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from archs import DEPTH, probabilities
-from common.cli import Parser, parse_options, run_script
-from common.files import atomic_path, read_yaml, save_checkpoint, write_yaml
-from common.images import decode, squeeze, to_channels
-from common.runs import newest_run, run_folder
-from common.synthetic import nuclei
-from dataset import ABOUT, check_split, standardise
-from metrics import THRESHOLDS
-from utils import count_params
-from val import LEVELS, load_trained
+from common.cli import Parser, answer_early, parse_options, run_script
+from inference import LEVELS
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 IN_CONFIG = ("name", "arch", "num_classes", "input_channels", "input_h", "input_w", "scale")  # what goes along
@@ -46,12 +34,12 @@ TOLERANCE = 1e-4  # of a probability
 CHECKED = 4  # images
 CALIBRATED = 64  # training images whose activations give the ranges of --int8
 WHOLE_NUMBERS = ("Conv", "Relu", "MaxPool", "Resize", "Concat")  # operations that --int8 computes with 8 bits
-RUN_FILES = ("config.yml", "split.yml", "model.pth", "last.pth")  # of models/<name>, in this order looked for
+RUN_FILES = ("config.yml", "split.yml", "model.pth", "last.pth")  # of models/<name>, in the order they are looked for
 PARTS = {"train": "training", "val": "validation"}
 
 
 def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     a = parser.add_argument
     a("--name", help="models/<name>; default: the newest run")
     a("--level", choices=LEVELS, help="the head to keep, or the mean of all; default: the deepest")
@@ -62,8 +50,24 @@ def build_parser():
     return parser
 
 
+answer_early(__name__, build_parser)  # the imports below take seconds
+
+import numpy as np
+import torch
+
+from archs import DEPTH
+from common.files import atomic_path, read_yaml, save_checkpoint, write_yaml
+from common.images import read_picture, squeeze, to_channels
+from common.runs import newest_run, run_folder
+from common.synthetic import nuclei
+from dataset import ABOUT, check_split
+from inference import answer, load_trained
+from metrics import THRESHOLDS
+from utils import count_params
+
+
 def check_packages():
-    """ValueError when what ONNX needs is not installed."""
+    """ValueError when a package that ONNX needs is not installed."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"{', '.join(missing)} not installed; exporting needs: pip install -r requirements-onnx.txt")
 
@@ -77,8 +81,7 @@ class Deployed(torch.nn.Module):
         self.eval()  # all of it, because exporters put a module back into the mode in which they found it
 
     def forward(self, images):
-        images = standardise(images.permute(0, 3, 1, 2), self.mean, self.std)
-        return probabilities(self.model(images)).permute(0, 2, 3, 1)
+        return answer(self.model, images, self.mean, self.std)
 
 
 def write_onnx(deployed, path, channels, metadata):
@@ -112,14 +115,14 @@ def write_onnx(deployed, path, channels, metadata):
 
 
 def images_of(config, part, count):
-    """-> up to `count` images (H, W, channels) uint8, and what they are: a part of the run's split, or generated."""
+    """Up to `count` images (H, W, channels) uint8 of a part of the run's split, or generated ones -> images, source."""
     folder = Path("inputs") / config["dataset"] / "images"
     path = Path("models") / config["name"] / "split.yml"
     ids = check_split(read_yaml(path), path)[part]
     if part == "train":  # ids are sorted or drawn; those of a stretch may be of one kind
         ids = ids[:: max(1, len(ids) // count)]
     paths = [path for img_id in ids if (path := folder / f"{img_id}{config['img_ext']}").is_file()][:count]
-    pictures, source = [decode(path.read_bytes()) for path in paths], f"{PARTS[part]} images of {folder.parent}"
+    pictures, source = [read_picture(path) for path in paths], f"{PARTS[part]} images of {folder.parent}"
     if not paths:
         pictures, source = [nuclei(seed)[0] for seed in range(count)], f"generated images ({folder} is gone)"
     return [to_channels(picture, config["input_channels"]) for picture in pictures], f"{len(pictures)} {source}"
@@ -234,17 +237,16 @@ def write_deployed(name, options):
     check_packages()
     model, config = load_trained(name, torch.device("cpu"), level=options.level or "deepest")
     head = "mean" if options.level == "mean" else model.head_names[-1]
-    output = options.output or Path("outputs") / name / f"{name}_{head}{'_int8' * options.int8}.onnx"
+    ending = "_int8.onnx" if options.int8 else ".onnx"
+    output = options.output or Path("outputs") / name / f"{name}_{head}{ending}"
     if output.exists() and not options.overwrite:
         raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another --output")
     config["name"] = name  # of the folder, which a user may have renamed
     deployed = Deployed(model.to(memory_format=torch.contiguous_format), config["mean"], config["std"])
     metadata = {key: config[key] for key in IN_CONFIG if key in config}
-    metadata |= {
-        "level": head.removeprefix("L"),
-        "threshold": THRESHOLDS[0],
-        "precision": "int8" if options.int8 else "float32",
-    }
+    metadata["level"] = head.removeprefix("L")
+    metadata["threshold"] = THRESHOLDS[0]
+    metadata["precision"] = "int8" if options.int8 else "float32"
 
     height, width = config["input_h"], config["input_w"]
     sizes = ((height, width), (height + height // 3 + 1, width - width // 5), (max(1, height // 2 - 1), width + 7))
@@ -270,7 +272,10 @@ def write_deployed(name, options):
 def main():
     options, _ = parse_options(build_parser)
     name = options.name or newest_run("arch")
-    (write_run if options.run else write_deployed)(name, options)
+    if options.run:
+        write_run(name, options)
+    else:
+        write_deployed(name, options)
 
 
 if __name__ == "__main__":

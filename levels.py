@@ -1,4 +1,4 @@
-"""What each level of a deeply supervised U-Net++ costs and gives, so that a smaller one can be chosen with open eyes.
+"""What each level of a deeply supervised U-Net++ costs and gives, to choose a smaller one knowingly.
 
 python val.py --name run1 --levels    # prints a table, draws outputs/run1/levels.png, adds a section to the report
 """
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from archs import probabilities
+from common.devices import precision, synchronize
 from common.files import atomic_path
 from common.report import BLUE, GREEN, VERMILION
 from metrics import summarise
@@ -28,26 +29,25 @@ PAPER = {  # Zhou et al. 2020, nuclei: million parameters, and mean IoU in per c
 }
 PAPER_COLUMNS = {"paper_parameters": "paper: parameters", "paper_miou": "paper: mean IoU"}
 NOTE = (
-    f"Pruned models, and all heads averaged (mean). ms/image: median of {ROUNDS} interleaved rounds of one batch of "
-    "{batch}, {device}; peak MB: weights and the most that the tensors of a batch hold at once; paper: Zhou et al. on "
-    "nuclei, 2020, mean IoU in per cent."
+    f"Pruned models, and the mean of all heads. ms/image: median of {ROUNDS} interleaved rounds of one batch of "
+    "{batch}, {device}; peak MB: weights plus the most memory that the tensors of a batch hold at once; paper: Zhou et "
+    "al. on nuclei, 2020, mean IoU in per cent."
 )
 
 
 def seconds(answer, device):
-    """Seconds until `answer()` is there; a GPU answers before it is done."""
-    synchronise = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    synchronise()
+    """Seconds until `answer()` is there."""
+    synchronize(device)
     start = time.perf_counter()
     answer()
-    synchronise()
+    synchronize(device)
     return time.perf_counter() - start
 
 
 class PeakMemory(TorchDispatchMode):
-    """`bytes`: the most that tensors made inside this context held at once.
+    """`bytes`: the most memory that tensors made inside this context held at once.
 
-    The same on every device and every day. What a library takes for itself during an operation is not in it.
+    It is the same on every device. Memory that a library takes for itself during an operation is not counted.
     """
 
     def __init__(self):
@@ -67,15 +67,15 @@ class PeakMemory(TorchDispatchMode):
 def measure(model, images, device, amp=None, rounds=ROUNDS):
     """{"L1" ... "L4": {"parameters", "ms", "megabytes"}} of the pruned models, and "mean" of the whole one.
 
-    images: one batch, (N, channels, H, W) standardised. ms: milliseconds an image, the median of `rounds` rounds in
-    which the levels take turns, so that a busy moment hits all alike. megabytes (2^20 bytes): the weights, and the most
-    that the tensors of one batch hold at once beside them. Parameters are those that were trained, before folding.
+    images: one batch, (N, channels, H, W) standardised. ms: milliseconds per image, the median of `rounds` rounds in
+    which the levels take turns, so that a busy moment affects all alike. megabytes (2^20 bytes): the weights plus the
+    most memory that the tensors of one batch hold at once. parameters: those that were trained, before folding.
     """
     trained = {f"L{level}": model.prune(level) for level in model.levels} | {"mean": model}
     models = {name: cut.folded() for name, cut in trained.items()}
 
     def answer(cut):
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+        with precision(device, amp):
             output = cut(images)
         return probabilities(output)
 
@@ -99,14 +99,14 @@ def measure(model, images, device, amp=None, rounds=ROUNDS):
 
 
 def rows_of_levels(measured, tables):
-    """What `measure` found and val.evaluate's tables -> a row a level, with every metric and the paper's figures."""
+    """What `measure` found and val.judge's tables -> one row per level, with every metric and the paper's figures."""
     return [
         {"level": name, **costs, **summarise(tables[name]), **PAPER.get(name, {})} for name, costs in measured.items()
     ]
 
 
 def with_text(rows):
-    """The rows with their costs as a person reads them."""
+    """The rows with their costs formatted for people."""
     as_text = {"parameters": "{:,}", "ms": "{:.2f}", "megabytes": "{:.1f}"}
     return [row | {key: form.format(row[key]) for key, form in as_text.items()} for row in rows]
 
@@ -125,7 +125,7 @@ def sufficient(rows):
 
 
 def draw(rows, path):
-    """One PNG: pooled IoU against milliseconds an image, and each level's costs as shares of the largest one's."""
+    """One PNG: pooled IoU against milliseconds per image, and the costs of each level relative to the largest one."""
     from matplotlib.figure import Figure
 
     levels = [row for row in rows if row["level"] != "mean"]
@@ -143,7 +143,7 @@ def draw(rows, path):
         place = {"xytext": (0, -15 if row["level"] == "mean" else 8), "textcoords": "offset points", "ha": "center"}
         left.annotate(row["level"], (row["ms"], row["iou"]), fontsize=9, **place)
     left.margins(0.12, 0.2)
-    left.set_xlabel("milliseconds an image", fontsize=9)
+    left.set_xlabel("milliseconds per image", fontsize=9)
     left.set_title("pooled IoU; the band is half a point below the best level", fontsize=10)
 
     keys = {"parameters": "parameters", "ms": "time", "megabytes": "peak memory"}

@@ -1,11 +1,10 @@
 """What is counted and when it is divided: every definition behind "0.84 or 0.92?".
 
-    counts = PixelCounts()
-    counts.update(probabilities, masks)      # batch after batch, of any size
-    summarise(counts.table())                # {"iou": 0.85, "iou_per_image": 0.83, ...}
+    table = np.concatenate([count_pixels(probabilities, masks) for probabilities, masks in batches])
+    summarise(table)                         # {"iou": 0.85, "iou_per_image": 0.83, ...}
 
-Integer counts per image, class and threshold are kept; every metric is a division of them at the very end, so that no
-figure depends on the batch size it was computed with.
+Metrics are divided once, at the very end, from integer counts per image, class and threshold. So no figure depends on
+the batch size of the evaluation.
 """
 
 import numpy as np
@@ -15,42 +14,33 @@ THRESHOLDS = tuple(round(0.5 + 0.05 * k, 2) for k in range(10))  # 0.5, 0.55 ...
 INTERSECTION, PREDICTED, TRUE, PIXELS = range(4)  # the last axis of a table of counts
 
 DEFINITIONS = {
-    "iou": "IoU, pooled: foreground at threshold 0.5, intersection and union summed over all images, divided once",
-    "dice": "Dice, pooled: the same sums, 2 intersection / (predicted + true)",
-    "iou_per_image": "IoU of each image, then averaged; an image empty in both counts 1",
-    "dice_per_image": "Dice of each image, then averaged; an image empty in both counts 1",
-    "iou_per_batch": "IoU pooled inside each batch of 16 images in split order, averaged with the batch sizes as"
-    " weights (the figure of pytorch-nested-unet)",
-    "miou": "mIoU, two classes: mean of background and foreground IoU, pooled, threshold 0.5",
-    "miou_ten": "mIoU, ten thresholds: the same, averaged over thresholds 0.5, 0.55 ... 0.95"
-    " (as the Keras code of the U-Net++ authors)",
+    "iou": "pooled IoU: foreground at threshold 0.5; intersection and union are summed over all images, then divided",
+    "dice": "pooled Dice: 2 intersection / (predicted + true) of the same sums",
+    "iou_per_image": "mean of the images' IoU; an image with no foreground in either mask scores 1",
+    "dice_per_image": "mean of the images' Dice; an image with no foreground in either mask scores 1",
+    "iou_per_batch": "IoU pooled within each batch of 16 images in split order, then averaged, weighted by batch size"
+    " (the definition of pytorch-nested-unet)",
+    "miou": "two-class mIoU: mean of background and foreground IoU, pooled, threshold 0.5",
+    "miou_ten": "ten-threshold mIoU: two-class mIoU averaged over thresholds 0.5, 0.55 ... 0.95"
+    " (the definition of the U-Net++ authors' Keras code)",
 }
 
 
-class PixelCounts:
-    """Counts intersection, predicted, true and all pixels of each image, class and threshold."""
+def count_pixels(probabilities, masks, thresholds=THRESHOLDS):
+    """Intersection, predicted, true and all pixels of each image, class and threshold.
 
-    def __init__(self, thresholds=THRESHOLDS):
-        self.thresholds = thresholds
-        self._batches = []
-
-    def update(self, probabilities, masks):
-        """probabilities (N, C, H, W) float in [0, 1], masks (N, C, H, W) of 0 and 1; foreground is > threshold."""
-        _check_shapes(probabilities, masks)
-        true = masks.flatten(2) > 0.5  # (N, C, P)
-        probabilities = probabilities.flatten(2)
-        counts = []
-        for threshold in self.thresholds:
-            predicted = probabilities > threshold
-            pixels = torch.full(true.shape[:2], true.shape[-1], device=true.device)
-            counts.append(torch.stack([(predicted & true).sum(-1), predicted.sum(-1), true.sum(-1), pixels], dim=-1))
-        self._batches.append(torch.stack(counts, dim=2))  # stays on its device: no synchronisation a step
-
-    def table(self):
-        """All images so far, in order -> int64 array (images, classes, thresholds, 4)."""
-        if not self._batches:
-            return np.zeros((0, 1, len(self.thresholds), 4), np.int64)
-        return torch.cat(self._batches).cpu().numpy()
+    probabilities: (N, C, H, W) float in [0, 1]; masks: (N, C, H, W) of 0 and 1. Foreground is a probability above the
+    threshold. Returns an int64 tensor (N, C, len(thresholds), 4) on the same device. ValueError when the shapes differ.
+    """
+    _check_shapes(probabilities, masks)
+    true = masks.flatten(2) > 0.5  # (N, C, P)
+    probabilities = probabilities.flatten(2)
+    pixels = torch.full(true.shape[:2], true.shape[-1], device=true.device)
+    counts = []
+    for threshold in thresholds:
+        predicted = probabilities > threshold
+        counts.append(torch.stack([(predicted & true).sum(-1), predicted.sum(-1), true.sum(-1), pixels], dim=-1))
+    return torch.stack(counts, dim=2)
 
 
 def _check_shapes(output, masks):

@@ -1,25 +1,30 @@
 """torchvision's ResNet-18 with its steps apart, its weights, and where it looks; imports torch and torchvision only.
 
-from resnet18 import ResNet18, fill_body
+from classification.resnet18 import ResNet18, fill_body
 
 model = ResNet18(num_classes=2, freeze_bn=True)
 fill_body(model, torch.load("resnet18-f37072fd.pth"), "resnet18-f37072fd.pth")
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
+from torchvision.models import ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, ResNet
+
+from common.cli import listed
 
 
 class FixedBatchNorm(nn.BatchNorm2d):
-    """Batch norm that keeps the statistics it was loaded with, in training as well; scale and shift still learn."""
+    """Batch norm that keeps the statistics it was loaded with, also in training; scale and shift still learn."""
 
     def train(self, mode=True):
         return super().train(False)
 
 
 class ResNet18(ResNet):
-    """torchvision's ResNet-18 (He et al., 2016; the same state_dict) with its steps apart.
+    """torchvision's ResNet-18 (He et al., 2016; the same state_dict) as separate steps.
 
     maps: (N, 3, H, W) -> (N, 512, H/32, W/32); features: -> (N, 512); forward: -> (N, num_classes) logits, float32.
     In eval mode with mirror, features are the mean over a picture and its mirror image.
@@ -28,7 +33,8 @@ class ResNet18(ResNet):
     def __init__(self, num_classes, freeze_bn=False, mirror=False):
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes, norm_layer=FixedBatchNorm if freeze_bn else None)
         self.mirror = mirror
-        nn.init.zeros_(self.fc.weight)  # undecided at first: the body gets no gradient before the head knows something
+        # undecided at first: the body gets no gradient before the head has learned anything
+        nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
 
     def maps(self, images):
@@ -52,36 +58,46 @@ class ResNet18(ResNet):
         return self.head(self.features(images))
 
 
-def fill_body(model, state, source):
-    """Load a ResNet-18's state_dict, all but its head, whatever its precision.
+def fill_body(model, weights, source):
+    """Load the weights of a ResNet-18, {name: tensor} of any precision, all but its head.
 
-    `module.` before the names and a surrounding {"state_dict": ...} or {"model": ...} are accepted.
-    source: what an error calls it. ValueError when it is something else or holds values that are not finite.
+    source: what an error calls them. ValueError when they are those of something else.
     """
-    if isinstance(state, dict):
-        state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
-    state = state.items() if isinstance(state, dict) else ()
-    state = {str(key).removeprefix("module."): value for key, value in state if torch.is_tensor(value)}
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
     needed = [key for key in own if not key.endswith("num_batches_tracked")]
-    problems = [f"{key} is missing" for key in needed if key not in state]
-    problems += [f"{key} is unknown" for key in state if key not in own]
-    for key in [key for key in own if key in state]:
-        if state[key].shape != own[key].shape:
-            problems.append(f"{key} is {tuple(state[key].shape)} instead of {tuple(own[key].shape)}")
-        elif not torch.isfinite(state[key].float()).all():
-            problems.append(f"{key} is not finite")
+    problems = [f"{key} is missing" for key in needed if key not in weights]
+    problems += [f"{key} is unknown" for key in weights if key not in own]
+    problems += [
+        f"{key} is {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+        for key, value in weights.items()
+        if key in own and value.shape != own[key].shape
+    ]
     if problems:
-        more = f", and {len(problems) - 1} more such entries" if len(problems) > 1 else ""
-        raise ValueError(f"{source} is no state_dict of a ResNet-18: {problems[0]}{more}")
-    model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()}, strict=False)
+        raise ValueError(f"{source} is no state_dict of a ResNet-18: {listed(problems, most=1)}")
+    model.load_state_dict({key: value.to(own[key].dtype) for key, value in weights.items()}, strict=False)
+
+
+def imagenet_file():
+    """torchvision's IMAGENET1K_V1 file, downloaded through torchvision at the first use; OSError says what to do."""
+    url = ResNet18_Weights.IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not path.is_file():
+        print(f"downloading torchvision's ImageNet weights (44.7 MB) to {path}")
+        try:
+            ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"cannot download {url} ({getattr(error, 'reason', error)}); put the file {path.name} into "
+                f"{path.parent}, or give --weights PATH, or --weights none"
+            ) from None
+    return path
 
 
 def grad_cam(model, image, target):
     """Where the logit of class `target` came from: Grad-CAM (Selvaraju et al., 2017) of the last convolutions.
 
-    image: (3, H, W) standardised -> (H, W) float32, 0 to 1, all 0 where nothing speaks for the class.
+    image: (3, H, W) standardised -> (H, W) float32 in [0, 1]; all 0 when nothing supports the class.
     """
     model.eval()
     with torch.enable_grad():

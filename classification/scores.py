@@ -1,34 +1,53 @@
-"""How well a classifier did: an interval, a confusion matrix, heat maps, and which pictures are worth looking at.
+"""How well a classifier did: accuracy with its interval, the confusion matrix, pictures worth a look, the report.
 
-from classification import confusion_matrix, wilson
+from classification.scores import notable, wilson
 
-wilson(145, 153)                              # (0.900, 0.973): what 94.8 % of 153 pictures can mean
-confusion_matrix([0, 0, 1], [0, 1, 1], 2)     # [[1, 1], [0, 1]]
+wilson(145, 153)                       # (0.900, 0.973): what 94.8 % of 153 pictures can mean
+notable(probabilities, labels)         # {"wrong": indices, "least certain": ..., "most certain": ...}
 """
-
-import math
 
 import cv2
 import numpy as np
 
+from classification.resnet18 import grad_cam
+from common import report
 
-def wilson(correct, total, z=1.959964):
-    """The 95 % interval of a proportion (Wilson, 1927), which stays within [0, 1] and holds for few pictures."""
-    p = correct / total
-    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+GALLERY_NOTE = (
+    "Best epoch. Each card shows the part of the picture that the network sees and, in bright colours, what supported "
+    "its answer (Grad-CAM). Probability is that of the answer."
+)
 
 
-def confusion_matrix(labels, predictions, num_classes):
-    """(num_classes, num_classes) counts; rows are the labels, columns the predictions."""
-    counts = np.zeros((num_classes, num_classes), int)
-    np.add.at(counts, (np.asarray(labels), np.asarray(predictions)), 1)
-    return counts
+def wilson(correct, total):
+    """The 95 % Wilson score interval of a proportion, which stays within [0, 1] and holds for few pictures."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def print_scores(rows, probabilities, labels, classes):
+    """Print accuracy and confusion -> (label, value, note) of the best and the last epoch, and the confusion matrix.
+
+    rows: those of log.csv; probabilities: (N, num_classes) of the best epoch; labels: (N,). The matrix is an int array
+    (num_classes, num_classes) of counts whose rows are labels and whose columns are predictions.
+    """
+    from sklearn.metrics import confusion_matrix
+
+    headline = []
+    best = max(rows, key=lambda row: row["val_acc"])
+    for which, row in (("best", best), ("last", rows[-1])):
+        low, high = wilson(round(row["val_acc"] * len(labels)), len(labels))
+        interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+        headline.append((f"{which} epoch", f"{100 * row['val_acc']:.1f} %", f"epoch {row['epoch']}; {interval}"))
+        print(f"{which} accuracy {100 * row['val_acc']:.2f} % ({interval}) at epoch {row['epoch']}")
+    counts = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
+    print(format_confusion(counts, classes))
+    return [*headline, ("pictures", len(labels), "in validation")], counts
 
 
 def format_confusion(counts, classes):
-    """Aligned text of a confusion matrix."""
+    """A confusion matrix as aligned text."""
     corner = "label, predicted:"
     width = max(len(corner), *map(len, classes))
     widths = [max(len(name), len(str(column.max()))) for name, column in zip(classes, counts.T, strict=True)]
@@ -48,9 +67,47 @@ def heat_overlay(picture, heat):
 def notable(probabilities, labels, most=48, few=12):
     """{"wrong": indices, "least certain": ..., "most certain": ...}; the last two are right answers.
 
-    probabilities: (N, num_classes); labels: (N,). Wrong answers begin with the most certain of them.
+    probabilities: (N, num_classes); labels: (N,). Wrong answers start with the most certain one.
     """
     answers, certainty = probabilities.argmax(1), probabilities.max(1)
     wrong, right = np.flatnonzero(answers != labels), np.flatnonzero(answers == labels)
     wrong, right = wrong[np.argsort(-certainty[wrong])], right[np.argsort(certainty[right])]
     return {"wrong": wrong[:most], "least certain": right[:few], "most certain": right[few:][-few:][::-1]}
+
+
+def gallery_items(model, dataset, probabilities, labels, classes):
+    """Cards of the pictures that were wrong, and of the least and the most certain right ones."""
+    device = next(model.parameters()).device
+    items = []
+    for group, indices in notable(probabilities, labels).items():
+        for index in indices:
+            answer, picture = int(probabilities[index].argmax()), dataset.seen(index)
+            heat = grad_cam(model, dataset[index][0].to(device), answer)
+            said = f"{classes[answer]}, is {classes[labels[index]]}" if group == "wrong" else classes[answer]
+            items.append(
+                {
+                    "title": f"{dataset.samples[index][0].name}: {said}",
+                    "panels": [("picture", picture), ("where it looked", heat_overlay(picture, heat))],
+                    "values": {"probability": float(probabilities[index, answer])},
+                    "group": group,
+                }
+            )
+    return items
+
+
+def write_report(path, config, model, dataset, probabilities, headline, counts, curves):
+    """The self-contained page: accuracy, curves, confusion and a gallery. curves: the run's curves.png."""
+    classes, labels = config["classes"], [label for _, label in dataset.samples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    counted = []
+    for name, row in zip(classes, counts.tolist(), strict=True):
+        counted.append({"": name, **dict(zip(classes, row, strict=True))})
+    headings = {"": "label, predicted:", **{name: name for name in classes}}
+    cards = gallery_items(model, dataset, probabilities, np.array(labels), classes)
+    sections = [
+        ("Accuracy", report.summary(headline)),
+        ("Curves", report.picture(report.file_uri(curves), "loss, accuracy and learning rate of each epoch")),
+        ("Confusion", report.table(counted, headings, "Counts, best epoch")),
+        ("Pictures", report.gallery(cards, ["probability"], GALLERY_NOTE)),
+    ]
+    report.write_page(path, config["name"], sections, f"ResNet-18, weights {config['weights']}; {', '.join(classes)}")

@@ -11,13 +11,19 @@ import sys
 import threading
 from pathlib import Path
 
-from common.distributed import is_main, launched, speak_in_turn
+from common.distributed import is_main, launched
+from utils import str2bool
 
 MAX_MESSAGE = 4000  # characters: a message may name some twenty ids
 
 
 def number(kind, low=-math.inf, high=math.inf):
     """An argparse type: an int or a float (`kind`) within [low, high]; NaN and infinity are refused."""
+    expected = "integer" if kind is int else "number"
+    if low > -math.inf:
+        expected += f" from {low}"
+    if high < math.inf:
+        expected += f" up to {high}"
 
     def parse(text):
         try:
@@ -25,23 +31,58 @@ def number(kind, low=-math.inf, high=math.inf):
         except (ValueError, OverflowError):
             value = math.nan
         if not (math.isfinite(value) and low <= value <= high):
-            bounds = f" from {low}" * (low > -math.inf) + f" up to {high}" * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}{bounds}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no {expected}")
         return value
 
     parse.kind, parse.low, parse.high = kind, low, high
     return parse
 
 
+def auto_or_bool(text):
+    """An argparse type: "auto" stays as it is, anything else is read by str2bool."""
+    return text if text == "auto" else str2bool(text)
+
+
+def add_machine_options(parser, training=False):
+    """--device and --amp, and for training --num_workers and --sync_bn -> the group, for more options of its kind."""
+    group = parser.add_argument_group("machine")
+    a = group.add_argument
+    a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    a("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
+    if training:
+        workers = "loader processes; -1: none on a CPU, up to 8 with a GPU"
+        a("--num_workers", type=number(int, -1, 1024), default=-1, help=workers)
+        a("--sync_bn", type=str2bool, default=False, help="torchrun: batch norm over the batches of all GPUs")
+    return group
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default is None or action.nargs == 0:  # the help says what happens without the option
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and whose options cannot be abbreviated."""
+    """An ArgumentParser whose errors are one line and whose options cannot be abbreviated.
+
+    Its help keeps the lines of the description, a script's docstring, and adds each option's default.
+    """
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def error(self, message):
-        speak_in_turn()
         self.exit(2, f"{self.prog}: error: {in_one_line(message)} (--help lists the options)\n")
+
+
+def answer_early(name, build_parser):
+    """Called above a script's slow imports: --help and misspelt options are answered before them.
+
+    name: the caller's __name__; nothing happens unless the script is being run.
+    """
+    if name == "__main__":
+        build_parser().parse_args()
 
 
 def parse_options(build_parser, argv=None, read_config=None):
@@ -68,18 +109,10 @@ def parse_options(build_parser, argv=None, read_config=None):
 
 
 def check_config(build_parser, config, source):
-    """The options in a run's config.yml, each read again by its option's own type -> config; else one line and exit.
-
-    ValueError for a switch (store_true) that is neither true nor false and for an option without its value.
-    """
-    parser = build_parser()
-    options = {action.dest: action for action in parser._actions if action.dest in config}
-    switches = {key for key, action in options.items() if action.nargs == 0}
-    wrong = [key for key in switches if not isinstance(config[key], bool)]
-    wrong += [key for key in options if config[key] is None and parser.get_default(key) is not None]
-    if wrong:
-        raise ValueError(f"{source} is damaged: {', '.join(f'{key} is {config[key]!r}' for key in sorted(wrong))}")
-    given = {key: config[key] for key in options.keys() - switches if config[key] is not None}
+    """A run's config.yml with each option read again by its own type; a wrong value ends in one line, status 2."""
+    defaults = {action.dest: action.default for action in build_parser()._actions if action.nargs != 0}  # no switches
+    unset = {key for key, default in defaults.items() if default is None and config.get(key) is None}
+    given = {key: config[key] for key in defaults.keys() & config.keys() - unset}
     found = _parse(build_parser, [f"--{key}={value}" for key, value in given.items()], source)
     return {**config, **{key: getattr(found, key) for key in given}}
 
@@ -148,15 +181,14 @@ class Stops:
 def run_script(main):
     """Run a script's main and exit: a user's mistake (ValueError, OSError) is one line on stderr and status 2.
 
-    So is memory that does not suffice. Ctrl-C is status 130, SIGTERM 143. With DEBUG=1 in the environment the traceback
-    is shown instead. Of torchrun's processes only the main one speaks of being stopped.
+    So is a lack of memory. Ctrl-C is status 130, SIGTERM 143. With DEBUG=1 in the environment the traceback is shown.
     """
     if os.environ.get("DEBUG"):
         sys.exit(main())
     name = Path(sys.argv[0]).name
     if is_main():
         signal.signal(signal.SIGTERM, _terminate)
-    else:  # it writes no files: let it end even where it waits for the others inside a library
+    else:  # of torchrun's processes only the main one writes files and speaks of being stopped
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         sys.exit(main())
@@ -164,15 +196,20 @@ def run_script(main):
         print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):  # only memory is the user's: torch is not imported here to name its class
-            of_gpu = type(error).__name__ == "OutOfMemoryError"
-            if not of_gpu and "DefaultCPUAllocator" not in str(error):
-                raise
-            error = (
-                f"the {'GPU' if of_gpu else 'machine'}'s memory does not suffice; take a smaller --batch_size or image"
-            )
+        if isinstance(error, RuntimeError):
+            error = _lack_of_memory(error)
         if is_main():  # torchrun's SIGTERM, as another process fails too, shall not interrupt the message
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        speak_in_turn()
         print(f"{name}: error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _lack_of_memory(error):
+    """What to say of torch's RuntimeError when memory ran out; any other is our own mistake and is raised again."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch is not imported here to name its class
+        device = "GPU"
+    elif "DefaultCPUAllocator" in str(error):
+        device = "machine"
+    else:
+        raise error
+    return f"the {device}'s memory does not suffice; take a smaller --batch_size or image"

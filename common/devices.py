@@ -1,7 +1,9 @@
-"""The machine: which device and which precision to compute with, and what to write down about it.
+"""The machine: which device and precision to compute with, and what to write down about it.
 
-    device = pick_device("auto")    # the first GPU there is, else the CPU
-    amp = pick_amp("auto", device)  # torch.bfloat16 where the hardware multiplies it natively; None is float32
+    device = pick_device("auto")    # the first GPU, else the CPU
+    amp = pick_amp("auto", device)  # torch.bfloat16 where the hardware multiplies it natively; None means float32
+    with precision(device, amp):
+        output = model(images)
 
 torch is imported inside the functions that need it, so that `--help` starts fast.
 """
@@ -10,14 +12,15 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import random
 import re
 import subprocess
 from pathlib import Path
 
+PACKAGES = ("torch", "torchvision", "albumentations", "opencv-python-headless", "numpy", "scikit-learn")
+
 
 def pick_device(name="auto"):
-    """auto | cpu | cuda | cuda:N | mps -> torch.device; auto takes the first GPU there is."""
+    """auto, cpu, cuda, cuda:N or mps -> torch.device; auto is the first GPU, or the CPU. ValueError otherwise."""
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -28,15 +31,15 @@ def pick_device(name="auto"):
         raise ValueError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if not available[kind] or (index and int(index) >= torch.cuda.device_count()):
         raise ValueError(
-            f"--device {name} is not there for this PyTorch ({torch.__version__}); use --device auto or cpu"
+            f"--device {name} is not available to this PyTorch ({torch.__version__}); use --device auto or cpu"
         )
     return torch.device(name)
 
 
 def pick_amp(name, device):
-    """--amp auto|off|bf16|fp16 -> the autocast dtype, or None for float32.
+    """auto, off, bf16 or fp16 -> the autocast dtype, or None for float32.
 
-    auto takes bfloat16 where the hardware multiplies it natively, float16 on older GPUs, float32 elsewhere.
+    auto is bfloat16 where the hardware multiplies it natively, float16 on older GPUs, and float32 elsewhere.
     """
     import torch
 
@@ -46,9 +49,40 @@ def pick_amp(name, device):
         name = "bf16" if device.type == "cpu" and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _cpuinfo()) else "off"
     if name == "fp16" and device.type == "cpu":
         raise ValueError(
-            "--amp fp16 needs a GPU, to resume what was trained so too; on a CPU use --amp bf16, off or auto"
+            "--amp fp16 needs a GPU, also to resume a run trained with it; on a CPU use --amp bf16, off or auto"
         )
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def precision(device, amp):
+    """The context in which a model computes: autocast to the dtype `amp`, or float32 when it is None."""
+    import torch
+
+    return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
+
+
+def precision_name(amp):
+    """A torch.dtype or None -> "bfloat16", "float16" or "float32", for people."""
+    return str(amp or "float32").removeprefix("torch.")
+
+
+def to_device(images, device, amp):
+    """Images (N, 3, H, W) on the device, channels_last under mixed precision, whose kernels prefer it.
+
+    Other tensors, such as features (N, D), keep their layout.
+    """
+    import torch
+
+    layout = torch.channels_last if amp is not None and images.dim() == 4 else torch.contiguous_format
+    return images.to(device, non_blocking=True, memory_format=layout)
+
+
+def synchronize(device):
+    """Wait until the device has done what it was told: a GPU answers before it is done."""
+    import torch
+
+    if device.type in ("cuda", "mps"):
+        {"cuda": torch.cuda, "mps": torch.mps}[device.type].synchronize()
 
 
 def _cpuinfo():
@@ -57,10 +91,10 @@ def _cpuinfo():
 
 
 def keep_memory():
-    """Let the C library keep freed memory for the next tensor instead of returning it to the system and asking anew.
+    """Let the C library keep freed memory for the next tensor instead of returning it to the system.
 
-    A training step frees and takes more than a gigabyte; with glibc's defaults the kernel clears those pages each time.
-    Nothing happens where the C library is another one, nor where MALLOC_... variables say what the user wants.
+    A training step frees and allocates more than a gigabyte; with glibc's defaults the kernel clears those pages each
+    time. Nothing happens with another C library, nor where MALLOC_... variables say what the user wants.
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -72,7 +106,7 @@ def keep_memory():
 
 
 def memory():
-    """Bytes of memory of this machine, as far as Python's standard library knows it."""
+    """Bytes of memory of this machine; 8 GB where the standard library cannot tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
@@ -90,13 +124,17 @@ def device_name(device):
     return f"{device.type} ({cpu}, {torch.get_num_threads()} threads)"
 
 
-def environment(device):
-    """Versions, device and git commit, to be kept beside a result."""
-    packages = ("torch", "torchvision", "albumentations", "opencv-python-headless", "numpy", "scikit-learn")
-    versions = {}
+def versions(packages):
+    """{package: version} of those that are installed."""
+    found = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def environment(device):
+    """Versions, device and git commit, to be kept beside a result."""
     git = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -104,17 +142,8 @@ def environment(device):
         commit = ""
     return {
         "python": platform.python_version(),
-        **versions,
+        **versions(PACKAGES),
         "platform": platform.platform(),
         "device": device_name(device),
         "git_commit": commit or "unknown",
     }
-
-
-def seed_everything(seed):
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

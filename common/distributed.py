@@ -1,4 +1,4 @@
-"""Many processes, one training: everything that torchrun brings. Without it there is one process and nothing happens.
+"""Many processes, one training: all that torchrun needs. Without torchrun there is one process and nothing happens.
 
 torchrun --nproc_per_node=2 train.py --name run1
 
@@ -7,25 +7,24 @@ torchrun --nproc_per_node=2 train.py --name run1
         parallel_model = parallel(model, device)
         for batch, own, total in with_shares(loader):
             (loss * (own * world_size() / total)).backward()
-        every = gather(numbers)                           # one entry a process, in the order of the ranks
+        every = gather(numbers)                           # one entry per process, in the order of the ranks
 
-What is computed does not depend on the number of processes: each global batch, its order and its augmentation are those
-of one process. Only batch norm sees a part of the batch, unless it is synchronised, and sums round differently.
+The result does not depend on the number of processes: each global batch, its order and its augmentation are those of
+one process. Only batch norm sees a part of the batch, unless it is synchronised, and sums round differently.
 torch is imported inside the functions that need it, so that `--help` starts fast.
 """
 
 import contextlib
 import os
-import time
 
 
 def launched():
-    """The number of processes that torchrun started, 1 without it."""
+    """The number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_main():
-    """Is this the one process that prints and writes files? Before, in and after the block of `processes`."""
+    """Whether this is the one process that prints and writes files, inside and outside the block of `processes`."""
     return launched() == 1 or os.environ["RANK"] == "0"
 
 
@@ -34,25 +33,15 @@ def local_processes():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() > 1 else 1
 
 
-def speak_in_turn(seconds=10):
-    """Call before an error is told. The first process of a machine speaks at once, the others wait.
-
-    A mistake that all have made ends the first, torchrun then ends those that wait, and it was told once. One that
-    only this process has made is told after the wait.
-    """
-    if launched() > 1 and os.environ["LOCAL_RANK"] != "0":
-        time.sleep(seconds)
-
-
 # ---------------------------------------------------------------- the process group
 
 
 @contextlib.contextmanager
 def processes(device):
-    """Join torchrun's processes for the length of a block -> the torch.device of this one.
+    """Join torchrun's processes for the length of a block -> the torch.device of this process.
 
-    NCCL connects GPUs, one a process, and Gloo CPUs. In all but the main process nothing is printed. ValueError for a
-    device that cannot be shared; ConnectionError when another process ends before its time.
+    NCCL connects GPUs, one per process; Gloo connects CPUs. Only the main process prints. ValueError for a device that
+    cannot be shared; ConnectionError when another process ends early.
     """
     if launched() == 1:
         yield device
@@ -92,7 +81,7 @@ def _own_device(device):
     index, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if index >= there:
         raise ValueError(
-            f"{local_processes()} processes on this machine, but it has {there} GPUs: --nproc_per_node={there}"
+            f"{local_processes()} processes on this machine, but it has {there} GPUs: give --nproc_per_node={there}"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

@@ -155,3 +155,17 @@ def _tensors(state):
 def is_plain_name(name):
     """Is it the name of a file or folder, and no path that could lead out of the folder it is put in?"""
     return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+
+
+def load_weights(path):
+    import torch
+
+    state = load_checkpoint(path)
+    for key in ("state_dict", "ema", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    items = state.items() if isinstance(state, dict) else ()
+    weights = {str(k).removeprefix("module."): v for k, v in items if torch.is_tensor(v) and k != "n_averaged"}
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path} holds weights that are not finite: {key}")
+    return weights

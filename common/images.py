@@ -139,3 +139,11 @@ def squeeze_mask(mask, size):
 def write_png(path, array):
     """(H, W) or (H, W, 3) RGB, uint8 or uint16 -> a PNG; through Python's own file, which tells of a full disk."""
     path.write_bytes(cv2.imencode(".png", array if array.ndim == 2 else array[..., ::-1])[1])
+
+
+def standardise(images, mean, std):
+    import torch
+
+    mean = torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    std = torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    return (images.float() / 255 - mean) / std

@@ -1,0 +1,97 @@
+"""A trained run of transfer_resnet18.py, from its folder to the classes of new pictures.
+
+python transfer_resnet18.py --name mine --predict a.jpg holiday/
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from classification.folders import KEEP, MEAN, STD, middle
+from classification.resnet18 import ResNet18
+from common.devices import pick_amp, pick_device, precision, to_device
+from common.files import atomic_path, load_weights, read_yaml
+from common.images import find_pictures, read_thumbnail, standardise
+from common.runs import newest_run, run_folder
+
+SHOWN = 40  # predictions that are printed; the file has all
+
+
+def read_run(folder):
+    """The config.yml of a run; ValueError when it is not of this script."""
+    config = read_yaml(folder / "config.yml")
+    classes = config.get("classes")
+    if classes is None:
+        raise ValueError(f"{folder} is not a run of this script (its config.yml has no `classes`); --name another one")
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{folder}/config.yml is damaged: expected a list of two or more `classes`, found {classes!r}")
+    return config
+
+
+def load_run(name, device):
+    """-> model in eval mode with the best weights of models/<name>, its config."""
+    folder = run_folder(name)
+    config = read_run(folder)
+    weights = load_weights(folder / "model.pth")
+    try:
+        model = ResNet18(len(config["classes"]), mirror=config["mirror"])
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError):
+        raise ValueError(f"{folder}/model.pth does not fit {folder}/config.yml") from None
+    return model.to(device).eval(), config
+
+
+@torch.inference_mode()
+def classify(model, images, device, amp):
+    """Standardised images (N, 3, H, W) -> probabilities (N, num_classes), a float32 array."""
+    with precision(device, amp):
+        return model(to_device(images, device, amp)).softmax(1).cpu().numpy()
+
+
+def predict_files(options):
+    """Classify files and folders -> outputs/<name>/predictions.csv; 1 when some could not be read, else 0."""
+    device = pick_device(options.device)
+    amp = pick_amp(options.amp, device)
+    name = options.name or newest_run("classes")
+    model, config = load_run(name, device)
+    print(f"models/{name}: {', '.join(config['classes'])}")
+    files, failed = find_pictures(options.predict)
+    rows = []
+    for start in tqdm(range(0, len(files), 32), "predict", unit="batch", leave=False, disable=None):
+        images, read = [], []
+        for path in files[start : start + 32]:
+            try:
+                picture = read_thumbnail(path, round(KEEP * config["img_size"]))
+            except (ValueError, OSError) as error:
+                failed.append((path, str(error)))
+                continue
+            images.append(standardise(middle(picture, config["img_size"]), MEAN, STD))
+            read.append(path)
+        if images:
+            rows += zip(read, classify(model, torch.stack(images), device, amp).tolist(), strict=True)
+    if rows:
+        write_predictions(rows, config["classes"], Path("outputs") / name / "predictions.csv")
+    for path, reason in failed:
+        print(f"skipped {reason if str(path) in reason else f'{path}: {reason}'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def write_predictions(rows, classes, target):
+    """rows: (path, probabilities) -> a CSV file, and its first lines on the screen."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    width = max(map(len, classes))
+    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "probability", *classes])
+        for path, values in rows:
+            best = int(np.argmax(values))
+            writer.writerow([path, classes[best], f"{values[best]:.6f}", *(f"{value:.6f}" for value in values)])
+    for path, values in rows[:SHOWN]:
+        best = int(np.argmax(values))
+        print(f"{classes[best]:<{width}}  {values[best]:.4f}  {path}")
+    more = f"; all {len(rows)} are" if len(rows) > SHOWN else ""
+    print(f"{len(rows)} pictures{more} in {target}")

@@ -1,0 +1,354 @@
+"""How a training runs: one step, one epoch, and a whole training that is kept on disk and resumed. Both jobs share it.
+
+    run = Run(model, Segmentation(criterion), optimizer, scheduler, device, epochs=80, folder=Path("models/run1"))
+    fit(run, loader, val_loader)
+
+train.py and transfer_resnet18.py build what a training is made of; this file loops over it. A task says what differs
+between the jobs: how a batch is laid out, what its loss is, and what is counted to score it.
+"""
+
+import copy
+import math
+import random
+import time
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from archs import as_heads
+from common.cli import Stops
+from common.devices import precision, to_device
+from common.distributed import copy_main, gather, is_main, parallel, world_size
+from common.files import load_checkpoint, save_checkpoint
+from common.loaders import set_epoch, with_shares
+from common.report import plot_curves
+from common.runs import keeping, write_log
+from losses import mean_over_heads, smooth_borders
+from metrics import count_pixels, summarise
+from utils import AverageMeter
+
+OPTIMIZERS = {  # each takes parameters, or groups of them with learning rates of their own, and the config
+    "Adam": lambda parameters, c: torch.optim.Adam(parameters, c["lr"], weight_decay=c["weight_decay"]),
+    "AdamW": lambda parameters, c: torch.optim.AdamW(parameters, c["lr"], weight_decay=c["weight_decay"]),
+    "SGD": lambda parameters, c: torch.optim.SGD(
+        parameters,
+        c["lr"],
+        momentum=c["momentum"],
+        nesterov=c.get("nesterov", False),
+        weight_decay=c["weight_decay"],
+    ),
+}
+
+
+def seed_everything(seed):
+    """Seed the global random streams of Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------- what differs between the jobs
+
+
+class Segmentation:
+    """Batches are images (N, C, H, W) float32, masks (N, K, H, W) of 0 and 1, and info. The score is pooled IoU.
+
+    criterion: one of losses.LOSSES, averaged over the heads with `head_weights`. border_smoothing softens the masks in
+    training. The score is that of the deepest head at a probability of 0.5.
+    """
+
+    score = "iou"
+
+    def __init__(self, criterion, head_weights=None, border_smoothing=0.0):
+        self.criterion, self.head_weights, self.border_smoothing = criterion, head_weights, border_smoothing
+
+    def to_device(self, batch, device, amp):
+        images, masks, _ = batch
+        return images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+
+    def loss(self, output, masks, training):
+        if training:
+            masks = smooth_borders(masks, self.border_smoothing)
+        return mean_over_heads(self.criterion, as_heads(output), masks, self.head_weights)
+
+    def count(self, output, masks, own):
+        """Pixel counts of the first `own` images together, (K, 1, 4); counts add up over batches and processes."""
+        probabilities = torch.sigmoid(as_heads(output)[-1][:own].float())
+        return count_pixels(probabilities, masks[:own], thresholds=(0.5,)).sum(0)
+
+    def score_of(self, counts):
+        return summarise(counts[None].numpy())["iou"]
+
+
+class Classification:
+    """Batches are images (N, 3, H, W), or features (N, D), and labels (N,) int64. The score is accuracy."""
+
+    score = "acc"
+
+    def __init__(self, criterion):
+        self.criterion = criterion
+
+    def to_device(self, batch, device, amp):
+        images, labels = batch
+        return to_device(images, device, amp), labels.to(device, non_blocking=True)
+
+    def loss(self, logits, labels, training):
+        return self.criterion(logits.float(), labels)
+
+    def count(self, logits, labels, own):
+        """(right, all) of the first `own` images; counts add up over batches and processes."""
+        right = (logits[:own].argmax(1) == labels[:own]).sum()
+        return torch.stack([right, torch.full_like(right, own)])
+
+    def score_of(self, counts):
+        right, total = counts.tolist()
+        return right / total
+
+
+# ---------------------------------------------------------------- one epoch
+
+
+def no_check():
+    """Stands in for a function that may end the training, such as Stops.check."""
+
+
+def train_one_epoch(run, loader, label="", check_stop=no_check):
+    """One pass over the loader -> {"loss": mean over images, run.task.score: score of the training batches}.
+
+    Both are of all processes, and so is the error: FloatingPointError, with the step, when a loss is not finite.
+    check_stop() is called after each step; what it raises ends the training.
+    """
+    run.model.train()
+    losses, counts, waiting = AverageMeter(), 0, []
+    look_every = 1 if run.device.type == "cpu" else 10  # looking at a loss waits for the GPU
+    with tqdm(total=len(loader), desc=label, unit="batch", leave=False, disable=not is_main() or None) as bar:
+        for step, (batch, own, total) in enumerate(with_shares(loader), 1):
+            inputs, targets = run.task.to_device(batch, run.device, run.amp)
+            with precision(run.device, run.amp):
+                output = run.forward(inputs)
+            loss = run.task.loss(output, targets, training=True)
+            run.learn(loss * (own * world_size() / total))
+            with torch.no_grad():
+                counts = counts + run.task.count(output, targets, own)
+            waiting.append((loss.detach() * (own / total), total))
+            bar.update()
+            if step % look_every == 0 or step == len(loader):
+                parts = gather((torch.stack([part for part, _ in waiting]).tolist(), counts.cpu()))
+                for k, (_, total) in enumerate(waiting):
+                    losses.update(sum(of_process[k] for of_process, _ in parts), total)
+                    if not math.isfinite(losses.val):
+                        raise FloatingPointError(f"the loss is {losses.val} at step {step - len(waiting) + k + 1}")
+                waiting.clear()
+                found = {"loss": losses.avg, run.task.score: run.task.score_of(sum(count for _, count in parts))}
+                bar.set_postfix({name: f"{value:.4f}" for name, value in found.items()})
+            check_stop()
+    return found
+
+
+@torch.inference_mode()
+def evaluate(model, loader, task, device, amp=None, label="", check_stop=no_check):
+    """One pass over the loader without learning -> {"loss": mean over images, task.score: their score}.
+
+    Both are of all processes. amp: the autocast dtype, or None for float32. check_stop() is called after each batch.
+    """
+    model.eval()
+    losses, counts, count = [], 0, 0
+    for batch in tqdm(loader, label, unit="batch", leave=False, disable=not is_main() or None):
+        inputs, targets = task.to_device(batch, device, amp)
+        with precision(device, amp):
+            output = model(inputs)
+        losses.append(task.loss(output, targets, training=False) * len(targets))
+        counts = counts + task.count(output, targets, len(targets))
+        count += len(targets)
+        check_stop()
+    mine = (torch.stack(losses).tolist(), counts.cpu(), count) if losses else None  # more processes than batches
+    losses, counts, sizes = zip(*[part for part in gather(mine) if part], strict=True)
+    loss = torch.tensor([value for of_process in losses for value in of_process]).sum().item() / sum(sizes)
+    return {"loss": loss, task.score: task.score_of(sum(counts))}
+
+
+# ---------------------------------------------------------------- a whole training
+
+
+class Run:
+    """What a training is made of, how far it has come, and the folder that keeps it.
+
+    model: what learns, on `device`. task: Segmentation or Classification. scheduler: OneCycleLR is stepped after each
+    batch, ReduceLROnPlateau after each epoch with the validation loss, any other after each epoch. amp: the autocast
+    dtype or None. ema: decay of the averaged weights, which are then the ones validated and kept; 0 for none.
+    early_stopping: epochs without a better validation score, negative for never. seed: the global stream is seeded
+    with seed + epoch, or left alone when None. folder: gets log.csv, model.pth (best epoch) and last.pth (what
+    resuming needs); None keeps the best weights in memory. whole: the model that model.pth holds when `model` is a part
+    of it, such as a head trained on fixed features.
+    """
+
+    def __init__(
+        self,
+        model,
+        task,
+        optimizer,
+        scheduler,
+        device,
+        *,
+        epochs,
+        amp=None,
+        ema=0.0,
+        early_stopping=-1,
+        seed=None,
+        folder=None,
+        whole=None,
+    ):
+        self.model, self.task, self.optimizer, self.scheduler, self.device = model, task, optimizer, scheduler, device
+        self.epochs, self.amp, self.early_stopping, self.seed, self.folder = epochs, amp, early_stopping, seed, folder
+        self.forward = model  # `fit` wraps it for several processes, or compiles it
+        self.whole = whole or model
+        self.ema = averaged(model, ema) if ema else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.rows, self.best_score, self.best_epoch, self.best = [], -1.0, 0, None
+
+    @property
+    def epoch(self):
+        """The last finished epoch."""
+        return len(self.rows)
+
+    @property
+    def judged(self):
+        """The model that is validated: the averaged weights when averaging is on."""
+        return self.ema.module if self.ema else self.model
+
+    def learn(self, loss):
+        """One step of the optimizer, of the scheduler that counts steps, and of the averaged weights."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if isinstance(self.scheduler, OneCycleLR):
+            self.scheduler.step()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+
+    def finish_epoch(self, row):
+        """Step the scheduler, note the epoch, keep it on disk -> whether it is the best so far."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(row["val_loss"])
+        elif not isinstance(self.scheduler, OneCycleLR):
+            self.scheduler.step()
+        self.rows.append(row)
+        better = row[f"val_{self.task.score}"] > self.best_score
+        if better:
+            self.best_score, self.best_epoch = row[f"val_{self.task.score}"], row["epoch"]
+        if self.folder is None:
+            if better:
+                self.best = copy.deepcopy(self._weights().state_dict())
+        elif is_main():
+            if better:
+                save_checkpoint(self.folder / "model.pth", self._weights().state_dict())
+            save_checkpoint(self.folder / "last.pth", self.state())
+            write_log(self.rows, self.folder / "log.csv")  # last: it counts the epochs that are safe
+        return better
+
+    def _weights(self):
+        """The model whose weights are kept as the best."""
+        return self.judged if self.whole is self.model else self.whole
+
+    def load_best(self):
+        """Give the model the weights of the best epoch."""
+        best = self.best if self.folder is None else load_checkpoint(self.folder / "model.pth")
+        self._weights().load_state_dict(best)
+
+    def over(self):
+        """Why no further epoch is due, or None."""
+        if 0 < self.early_stopping <= self.epoch - self.best_epoch:
+            return f"no better val_{self.task.score} for {self.early_stopping} epochs: stopped early"
+        return f"all {self.epoch} epochs are done" if self.epoch >= self.epochs else None
+
+    def _parts(self):
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        return {**parts, "ema": self.ema} if self.ema else parts
+
+    def state(self):
+        """What last.pth holds: tensors and plain values."""
+        progress = {"rows": self.rows, f"best_{self.task.score}": self.best_score, "best_epoch": self.best_epoch}
+        return {**progress, **{name: part.state_dict() for name, part in self._parts().items()}}
+
+    def resume(self):
+        """Go on where last.pth ends. ValueError when it does not fit this training."""
+        path = self.folder / "last.pth"
+        state = load_checkpoint(path)
+        try:
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
+            self.rows = list(state["rows"])
+            self.best_score, self.best_epoch = state[f"best_{self.task.score}"], state["best_epoch"]
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError):
+            raise ValueError(f"{path} does not hold the training that config.yml describes") from None
+        if is_main():
+            write_log(self.rows, self.folder / "log.csv")  # a kill may have come between the two files
+        print(f"resuming {self.folder} after epoch {self.epoch}")
+
+
+def averaged(model, decay):
+    """An exponential moving average of the weights (Polyak averaging, as in Tarvainen and Valpola, NeurIPS 2017).
+
+    Its memory is short at first, min(decay, (1 + t) / (10 + t)) after t steps, so that short trainings profit too.
+    """
+
+    def average(averages, values, updates):
+        if averages[0].is_floating_point():
+            updates = float(updates)
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + updates) / (10 + updates)))
+        else:  # numbers of batches
+            torch._foreach_copy_(averages, values)
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+def fit(run, loader, val_loader, check_stop=no_check, compiled=False):
+    """Train from the epoch after run.epoch to the last one; every finished epoch is kept.
+
+    check_stop() is called after each step and epoch, never while files are written; what it raises ends the training.
+    ValueError when a loss is not finite, before anything of that epoch is kept.
+    """
+    run.forward = parallel(run.model, run.device)
+    if compiled:
+        run.forward = torch.compile(run.forward)
+    while not run.over():
+        start, epoch, rate = time.perf_counter(), run.epoch + 1, run.optimizer.param_groups[0]["lr"]
+        label = f"epoch {epoch}/{run.epochs}"
+        for each in (loader, val_loader):
+            set_epoch(each, epoch)
+        if run.seed is not None:  # what a network draws (dropout) is the same after a resume
+            torch.manual_seed(run.seed + epoch)
+        try:
+            trained = train_one_epoch(run, loader, label, check_stop)
+            copy_main(run.judged)
+            judged = evaluate(run.judged, val_loader, run.task, run.device, run.amp, f"{label} val", check_stop)
+            if not math.isfinite(judged["loss"]):
+                raise FloatingPointError(f"the validation loss after step {len(loader)} is {judged['loss']}")
+        except FloatingPointError as error:
+            kept = f"stopped, {run.folder} keeps the epochs before" if run.epoch and run.folder else "stopped"
+            raise ValueError(f"{label}: {error}; {kept}; a lower learning rate or --amp off may help") from None
+        scores = {**trained, **{f"val_{name}": value for name, value in judged.items()}}
+        seconds = round(time.perf_counter() - start, 2)
+        better = run.finish_epoch({"epoch": epoch, "lr": rate, **scores, "seconds": seconds})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        print(f"{label}  lr {rate:.1e}  {shown}{'*' if better else ' '} {seconds:.1f} s", flush=True)
+        check_stop()
+    print(run.over())
+
+
+def fit_and_keep(run, loader, val_loader, script, stops=None, compiled=False):
+    """`fit` as a script runs it: signals wait for the end of a step, and it ends with curves.png in any case.
+
+    script: named in the command that goes on with a stopped run. stops: a common.cli.Stops, or None for a new one.
+    """
+
+    def draw_curves():
+        if run.rows and is_main():
+            plot_curves(run.rows, run.folder / "curves.png", title=run.folder.name)
+
+    with keeping(run.folder, script, draw_curves), stops or Stops() as stops:
+        fit(run, loader, val_loader, stops.check, compiled)

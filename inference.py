@@ -1,0 +1,334 @@
+"""A trained run, from its folder to probabilities: config, weights, heads, test-time augmentation, tiles, ONNX files.
+
+    predictor = Predictor("run1", level="2")               # models/run1; or OnnxPredictor("run1_L2.onnx")
+    probabilities = predictor(images)                      # uint8 (N, H, W, C) -> float32 (N, H, W, classes)
+    fractions = predict_tiled(predictor, images)           # the same for pictures of any size, in bounded memory
+
+val.py, predict.py, export.py and notebooks share it. torch is imported inside the functions that need it, so that an
+ONNX file can be used without PyTorch.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from common.devices import pick_amp, pick_device, precision, precision_name
+from common.files import is_plain_name, load_weights, read_yaml
+from common.images import standardise
+from common.runs import newest_run, run_folder
+
+BOUNDS = {  # of what a network may be asked to be: smallest and largest value
+    "num_classes": (1, 100),
+    "width": (1, 1024),
+    "input_h": (1, 4096),
+    "input_w": (1, 4096),
+}
+INPUT_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+TEXTS = ("arch", "dataset", "img_ext", "mask_ext", "loss")  # values of config.yml that must be text
+DEEPEST_LEVEL = "4"  # what a network without deep supervision answers with, X^{0,4}
+LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
+TILE, OVERLAP = 256, 64  # pixels that the network sees
+MULTIPLE = 16  # what a network pads to; tiles that begin on it pool the same pixels together as the whole picture does
+
+
+# ---------------------------------------------------------------- the config of a run
+
+
+def read_config(folder):
+    """The config.yml of a run of train.py. ValueError, in one line, when it describes no such run."""
+    from dataset import check_places
+
+    path = folder / "config.yml"
+    if not path.is_file():
+        known = ", ".join(sorted(found.parent.name for found in folder.parent.glob("*/config.yml"))) or "none"
+        raise FileNotFoundError(f"{path}: no such file; the runs are: {known}")
+    config = read_yaml(path)
+    needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "seed", "mean", "std")
+    if missing := [key for key in needed if key not in config]:
+        raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
+    wrong = [key for key in TEXTS if not isinstance(config[key], str)]
+    wrong += [key for key, bounds in BOUNDS.items() if not is_within(config[key], bounds)]
+    if config["input_channels"] not in INPUT_CHANNELS:
+        wrong.append("input_channels")
+    if not isinstance(config["deep_supervision"], bool):
+        wrong.append("deep_supervision")
+    wrong += [key for key in ("mean", "std") if not wrong and not are_channels(config, key)]
+    if "level" in config and not is_within(config["level"], (1, 4) if config["deep_supervision"] is True else (4, 4)):
+        wrong.append("level")
+    if "scale" in config and not (_is_number(config["scale"]) and config["scale"] > 0):
+        wrong.append("scale")
+    if wrong:
+        found = ", ".join(f"{key} {config[key]!r}" for key in wrong)
+        raise ValueError(f"{path} is damaged: {found} is nothing that train.py writes")
+    try:
+        check_places(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def is_within(value, bounds):
+    """Whether value is a whole number from bounds[0] to bounds[1]."""
+    return type(value) is int and bounds[0] <= value <= bounds[1]
+
+
+def _is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e6  # neither NaN nor infinity is
+
+
+def are_channels(config, key):
+    """Whether the config's `mean` or `std` is a number for each channel, with standard deviations above 0."""
+    values = config.get(key)
+    if not isinstance(values, list) or len(values) != config["input_channels"]:
+        return False
+    return all(_is_number(value) and (key == "mean" or value > 0) for value in values)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def load_trained(name, device, which="best", level=None):
+    """The model of models/<name>, built from its config.yml alone, in eval mode, and the config.
+
+    which: "best" takes model.pth, "last" the weights of last.pth that a validation would have judged (the averaged
+    ones when averaging was on). level: "1" ... "4" prunes to that head alone, "deepest" to the deepest there is, "mean"
+    keeps all heads, None keeps what was trained. ValueError when the run has no such level (it needs deep supervision,
+    and a run that was cut has one level), or when the weights are damaged or of another network.
+    """
+    import torch
+
+    from archs import build_model
+
+    folder = run_folder(name)
+    config = read_config(folder)
+    cut = config.get("level")
+    if cut and level not in (None, "deepest", str(cut)):
+        raise ValueError(f"{folder} was cut to level {cut} and has no other: leave --level out")
+    if not config["deep_supervision"] and level not in (None, "deepest", DEEPEST_LEVEL):
+        raise ValueError(
+            f"{folder} has level {DEEPEST_LEVEL} alone, not {level}: it was trained without --deep_supervision True"
+        )
+    path = folder / ("model.pth" if which == "best" else "last.pth")
+    weights = load_weights(path)
+    with torch.device("meta"):  # no random weights are drawn for nothing
+        model = build_model(config)
+        if cut and config["deep_supervision"]:
+            model = model.prune(cut)
+    try:
+        model.to_empty(device="cpu").load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(
+            f"{path} does not hold the weights of the {config['arch']} that config.yml describes"
+        ) from None
+    if level not in (None, "mean"):
+        model = model.prune(model.levels[-1] if level == "deepest" else int(level))
+    model = model.to(device).eval()
+    return (model.to(memory_format=torch.channels_last) if config.get("channels_last") else model), config
+
+
+def start_from(model, config):
+    """Load config["weights"], a run's name or a file, into model; heads of another size keep their fresh weights.
+
+    The weights of a run expect images standardised as in that run, so its mean and std go into config.
+    """
+    path = Path(config["weights"])
+    if not path.is_file():
+        path = (path if path.is_dir() else Path("models") / path) / "model.pth"
+    if not path.is_file():
+        raise FileNotFoundError(f"--weights {config['weights']}: no such file, and no run: {path} does not exist")
+    if (path.parent / "config.yml").is_file():
+        other = {**read_yaml(path.parent / "config.yml"), "input_channels": config["input_channels"]}
+        config.update({key: other[key] for key in ("mean", "std") if are_channels(other, key)})
+    weights, own = load_weights(path), model.state_dict()
+    fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+    fresh = sorted(own.keys() - fitting.keys())
+    if wrong := [key for key in fresh if not key.startswith("final")]:
+        found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "missing"
+        raise ValueError(
+            f"{path} does not fit: {wrong[0]} is {found} there, {tuple(own[wrong[0]].shape)} here ({len(wrong)} of "
+            f"{len(own)} entries differ); give the --arch, --width and --input_channels it was trained with"
+        )
+    model.load_state_dict(fitting, strict=False)
+    print(f"weights of {path}" + (f"; new heads: {', '.join(fresh)}" if fresh else ""))
+
+
+# ---------------------------------------------------------------- probabilities
+
+
+def answer(model, images, mean, std):
+    """Pictures as they are to probabilities: what predict.py shows and what an exported file computes.
+
+    model: images as standardised -> logits of one or several heads. images: a uint8 tensor (N, H, W, C) in [0, 255],
+    RGB -> float32 (N, H, W, classes) in [0, 1], the mean over the heads.
+    """
+    from archs import probabilities
+
+    images = standardise(images.permute(0, 3, 1, 2), mean, std)
+    return probabilities(model(images)).permute(0, 2, 3, 1)
+
+
+def eight_ways(function, images, axes):
+    """Test-time augmentation: the mean of function(images) over the eight flips and 90 degree turns, each undone.
+
+    images: an array or tensor whose height and width are `axes`; what function returns has them in the same places.
+    """
+    import sys
+
+    library = np if isinstance(images, np.ndarray) else sys.modules["torch"]
+    total = 0
+    for turns in range(4):
+        for flipped in (False, True):
+            seen = library.rot90(images, turns, axes)
+            seen = library.flip(seen, axes[1:]) if flipped else seen
+            found = function(np.ascontiguousarray(seen) if library is np else seen)
+            found = library.flip(found, axes[1:]) if flipped else found
+            total = total + library.rot90(found, -turns, axes)
+    return total / 8
+
+
+class Predictor:
+    """A run of train.py, ready to answer.
+
+    name: models/<name>, None for the newest run; level: see load_trained, by default the deepest head; which: "best" or
+    "last"; tta: average over the eight flips and turns. Attributes: config, name, head ("L4", or "mean" for the mean of
+    several heads), head_names, device, amp, and `about`, a line for people.
+    """
+
+    def __init__(self, name=None, device="auto", amp="auto", level="deepest", which="best", tta=False):
+        self.name = name or newest_run("arch")
+        self.device = pick_device(device)
+        self.amp = pick_amp(amp, self.device)
+        self.tta = tta
+        self.trained, self.config = load_trained(self.name, self.device, which, level)
+        self.model = self.trained.folded()
+        self.head_names = [*self.model.head_names, "mean"] if len(self.model.head_names) > 1 else self.model.head_names
+        self.head = self.head_names[-1]
+        self.about = f"models/{self.name}, {self.head}, {self.device}, {precision_name(self.amp)}"
+
+    def __call__(self, images):
+        """uint8 (N, H, W, C) in [0, 255] -> float32 (N, H, W, classes) in [0, 1] of `head`."""
+        import torch
+
+        def look(images):
+            with precision(self.device, self.amp):
+                return answer(self.model, images, self.config["mean"], self.config["std"])
+
+        with torch.inference_mode():
+            images = torch.from_numpy(images).to(self.device)
+            found = eight_ways(look, images, (1, 2)) if self.tta else look(images)
+            return found.cpu().numpy()
+
+    def of_heads(self, images):
+        """Standardised images (N, C, H, W) -> {head: probabilities (N, classes, H, W) float32}, as in head_names."""
+        import torch
+
+        from archs import as_heads
+
+        def look(images):
+            with precision(self.device, self.amp):
+                heads = as_heads(self.model(images))
+            return torch.stack([torch.sigmoid(logits.float()) for logits in heads])  # (heads, N, classes, H, W)
+
+        with torch.inference_mode():
+            images = images.to(self.device, non_blocking=True)
+            found = eight_ways(look, images, (-2, -1)) if self.tta else look(images)
+            planes = [*found, found.mean(0)] if len(found) > 1 else found
+            return dict(zip(self.head_names, planes, strict=True))
+
+
+class OnnxPredictor:
+    """A file that export.py wrote, ready to answer; needs ONNX Runtime alone.
+
+    device: "cpu" for the CPU, anything else for what ONNX Runtime picks. ValueError when the file is something else.
+    """
+
+    def __init__(self, path, device="auto", name=None, tta=False):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise ValueError("--onnx needs ONNX Runtime, which is not installed: pip install onnxruntime") from None
+
+        self.path, self.tta = path, tta
+        content = Path(path).read_bytes()
+        providers = ["CPUExecutionProvider"] if device == "cpu" else onnxruntime.get_available_providers()
+        try:
+            self.session = onnxruntime.InferenceSession(content, providers=providers)
+            (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()
+            about = self.session.get_modelmeta().custom_metadata_map
+            self.input = images.name
+            self.config = {"input_channels": int(images.shape[3]), "num_classes": int(output.shape[3])}
+            self.config.update({key: int(about[key]) for key in ("input_h", "input_w")})
+            self.config["scale"] = float(about.get("scale") or 0)
+            self.name = name or Path(about["name"]).name
+        except Exception as error:  # ONNX Runtime's errors have no class in common
+            raise ValueError(f"{path} is no ONNX file of export.py ({type(error).__name__})") from None
+        fits = all(is_within(self.config[key], BOUNDS[key]) for key in ("num_classes", "input_h", "input_w"))
+        fits = fits and self.config["input_channels"] in INPUT_CHANNELS and 0 <= self.config["scale"] < 1e6
+        if not fits or not is_plain_name(self.name):
+            raise ValueError(f"{path} is no ONNX file of export.py: {self.config}")
+        self.about = f"{path}, {self.session.get_providers()[0]}"
+
+    def __call__(self, images):
+        """uint8 (N, H, W, C) in [0, 255] -> float32 (N, H, W, classes) in [0, 1]."""
+        return eight_ways(self._look, images, (1, 2)) if self.tta else self._look(images)
+
+    def _look(self, images):
+        try:
+            [found] = self.session.run(None, {self.input: images})
+        except Exception as error:
+            raise ValueError(f"{self.path} cannot be run ({type(error).__name__})") from None
+        whole = getattr(found, "dtype", None) == np.float32
+        whole = whole and found.shape == (*images.shape[:3], self.config["num_classes"])
+        if not whole or not (found.min() >= 0 and found.max() <= 1 + 1e-6):  # which NaN is not either
+            raise ValueError(f"{self.path} does not answer with probabilities of {images.shape[1:3]} pixels")
+        return found
+
+
+# ---------------------------------------------------------------- tiles
+
+
+def tile_size(config):
+    """(height, width) of the tiles for a run: 256, or its trained size where that is larger, in multiples of 16."""
+    return tuple(max(TILE, side + -side % MULTIPLE) for side in (config["input_h"], config["input_w"]))
+
+
+def windows(length, tile, overlap=OVERLAP):
+    """Where the tiles of a side begin and what they weigh: (starts, float32 (len(starts), min(tile, length))).
+
+    All sizes are multiples of 16, and so are the starts; neighbours overlap by `overlap` or more. The weights of a tile
+    are a raised cosine, never 0, divided so that those of all tiles sum to 1 at every pixel.
+    """
+    size = min(tile, length)
+    steps = -(-(length - size) // (tile - overlap))  # rounded up, then spread evenly
+    starts = [k * (length - size) // max(1, steps) // MULTIPLE * MULTIPLE for k in range(steps + 1)]
+    bump = 0.5 - 0.5 * np.cos(2 * np.pi * (np.arange(size) + 0.5) / size)
+    total = np.zeros(length)
+    for start in starts:
+        total[start : start + size] += bump
+    return starts, np.stack([bump / total[start : start + size] for start in starts]).astype(np.float32)
+
+
+def predict_tiled(predictor, images, batch_size=8):
+    """(N, H, W, C) uint8 -> (N, classes, H, W) uint16, 65535 = 1; the network sees `batch_size` tiles at a time.
+
+    Images that fit into tile_size are seen whole. Sides are padded to a multiple of 16 at their ends by replication, as
+    the network itself does, so that every tile begins on one and all have one size. The sums of one row of tiles are
+    kept, and those lines that the next row does not reach go to the result.
+    """
+    tile, num_classes, (height, width) = tile_size(predictor.config), predictor.config["num_classes"], images.shape[1:3]
+    images = np.pad(images, [(0, 0), (0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)], mode="edge")
+    count, bottom, right = images.shape[:3]
+    (tops, row_weights), (lefts, column_weights) = windows(bottom, tile[0]), windows(right, tile[1])
+    tile_h, tile_w = row_weights.shape[1], column_weights.shape[1]
+    places = [(k, left, weights) for k in range(count) for left, weights in zip(lefts, column_weights, strict=True)]
+    result = np.empty((count, num_classes, height, width), np.uint16)
+    strip = np.zeros((count, tile_h, right, num_classes), np.float32)
+    for top, end, weights_y in zip(tops, [*tops[1:], bottom], row_weights, strict=True):
+        for batch in (places[first : first + batch_size] for first in range(0, len(places), batch_size)):
+            seen = np.stack([images[k, top : top + tile_h, left : left + tile_w] for k, left, _ in batch])
+            for (k, left, weights_x), values in zip(batch, predictor(seen), strict=True):
+                strip[k, :, left : left + tile_w] += values * (weights_y[:, None] * weights_x)[..., None]
+        stop = min(end, height)
+        result[:, :, top:stop] = np.rint(strip[:, : stop - top, :width] * 65535).transpose(0, 3, 1, 2)
+        strip = np.concatenate([strip[:, end - top :], np.zeros_like(strip[:, : end - top])], axis=1)
+    return result

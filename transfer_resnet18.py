@@ -36,7 +36,7 @@ from common.devices import keep_memory, pick_amp, pick_device, seed_everything
 from common.distributed import copy_main, gather, is_main, launched, parallel, processes, sync_batch_norm, world_size
 from common.files import atomic_path, load_checkpoint, read_yaml, save_checkpoint, write_yaml
 from common.images import write_png
-from common.loaders import SharedBatches, WholeBatches, leave_signals_to_main, quieten_loaders, with_shares
+from common.loaders import EpochSampler, SharedBatches, WholeBatches, build_loader, with_shares
 from common.runs import (
     check_start,
     earlier_files,
@@ -250,25 +250,22 @@ def build_data(config):
 
 def build_loaders(config, datasets, model, device, amp, check_stop=lambda: None):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
-    quieten_loaders()
-    workers = {"num_workers": config["num_workers"], "persistent_workers": config["num_workers"] > 0}
-    workers["worker_init_fn"] = leave_signals_to_main
-    workers["pin_memory"] = device.type == "cuda"
+    workers = {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda", "seed": config["seed"]}
     count, in_order = len(datasets["train"]), WholeBatches(range(len(datasets["val"])), 64)
     # batch norm that learns its statistics cannot do so from one small picture at the end
     drop_last = count % config["batch_size"] == 1 and count > 1 and not config["freeze_bn"] and not config["freeze"]
-    shuffled = SharedBatches(folders.EpochSampler(count, config["seed"]), config["batch_size"], drop_last)
-    val = DataLoader(datasets["val"], batch_sampler=in_order, **workers)
+    shuffled = SharedBatches(EpochSampler(count, config["seed"]), config["batch_size"], drop_last)
+    val = build_loader(datasets["val"], in_order, **workers)
     if not config["freeze"]:
         if min(count, config["batch_size"]) == 1 and config["img_size"] <= 32 and not config["freeze_bn"]:
             raise ValueError(
                 "batch norm learns nothing from one picture of 32 pixels at a time; give --batch_size 2 or more, "
                 "a larger --img_size, or --freeze_bn True"
             )
-        return {"train": DataLoader(datasets["train"], batch_sampler=shuffled, **workers), "val": val}
+        return {"train": build_loader(datasets["train"], shuffled, **workers), "val": val}
     model.eval()
-    each_once = WholeBatches(folders.EpochSampler(count, shuffle=False), 64)
-    train = DataLoader(datasets["train"], batch_sampler=each_once, **workers)
+    each_once = WholeBatches(EpochSampler(count, shuffle=False), 64)
+    train = build_loader(datasets["train"], each_once, **workers)
 
     def body(images):
         return model.pool(model.maps(images))
@@ -587,11 +584,11 @@ def predict(options):
         images, read = [], []
         for path in files[start : start + 32]:
             try:
-                picture = folders.read_picture(path, round(folders.KEEP * config["img_size"]))
+                picture = folders.read_tensor(path, config["img_size"])
             except ValueError as error:
                 failed.append((path, str(error)))
                 continue
-            images.append(folders.standardise(folders.middle(picture, config["img_size"])))
+            images.append(folders.standardise(folders.middle(picture, config["img_size"]), folders.MEAN, folders.STD))
             read.append(path)
         if images:
             with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):

@@ -90,6 +90,12 @@ def _parse(build_parser, tokens, source):
     return parser.parse_args(tokens)
 
 
+def listed(items, most=5):
+    """["a", "b", ...] -> "a, b, c and 4 more": at most `most` items of a list for a message."""
+    text = ", ".join(map(str, items[:most]))
+    return f"{text} and {len(items) - most} more" if len(items) > most else text
+
+
 def in_one_line(error):
     """An error's message as one line of printable characters, not longer than a screen.
 

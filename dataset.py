@@ -1,35 +1,35 @@
-"""Everything between a file and a tensor: ids, split, checks, augmentation, standardisation, loaders.
+"""The nuclei job's data: which images there are, which are for validation, and from their files to tensors.
 
-inputs/<dataset>/images/<id><img_ext>  and  inputs/<dataset>/masks/<class>/<id><mask_ext>   (0, 1 ... one a class)
+inputs/<dataset>/images/<id><img_ext>  and  inputs/<dataset>/masks/<class>/<id><mask_ext>, with classes 0, 1 ...
 
 dataset = Dataset(ids, "inputs/demo_96/images", "inputs/demo_96/masks", ".png", ".png", num_classes=1)
 image, mask, info = dataset[0]   # (3, H, W) float32, (1, H, W) float32 of 0 and 1, {"img_id": ...}
 """
 
 import hashlib
+import math
 import os
 import random
-import signal
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DistributedSampler
 
+from augmentation import augmentation, paste
+from common.cli import listed
 from common.devices import memory
 from common.distributed import local_processes
 from common.files import is_plain_name
-from common.images import decode, foreground, squeeze, squeeze_mask, to_channels
-from common.loaders import SharedBatches, WholeBatches, leave_signals_to_main, quieten_loaders
+from common.images import decode, foreground, squeeze, squeeze_mask, standardise, to_channels
+from common.loaders import SharedBatches, WholeBatches, build_loader
 
-ABOUT = ("sizes", "fingerprint")  # what split.yml keeps of Dataset.check, for each part
-GROUPED = "grouped"  # what --split takes beside a file of ids
-AUGMENTATIONS = ("flips", "mild", "colour", "copies", "affine", "cutmix")  # the parts that --augment puts together
-NAMED_AT_MOST = 20  # ids of one kind of problem that a message names; the rest is counted
+ABOUT = ("sizes", "fingerprint")  # the results of Dataset.check that split.yml keeps for each part
+GROUPED = "grouped"  # the value of --split that is not a file of ids
+NAMED_AT_MOST = 20  # ids per kind of problem in a message; the others are only counted
 
 
 # ---------------------------------------------------------------- ids and split
@@ -49,7 +49,7 @@ def list_ids(img_dir, img_ext):
 
 
 def split_ids(ids, split_seed=41):
-    """{"train": 80 %, "val": 20 %} of the ids, as scikit-learn's train_test_split of the sorted ids draws them."""
+    """{"train": 80 %, "val": 20 %} of the ids, as scikit-learn's train_test_split draws them from the sorted ids."""
     from sklearn.model_selection import train_test_split
 
     if len(ids) < 2:
@@ -59,9 +59,9 @@ def split_ids(ids, split_seed=41):
 
 
 def check_split(content, source):
-    """The mapping in a split.yml -> {"train": [...], "val": [...]} and "test" where it has one; else ValueError.
+    """The content of a split.yml -> {"train": [...], "val": [...]}, with "test" if the file has it.
 
-    Every list holds ids as text and no id stands twice.
+    Raises ValueError, naming `source`, unless the lists hold ids as text and no id is in them twice.
     """
     split = {part: content[part] for part in ("train", "val", "test") if content.get(part)}
     if "train" not in split or "val" not in split:
@@ -80,18 +80,20 @@ def check_split(content, source):
 
 
 def changes(split, ids, found, every=True):
-    """What differs from the data that a run's split.yml describes, in words, [] when nothing does.
+    """How the data differ from those that a run's split.yml describes: a list of phrases, [] when nothing changed.
 
-    split: the content of split.yml; ids: those of the folder now; found: {part: what Dataset.check found, now};
-    every: whether the split was of every image there was, so that others are new.
+    split: the content of split.yml; ids: the ids of the folder now; found: {part: result of Dataset.check now};
+    every: whether the split was made of all the images that there were, so that others are new.
     """
     known = {img_id: part for part in ("train", "val", "test") for img_id in split.get(part) or ()}
     missing, new = sorted(known.keys() - set(ids)), sorted(set(ids) - known.keys())
-    said = [f"{len(missing)} of its images are gone ({name_ids(missing, 3)})"] if missing else []
+    said = []
+    if missing:
+        said.append(f"{len(missing)} of its images are gone ({listed(missing, 3)})")
     if new and every:
-        said.append(f"{len(new)} images are new ({name_ids(new, 3)})")
+        said.append(f"{len(new)} images are new ({listed(new, 3)})")
     for part, now in found.items():
-        sizes, fingerprint = (about.get(part) if isinstance(about, dict) else None for about in map(split.get, ABOUT))
+        sizes, fingerprint = _recorded(split, "sizes", part), _recorded(split, "fingerprint", part)
         if isinstance(sizes, dict) and now["sizes"] != sizes:
             said.append(f"the {part} images are {' and '.join(now['sizes'])}, then {' and '.join(map(str, sizes))}")
         elif now["fingerprint"] != fingerprint:
@@ -99,8 +101,13 @@ def changes(split, ids, found, every=True):
     return said
 
 
+def _recorded(split, key, part):
+    """split[key][part], or None: runs of earlier versions recorded less."""
+    return split[key].get(part) if isinstance(split.get(key), dict) else None
+
+
 def check_places(config):
-    """ValueError when the data set or an extension of a config leads out of inputs/."""
+    """ValueError when the data set or an extension in a config leads out of inputs/."""
     folder = Path(config["dataset"])
     if folder.is_absolute() or ".." in folder.parts or "\0" in config["dataset"]:
         raise ValueError(f"dataset {config['dataset']!r}: expected the name of a folder of inputs/")
@@ -109,77 +116,62 @@ def check_places(config):
             raise ValueError(f"{key} {config[key]!r}: expected the end of a file's name, such as .png")
 
 
-# ---------------------------------------------------------------- what a network sees
+# ---------------------------------------------------------------- one image and its masks
 
 
-def standardise(images, mean, std):
-    """uint8 (..., C, H, W) in [0, 255] -> float32, divided by 255, minus mean, over std (sequences of C floats).
+class Item(NamedTuple):
+    """The files of one id, decoded, before augmentation."""
 
-    The one place where a pixel becomes a number that a network sees: training, validation, prediction and export.
-    """
-    mean = torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    std = torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    return (images.float() / 255 - mean) / std
-
-
-def augmentation(parts, input_h, input_w, rgb=True):
-    """An albumentations Compose of the parts of --augment, a text such as "flips,mild", for uint8 images and masks.
-
-    flips: the eight flips and rotations by 90 degrees (four flips where height and width differ).
-    mild, colour: brightness, contrast and (RGB only) hue and saturation, a little or a lot, colour with gamma too. All
-        in proportion to the picture: a shift of 15 % of 255 levels would turn a dim picture of fluorescence black.
-    copies: now and then the negative and (RGB only) the grey picture, as fluorescence is to histology.
-    affine: half of the pictures turned by any angle, scaled by 0.7 to 1.4, shifted by up to a tenth, mirrored outside.
-    Alpha is none of the images' channels here: Dataset moves it with the masks.
-    cutmix is none of its parts: it takes two items, and Dataset does it.
-    """
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for its newest version at import
-    import albumentations as A  # late: validation does without its three seconds
-
-    parts, chosen = parts.split(","), []
-    if "affine" in parts:
-        place = {"scale": (0.7, 1.4), "keep_ratio": True, "rotate": (-180, 180), "translate_percent": (-0.1, 0.1)}
-        chosen.append(A.Affine(**place, border_mode=cv2.BORDER_REFLECT_101, p=0.5))
-    if "flips" in parts:
-        chosen += [A.D4(p=1)] if input_h == input_w else [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
-    for part, light, hue, saturation in (("mild", 0.15, 10, 15), ("colour", 0.3, 30, 40)):
-        if part in parts:
-            light = (-light, 0.15)  # more would turn the nuclei of bright pictures white
-            chosen.append(A.RandomBrightnessContrast(light, light, brightness_by_max=False, p=0.5))
-            chosen += [A.RandomGamma(gamma_limit=(60, 120), p=0.5)] * (part == "colour")
-            chosen += [A.HueSaturationValue(hue, saturation, val_shift_limit=0, p=0.5)] * rgb
-    if "copies" in parts:
-        chosen += [A.ToGray(p=0.1)] * rgb + [A.InvertImg(p=0.1)]
-    return A.Compose(chosen)
-
-
-def paste(image, mask, other_image, other_mask, stream):
-    """CutMix (Yun et al., ICCV 2019, https://arxiv.org/abs/1905.04899): a rectangle of another item replaces its own.
-
-    Arrays (H, W, C); the sides of the rectangle are a quarter to three quarters of the picture's. Returns new arrays.
-    """
-    h, w = image.shape[:2]
-    height, width = (max(1, round(side * stream.uniform(0.25, 0.75))) for side in (h, w))
-    top, left = stream.integers(h - height + 1), stream.integers(w - width + 1)
-    part = slice(top, top + height), slice(left, left + width)
-    image, mask = image.copy(), mask.copy()
-    image[part], mask[part] = other_image[part], other_mask[part]
-    return image, mask
+    image: np.ndarray  # (H, W, C) uint8
+    mask: np.ndarray  # (H, W, num_classes) uint8 of 0 and 1
+    digest: bytes  # of the id and the bytes of its files
+    size: tuple  # (height, width) in the file
+    two_valued: bool  # is the image black and white, like a mask?
 
 
 def is_two_valued(array):
-    """Are all values of (H, W[, C]) 0 and 255, or all 0 and 1, as in a mask? Alpha says nothing."""
+    """Whether all values of (H, W[, C]) are 0 and 255, or all 0 and 1, as in a mask. Alpha is ignored."""
     values = array if array.ndim == 2 else array[..., :3]
-    sparse = values[::8, ::8]  # tells of most pictures that they are none
+    sparse = values[::8, ::8]  # enough to reject most images
     return any(np.isin(sparse, pair).all() and np.isin(values, pair).all() for pair in ((0, 255), (0, 1)))
 
 
-def name_ids(ids, at_most=NAMED_AT_MOST):
-    return ", ".join(ids[:at_most]) + (f" and {len(ids) - at_most} more" if len(ids) > at_most else "")
+class Statistics:
+    """What Dataset.check reports about the items, added one at a time."""
+
+    def __init__(self):
+        self.fingerprint = hashlib.blake2b(digest_size=16)
+        self.sizes, self.two_valued = Counter(), 0
+        self.pixels, self.total, self.squares, self.covered = 0, 0.0, 0.0, 0
+
+    def add(self, item):
+        height, width = item.size
+        self.sizes[f"{width} x {height}"] += 1
+        self.two_valued += item.two_valued
+        self.fingerprint.update(item.digest)
+        values = item.image.reshape(-1, item.image.shape[2]) / 255.0
+        self.pixels += len(values)
+        self.total = self.total + values.sum(0)
+        self.squares = self.squares + (values**2).sum(0)
+        self.covered = self.covered + item.mask.sum((0, 1), dtype=np.int64)
+
+    def summary(self):
+        mean = self.total / self.pixels
+        variance = self.squares / self.pixels - mean**2
+        # without this floor an empty channel would be divided by almost nothing
+        variance = np.maximum(variance, max(variance.max() / 16, 1e-6))
+        most_frequent = sorted(self.sizes.items(), key=lambda item: (-item[1], item[0]))
+        return {
+            "fingerprint": self.fingerprint.hexdigest(),
+            "sizes": dict(most_frequent[:NAMED_AT_MOST]),
+            "mean": [round(float(value), 6) for value in mean],
+            "std": [round(float(value), 6) for value in np.sqrt(variance)],
+            "foreground": [float(value) for value in self.covered / self.pixels],
+            "two_valued": self.two_valued,
+        }
 
 
-def _named(problem, ids):
-    return f"{problem}, {len(ids)} of the ids: {name_ids(ids)}"
+# ---------------------------------------------------------------- data set
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -188,13 +180,13 @@ class Dataset(torch.utils.data.Dataset):
     Args:
         img_ids: ids, in the order of the items.
         img_dir, mask_dir: folders; images are `img_dir/<id><img_ext>`, masks `mask_dir/<class>/<id><mask_ext>`.
-        num_classes: folders 0 ... num_classes - 1 of mask_dir.
-        transform: an albumentations Compose or None. It draws from a stream of its own for each (seed, epoch, item),
-            so that neither workers nor processes nor a resumed run change it; see set_epoch.
+        num_classes: the folders 0 ... num_classes - 1 of mask_dir.
+        transform: an albumentations Compose or None. It draws from a separate random stream for each (seed, epoch,
+            item), so that its results depend neither on workers and processes nor on resuming; see set_epoch.
         input_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
-        size: (height, width) that everything is resized to, or None.
-        mean, std: for standardise, a float a channel; by default the image is only divided by 255.
-        cutmix: the part of the items, in [0, 1], that get a rectangle of another item; see paste.
+        size: (height, width) to which everything is resized, or None.
+        mean, std: one float per channel, for standardise; by default images are only divided by 255.
+        cutmix: the fraction of the items, in [0, 1], that get a rectangle of another item; see augmentation.paste.
 
     An item is image (C, H, W) float32, mask (num_classes, H, W) float32 of 0 and 1, {"img_id": id}.
     """
@@ -232,7 +224,7 @@ class Dataset(torch.utils.data.Dataset):
         return len(self.img_ids)
 
     def set_epoch(self, epoch):
-        """Every epoch gets its own augmentations."""
+        """Call it before each epoch, or the augmentations of all epochs are the same."""
         self.epoch.fill_(epoch)
 
     def __getitem__(self, index):
@@ -245,7 +237,7 @@ class Dataset(torch.utils.data.Dataset):
         return standardise(image, self.mean, self.std), mask.float(), {"img_id": self.img_ids[index]}
 
     def augmented(self, index, stream):
-        """The item as the transform draws it from a numpy Generator: image (H, W, C) uint8, mask likewise."""
+        """The item after the transform, which draws from a numpy Generator: image (H, W, C) and mask, uint8."""
         image, mask = self.arrays(index)
         if self.transform is None:
             return image, mask
@@ -253,7 +245,8 @@ class Dataset(torch.utils.data.Dataset):
         if self.input_channels != 4:
             drawn = self.transform(image=image, mask=mask)
             return drawn["image"], drawn["mask"]
-        drawn = self.transform(image=image[..., :3], mask=np.dstack([mask, image[..., 3]]))  # alpha moves, but no more
+        # alpha moves with the mask, and keeps its values as the mask does
+        drawn = self.transform(image=image[..., :3], mask=np.dstack([mask, image[..., 3]]))
         return np.dstack([drawn["image"], drawn["mask"][..., -1]]), drawn["mask"][..., :-1]
 
     def arrays(self, index):
@@ -261,62 +254,47 @@ class Dataset(torch.utils.data.Dataset):
         if self._cache:
             return self._cache[index]
         try:
-            return self._read(self.img_ids[index])[:2]
-        except ValueError as error:  # check found nothing: the files have changed since
+            item = self._read(self.img_ids[index])
+        except ValueError as error:  # check found nothing, so the files have changed since
             raise OSError(f"{self.img_dir.parent}: {self.img_ids[index]}: {', '.join(error.args)}") from None
+        return item.image, item.mask
 
     def check(self, cache="auto", each=None):
-        """Read every file once, before the first step: raises ValueError naming all that is wrong with any of them.
+        """Read every file once, before the first step; raises a ValueError that names all the problems of all files.
 
-        cache: True keeps the decoded arrays in memory, False does not, "auto" does when they take less than a quarter
-        of the machine's memory (or of 8 GB where that is not known), shared by the processes on this machine.
+        cache: True keeps the decoded arrays in memory, False does not, and "auto" does if they take less than a quarter
+        of the machine's memory, divided among its processes.
         each: called with every image, in order.
-        Returns {"fingerprint", "sizes", "mean", "std", "foreground", "two_valued", "bytes", "cached"}: a hash of ids
-        and files, how many images have which size in their files, the channels' statistics in [0, 1], the foreground
-        fraction of each class, the number of images in black and white alone, the decoded size, whether it is kept.
+        Returns a dict: "fingerprint", a hash of ids and files; "sizes", {"width x height" in the files: images}; "mean"
+        and "std" of each channel, in [0, 1]; "foreground", the fraction of each class; "two_valued", the number of
+        images that are black and white; "bytes", the decoded size; "cached", whether it is kept.
         """
-        problems, kept, sums, digests, sizes = {}, [], [], [], Counter()
-        keep, two_valued = cache is not False, 0
-
+        room = math.inf if cache else 0
+        if cache == "auto":
+            room = memory() / 4 / local_processes()
+        statistics, problems, kept, needed = Statistics(), {}, [], 0
         for img_id, item in self._read_all():
             if isinstance(item, ValueError):
                 for problem in item.args:
                     problems.setdefault(problem, []).append(img_id)
                 continue
-            image, mask, digest, (height, width, black_and_white) = item
-            sizes[f"{width} x {height}"] += 1
-            two_valued += black_and_white
+            statistics.add(item)
             if each:
-                each(image)
-            pixels = image.reshape(-1, image.shape[2]) / 255.0
-            sums.append((len(pixels), pixels.sum(0), (pixels**2).sum(0), mask.sum((0, 1), dtype=np.int64)))
-            digests.append(digest)
-            size = (image.nbytes + mask.nbytes) * len(self)
-            keep = keep and (cache is True or size < memory() / 4 / local_processes())
-            if keep:
-                kept.append((image, mask))
+                each(item.image)
+            needed = (item.image.nbytes + item.mask.nbytes) * len(self)
+            if needed < room:
+                kept.append((item.image, item.mask))
             else:
+                room = 0
                 kept.clear()
         if problems:
-            raise ValueError(f"{self.img_dir.parent}: " + "; ".join(map(_named, *zip(*problems.items(), strict=True))))
-        count, total, squares, covered = (sum(column) for column in zip(*sums, strict=True))
+            lines = [f"{name}, {len(ids)} of the ids: {listed(ids, NAMED_AT_MOST)}" for name, ids in problems.items()]
+            raise ValueError(f"{self.img_dir.parent}: {'; '.join(lines)}")
         self._cache = kept
-        mean = total / count
-        variance = squares / count - mean**2
-        variance = np.maximum(variance, max(variance.max() / 16, 1e-6))  # empty channels would get hundreds of sigmas
-        return {
-            "fingerprint": hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
-            "sizes": dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:NAMED_AT_MOST]),
-            "mean": [round(float(value), 6) for value in mean],
-            "std": [round(float(value), 6) for value in np.sqrt(variance)],
-            "foreground": [float(value) for value in covered / count],
-            "two_valued": two_valued,
-            "bytes": size,
-            "cached": bool(kept),
-        }
+        return {**statistics.summary(), "bytes": needed, "cached": bool(kept)}
 
     def _read_all(self):
-        """Yields (id, _read's tuple or its ValueError), a few ids at a time: decoded images that wait need memory."""
+        """Yields (id, Item or the ValueError of _read). Reads at most 64 ids ahead: decoded images are large."""
 
         def read(img_id):
             try:
@@ -324,17 +302,13 @@ class Dataset(torch.utils.data.Dataset):
             except ValueError as error:
                 return error
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV decodes outside Python's global lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV decodes without holding Python's global lock
             for start in range(0, len(self), 64):
                 ids = self.img_ids[start : start + 64]
                 yield from zip(ids, pool.map(read, ids), strict=True)
 
     def _read(self, img_id):
-        """-> image (H, W, C) uint8, mask (H, W, num_classes) uint8 of 0 and 1, digest of the files, and of the image
-        as stored (height, width, is it black and white alone).
-
-        Raises a ValueError whose args are all that is wrong with this id's files.
-        """
+        """The Item of an id; raises a ValueError whose args are all the problems of its files."""
         digest, problems = hashlib.blake2b(img_id.encode(), digest_size=16), []
 
         def content(path, what):
@@ -350,7 +324,7 @@ class Dataset(torch.utils.data.Dataset):
                 return None
 
         image, masks = content(self.img_dir / f"{img_id}{self.img_ext}", "image"), []
-        black_and_white = image is not None and is_two_valued(image)
+        two_valued = image is not None and is_two_valued(image)
         for k in range(self.num_classes):
             folder = self.mask_dir / str(k)
             mask = content(folder / f"{img_id}{self.mask_ext}", "mask")
@@ -359,26 +333,30 @@ class Dataset(torch.utils.data.Dataset):
             if image is not None and mask.shape[:2] != image.shape[:2]:
                 problems.append(f"mask of another size than its image ({folder})")
             if not is_two_valued(mask):
-                swapped = "; the image has these alone: are images and masks swapped?" if black_and_white else ""
+                swapped = "; the image has these alone: are images and masks swapped?" if two_valued else ""
                 problems.append(f"mask values other than 0 and 255, or 0 and 1 ({folder}{swapped})")
             masks.append(foreground(mask))
         if problems:
             raise ValueError(*problems)
-        about = (*image.shape[:2], black_and_white)
-        image = to_channels(image, self.input_channels)
-        if self.size and image.shape[:2] != tuple(self.size):
+        size, image = image.shape[:2], to_channels(image, self.input_channels)
+        if self.size and size != tuple(self.size):
             image, masks = squeeze(image, self.size), [squeeze_mask(mask, self.size) for mask in masks]
-        return image, np.stack(masks, axis=2).astype(np.uint8), digest.digest(), about
+        return Item(image, np.stack(masks, axis=2).astype(np.uint8), digest.digest(), size, two_valued)
+
+
+# ---------------------------------------------------------------- built from a config
 
 
 def build_dataset(config, ids, augment=False):
     """The Dataset that a run's config describes (dataset, extensions, channels, size, seed; mean and std if known).
 
-    augment: as the config's `augment` says.
+    augment: whether to augment as config["augment"] says.
     """
     check_places(config)
     folder, size = Path("inputs") / config["dataset"], (config["input_h"], config["input_w"])
-    parts = config["augment"] if augment else "none"
+    parts, transform = config["augment"] if augment else "none", None
+    if parts != "none":
+        transform = augmentation(parts, *size, rgb=config["input_channels"] > 1)
     return Dataset(
         ids,
         folder / "images",
@@ -386,7 +364,7 @@ def build_dataset(config, ids, augment=False):
         config["img_ext"],
         config["mask_ext"],
         config["num_classes"],
-        augmentation(parts, *size, rgb=config["input_channels"] > 1) if parts != "none" else None,
+        transform,
         input_channels=config["input_channels"],
         size=size,
         mean=config.get("mean"),
@@ -397,50 +375,14 @@ def build_dataset(config, ids, augment=False):
 
 
 def make_loader(dataset, batch_size, shuffle=False, seed=0, num_workers=0, pin_memory=False):
-    """Batches in order, or, with shuffle, in an order of each epoch's own drawn from (seed, epoch).
+    """Batches in order, or, with shuffle, in an order drawn from (seed, epoch); call set_epoch(loader, epoch) first.
 
-    The last batch may be smaller: no image is left out, however few there are. Call set_epoch(loader, epoch) first.
-    Under torchrun each process gets its share of every shuffled batch, or whole batches of those in order.
+    The last batch may be smaller: no image is left out. Under torchrun each process gets its share of every shuffled
+    batch, and whole batches of those in order.
     """
-    quieten_loaders()
-    if shuffle:  # the order of all images: one replica, since the batches are shared after they were drawn
+    if shuffle:  # one replica: SharedBatches divides the batches among the processes after they are drawn
         order = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
         batches = SharedBatches(order, batch_size)
     else:
         batches = WholeBatches(range(len(dataset)), batch_size)
-    return Loader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator().manual_seed(seed),  # leaves the global random stream alone
-        worker_init_fn=_quiet_worker,
-    )
-
-
-class Loader(DataLoader):
-    """A DataLoader that answers a Ctrl-C during the start of its workers after it: a fork would swallow it."""
-
-    def __iter__(self):
-        if not self.num_workers or threading.current_thread() is not threading.main_thread():
-            return super().__iter__()
-        held = []
-        before = signal.signal(signal.SIGINT, lambda *received: held.append(received))  # and no worker answers it
-        try:
-            iterator = super().__iter__()
-        finally:
-            signal.signal(signal.SIGINT, before)
-        if held and callable(before):
-            before(*held[0])
-        return iterator
-
-
-def _quiet_worker(worker_id):
-    cv2.setNumThreads(0)  # the processes are the parallelism
-    leave_signals_to_main(worker_id)
-
-
-def set_epoch(loader, epoch):
-    loader.dataset.set_epoch(epoch)
-    loader.batch_sampler.set_epoch(epoch)
+    return build_loader(dataset, batches, num_workers, pin_memory, seed)

@@ -12,6 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from augmentation import AUGMENTATIONS
 from common.cli import (
     Parser,
     add_machine_options,
@@ -63,7 +64,7 @@ def build_parser():
     a("--mask_ext", default=".png", help="ending of the masks' file names")
     a("--split", help="grouped: look-alikes on one side; or a split.yml of your own; default: a seeded 80/20 split")
     a("--split_seed", type=seed, default=41, help="of the 80/20 split and of --split grouped")
-    parts = "none, or some of flips,mild,colour,copies,affine,cutmix"
+    parts = f"none, or some of {','.join(AUGMENTATIONS)}"
     a("--augment", type=augment, default="flips,mild,cutmix", help=parts)
 
     a = parser.add_argument_group("optimisation").add_argument
@@ -95,8 +96,6 @@ def build_parser():
 
 def augment(text):
     """'cutmix,flips' or a list of them -> 'flips,cutmix', parts in the order of AUGMENTATIONS; 'none' has no parts."""
-    from dataset import AUGMENTATIONS
-
     names = [part.strip("[]'\" ") for part in text.split(",")] if text != "none" else []
     if unknown := [name for name in names if name not in AUGMENTATIONS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected none, or some of {','.join(AUGMENTATIONS)}")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common.cli import Parser, add_machine_options, answer_early, number, parse_options, run_script
+from common.cli import Parser, add_machine_options, answer_early, listed, number, parse_options, run_script
 from inference import LEVELS
 
 HEADINGS = {  # of the printed tables; the definitions follow them
@@ -55,7 +55,7 @@ from common.distributed import launched
 from common.files import atomic_path, read_yaml
 from common.images import write_png
 from common.runs import run_folder
-from dataset import GROUPED, build_dataset, changes, check_split, list_ids, make_loader, name_ids
+from dataset import GROUPED, build_dataset, changes, check_split, list_ids, make_loader
 from inference import Predictor
 from metrics import (
     DEFINITIONS,
@@ -92,7 +92,7 @@ def chosen_images(options, config, folder):
         ids, part = check_split(run_split, folder / "split.yml")["val"], "validation images of the run"
     there = list_ids(root / "images", config["img_ext"])
     if missing := sorted(set(ids) - set(there)):
-        raise ValueError(f"{root / 'images'} lacks {len(missing)} of {len(ids)} {part}: {name_ids(missing)}")
+        raise ValueError(f"{root / 'images'} lacks {len(missing)} of {len(ids)} {part}: {listed(missing, 20)}")
     dataset = build_dataset({**config, "dataset": name}, ids)
     found = dataset.check()
     if run_split and (said := changes(run_split, there, {"val": found}, config.get("split") in (None, GROUPED))):
@@ -101,7 +101,7 @@ def chosen_images(options, config, folder):
         trained = set(read_yaml(folder / "split.yml").get("train", ()))
         if seen := [img_id for img_id in ids if img_id in trained]:
             about = f"{len(seen)} of {len(ids)} {part} were trained on by {folder}"
-            print(f"val.py: warning: {about}: {name_ids(seen, 3)}", file=sys.stderr)
+            print(f"val.py: warning: {about}: {listed(seen, 3)}", file=sys.stderr)
     return dataset, f"{name}, {part}", run_split
 
 

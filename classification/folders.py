@@ -1,10 +1,10 @@
-"""Class-per-folder pictures: which there are, decoded and shrunk once, augmented the same way in every process.
+"""The transfer job's data: pictures in one folder per class, decoded and shrunk once, augmented reproducibly.
 
 <root>/train/<class>/**/*.jpg and <root>/val/<class>/**/*.jpg
 
 classes, samples, notes = list_pictures("inputs/hymenoptera_data")
 dataset = Pictures(samples["train"], img_size=224, augmentation=augmentation(224), seed=0)
-image, label = dataset[5, 0]   # picture 0 as epoch 5 sees it: (3, 224, 224) float32, int
+image, label = dataset[0, 5]   # picture 0 as epoch 5 sees it: (3, 224, 224) float32, int
 """
 
 import os
@@ -12,33 +12,31 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from common.cli import listed
+from common.devices import precision, to_device
 from common.distributed import gather, is_main, local_processes
-from common.images import check_pixels, open_picture
+from common.images import EXTENSIONS, is_picture, read_thumbnail, standardise
+from common.loaders import set_epoch, stream
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 200_000_000  # of one picture, as the largest cameras have: a few bytes can claim to be gigabytes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]; the weights expect them
-RESIZE = 256 / 224  # validation looks at the middle 224 of a shorter side of 256, as torchvision's weights do
-KEEP = 320 / 224  # pictures in memory: room enough for a crop of half the area without enlarging it
+RESIZE = 256 / 224  # validation takes the middle 224 of a shorter side of 256, as torchvision's weights expect
+KEEP = 320 / 224  # shorter side of a picture in memory, in img_size: a crop of half its area is not enlarged
 CACHE_BYTES = 4 * 2**30
-NAMED_AT_MOST = 5
 
 
 # ---------------------------------------------------------------- lists
 
 
 def list_pictures(root, val_fraction=0.2, seed=0):
-    """-> (classes, {"train": [(path, label), ...], "val": [...]}, notes), everything sorted.
+    """The folder of a data set -> (classes, {"train": [(path, label), ...], "val": [...]}, notes), all sorted.
 
-    A root without val/ is split by a seeded, stratified draw. Notes are sentences about what was skipped or drawn.
-    Raises FileNotFoundError or ValueError, one line, for folders nothing can be learned from.
+    Without a folder val/, a seeded, stratified draw takes val_fraction of the pictures for it. Notes are sentences
+    about what was drawn or skipped. Raises FileNotFoundError or ValueError when there is nothing to learn from.
     """
     root = _find_root(Path(root))
     train_dir = root / "train" if (root / "train").is_dir() else root
@@ -63,12 +61,12 @@ def list_pictures(root, val_fraction=0.2, seed=0):
             f"{root} has no val folder: {len(samples['val'])} of {len(found)} pictures drawn for it (seed {seed})"
         )
     if strays:
-        notes.append(f"skipped {_named(strays)}: no {' '.join(EXTENSIONS)}")
+        notes.append(f"skipped {listed(strays)}: none of {' '.join(EXTENSIONS)}")
     return classes, samples, notes
 
 
 def _find_root(root):
-    """The folder that has train/, which may lie one level deeper, as a zip unpacks."""
+    """The folder that holds train/, which may be one level deeper, where a zip was unpacked."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     inner = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
@@ -80,7 +78,7 @@ def _class_folders(folder):
 
 
 def _list_classes(folder, names, classes=None):
-    """-> ([(path, label)], strays); labels are positions in `classes`."""
+    """The pictures in these class folders -> ([(path, label)], strays); labels are positions in `classes`."""
     samples = []
     strays = [path for path in folder.iterdir() if path.is_file()]
     for name in names:
@@ -95,12 +93,8 @@ def _list_classes(folder, names, classes=None):
     return samples, sorted(path for path in strays if not path.name.startswith("."))
 
 
-def is_picture(path):
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-
-
 def stratified_split(samples, fraction, seed):
-    """-> (train, val): of each class the seeded `fraction`, at least one and never all, goes to val."""
+    """Samples -> (train, val). A seeded draw moves `fraction` of each class to val, at least one and never all."""
     val = set()
     for label in sorted({label for _, label in samples}):
         own = [sample for sample in samples if sample[1] == label]
@@ -110,44 +104,19 @@ def stratified_split(samples, fraction, seed):
     return [sample for sample in samples if sample not in val], [sample for sample in samples if sample in val]
 
 
-def _named(paths):
-    more = f" and {len(paths) - NAMED_AT_MOST} more" if len(paths) > NAMED_AT_MOST else ""
-    return ", ".join(map(str, paths[:NAMED_AT_MOST])) + more
-
-
 # ---------------------------------------------------------------- one picture
 
 
-def read_picture(path, shorter_side):
-    """A file -> (3, H, W) uint8 RGB, upright, its shorter side at most `shorter_side`; ValueError when unreadable.
+def read_tensor(path, img_size):
+    """A file -> (3, H, W) uint8 RGB, large enough for crops of img_size; ValueError when it is damaged.
 
-    Transparent parts become white. The tensor is a view of (H, W, 3) bytes, the layout torchvision resizes fastest.
+    It is a view of (H, W, 3) bytes, the layout that torchvision resizes fastest.
     """
-    try:
-        with open_picture(path) as image:
-            check_pixels(image.size, MAX_PIXELS)
-            image.draft("RGB", _shrunk(image.size, 2 * shorter_side))  # a JPEG decodes to 1/2, 1/4, 1/8 for less work
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except Exception as error:  # a damaged file raises whatever its decoder likes
-        raise ValueError(f"{path} is no readable picture ({str(error) or type(error).__name__})") from None
-    size = _shrunk(image.size, shorter_side)
-    image = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _shrunk(size, shorter_side):
-    factor = min(1, shorter_side / min(size))
-    return tuple(max(1, round(side * factor)) for side in size)
+    return torch.from_numpy(read_thumbnail(path, round(KEEP * img_size))).permute(2, 0, 1)
 
 
 def middle(picture, img_size):
-    """(3, H, W) -> (3, img_size, img_size): the middle square that validation and prediction see."""
+    """(3, H, W) uint8 -> (3, img_size, img_size): the middle square, which validation and prediction see."""
     height, width = picture.shape[-2:]
     side = max(1, round(min(height, width) / RESIZE))
     top, left = (height - side) // 2, (width - side) // 2
@@ -155,7 +124,7 @@ def middle(picture, img_size):
 
 
 def augmentation(img_size, min_scale=0.5, jitter=0.2):
-    """What training does to a picture: a random crop of at least `min_scale` of its area, a mirror, colour."""
+    """The transform of training, for (3, H, W) uint8: a random crop of at least min_scale of the area, flip, colour."""
     return v2.Compose(
         [
             v2.RandomResizedCrop(img_size, scale=(min_scale, 1), antialias=True),
@@ -165,22 +134,17 @@ def augmentation(img_size, min_scale=0.5, jitter=0.2):
     )
 
 
-def standardise(pictures):
-    """(…, 3, H, W) uint8 -> float32, (value / 255 - mean) / std."""
-    mean, std = (torch.tensor(values, device=pictures.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (pictures.float() / 255 - mean) / std
-
-
 # ---------------------------------------------------------------- data set
 
 
 class Pictures(torch.utils.data.Dataset):
-    """(3, img_size, img_size) float32 and the label of each sample; indices are (index, epoch) pairs or plain indices.
+    """Items (3, img_size, img_size) float32 and label, for samples [(path, label)].
 
-    Every file is decoded at construction, in threads, so that an unreadable one is reported before the training begins.
-    The shrunk pictures stay in memory while they fit in CACHE_BYTES (of all processes of torchrun on this machine
-    together), else files are read again each time.
-    augmentation: None gives the middle of each picture, the same in every epoch.
+    An index is a pair (index, epoch), or an int, which means epoch 0. The augmentation draws from a separate random
+    stream for each (seed, epoch, index); without one, an item is the middle of its picture.
+    The constructor decodes every file, in threads, and raises a ValueError that names the damaged ones. The shrunk
+    pictures stay in memory if they fit in CACHE_BYTES, which the processes of torchrun on this machine share; otherwise
+    files are read again each time.
     """
 
     def __init__(self, samples, img_size, augmentation=None, seed=0, label="decode"):
@@ -196,19 +160,15 @@ class Pictures(torch.utils.data.Dataset):
                     self.kept.append(picture)
                     self.bytes += picture.nbytes
         if broken:
-            more = f"; {len(broken) - 1} more files like it" if len(broken) > 1 else ""
-            raise ValueError(f"{broken[0]}{more}; repair or remove it")
+            raise ValueError(f"{listed(broken)}; repair or remove {'them' if len(broken) > 1 else 'it'}")
         if self.bytes > room:
             self.kept = []
 
     def _read_or_error(self, path):
         try:
-            return self._read(path)
+            return read_tensor(path, self.img_size)
         except ValueError as error:
             return error
-
-    def _read(self, path):
-        return read_picture(path, round(KEEP * self.img_size))
 
     def __len__(self):
         return len(self.samples)
@@ -217,69 +177,34 @@ class Pictures(torch.utils.data.Dataset):
         if self.kept:
             return self.kept[index]
         try:
-            return self._read(self.samples[index][0])
-        except ValueError as error:  # it was readable at the start: the files have changed since
+            return read_tensor(self.samples[index][0], self.img_size)
+        except ValueError as error:  # it was readable at construction, so the file has changed since
             raise OSError(str(error)) from None
 
     def seen(self, index):
-        """What the network looks at in validation, for people: (img_size, img_size, 3) uint8."""
+        """The part of a picture that validation looks at, to be shown: (img_size, img_size, 3) uint8."""
         return middle(self._picture(index), self.img_size).permute(1, 2, 0).numpy()
 
     def __getitem__(self, index):
         index, epoch = index if isinstance(index, tuple) else (index, 0)
         picture, label = self._picture(index), self.samples[index][1]
         if self.augmentation is None:
-            return standardise(middle(picture, self.img_size)), label
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global stream; leave that as it was
+            return standardise(middle(picture, self.img_size), MEAN, STD), label
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global stream
             torch.random.default_generator.manual_seed(stream(self.seed, epoch, index))
-            return standardise(self.augmentation(picture)), label
-
-
-def stream(*parts):
-    """A seed of its own for every (seed, epoch, index): independent of workers, of order and of resuming."""
-    return random.Random(" ".join(map(str, parts))).getrandbits(63)
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """(index, epoch) pairs in an order drawn from (seed, epoch); set_epoch before each epoch, as DistributedSampler."""
-
-    def __init__(self, length, seed=0, shuffle=True):
-        self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.length
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(stream(self.seed, self.epoch, "order"))
-        order = torch.randperm(self.length, generator=generator).tolist() if self.shuffle else range(self.length)
-        return iter([(index, self.epoch) for index in order])
+            return standardise(self.augmentation(picture), MEAN, STD), label
 
 
 # ---------------------------------------------------------------- batches
 
 
-def to_device(images, device, amp):
-    """(N, 3, H, W) on the device, channels last where mixed precision runs, because its kernels prefer that."""
-    layout = torch.channels_last if amp is not None and images.dim() == 4 else torch.contiguous_format
-    return images.to(device, non_blocking=True, memory_format=layout)
-
-
-def set_epoch(loader, epoch):
-    """Tell the loader, or its sampler of items or batches, the epoch, where it wants to know."""
-    for listener in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        if hasattr(listener, "set_epoch"):
-            listener.set_epoch(epoch)
-
-
 class Features:
-    """Batches of (features, labels) of a fixed body: computed once, or once an epoch where the pictures change.
+    """Batches of (features, labels) of a frozen body, computed once, or once per epoch where pictures are augmented.
 
-    Features are computed in large batches, in the pictures' order, by all processes of torchrun together; the head then
-    sees them in the batches of `batch_sampler`, lists of indices or of (index, epoch) pairs.
-    after_step(): called after each of the large ones; what it raises ends the training.
+    The processes of torchrun compute the features together, in the batches of `loader`, in the order of the pictures.
+    Iterating then yields them in the batches of `batch_sampler`, lists of indices or of (index, epoch) pairs.
+    once: whether the features of the first epoch serve all epochs.
+    after_step(): called after each batch of `loader`; an exception that it raises ends the training.
     """
 
     def __init__(self, body, loader, batch_sampler, device, amp, once=False, after_step=lambda: None):
@@ -294,10 +219,10 @@ class Features:
 
     @torch.no_grad()
     def compute(self):
-        """-> (N, 512) features and (N,) labels of all pictures, on the device."""
+        """(N, 512) features and (N,) labels of all pictures, on the device."""
         features, labels = [], []
         for images, targets in self.loader:
-            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            with precision(self.device, self.amp):
                 features.append(self.body(to_device(images, self.device, self.amp)).float())
             labels.append(targets.to(self.device))
             self.after_step()

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from classification.folders import KEEP, MEAN, STD, middle
+from classification.folders import MEAN, STD, middle, read_tensor
 from classification.resnet18 import ResNet18
 from common.devices import pick_amp, pick_device, precision, to_device
 from common.files import atomic_path, load_weights, read_yaml
-from common.images import find_pictures, read_thumbnail, standardise
+from common.images import find_pictures, standardise
 from common.runs import newest_run, run_folder
 
 SHOWN = 40  # predictions that are printed; the file has all
@@ -65,7 +65,7 @@ def predict_files(options):
         images, read = [], []
         for path in files[start : start + 32]:
             try:
-                picture = read_thumbnail(path, round(KEEP * config["img_size"]))
+                picture = read_tensor(path, config["img_size"])
             except (ValueError, OSError) as error:
                 failed.append((path, str(error)))
                 continue

@@ -1,6 +1,6 @@
 """The command line of every script: options with bounds, a settings file beneath them, errors in one line.
 
-from cli import Parser, Stops, number, parse_options, run_script
+from common.cli import Parser, Stops, number, parse_options, run_script
 """
 
 import argparse
@@ -121,6 +121,12 @@ def _parse(build_parser, tokens, source):
     parser = build_parser()
     parser.prog += f": {source}"  # so that a wrong value names its file
     return parser.parse_args(tokens)
+
+
+def listed(items, most=5):
+    """["a", "b", ...] -> "a, b, c and 4 more": at most `most` items of a list for a message."""
+    text = ", ".join(map(str, items[:most]))
+    return f"{text} and {len(items) - most} more" if len(items) > most else text
 
 
 def in_one_line(error):

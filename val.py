@@ -286,13 +286,13 @@ def write_report(path, config, what, headline, by_epoch, by_class, items, curves
         colours = report.legend([f"class {row['class']}" for row in by_class])
         legends = [report.paragraph("Truth and prediction:"), colours, report.paragraph("Errors:"), *legends]
     metrics.append(report.table([{"metric": HEADINGS[key], "definition": text} for key, text in DEFINITIONS.items()]))
-    sections = [("Summary", report.summary(headline)), ("Metrics", report.joined(metrics))]
+    sections = [("Summary", report.summary(headline)), ("Metrics", "".join(metrics))]
     if curves.is_file():
         picture = report.picture(report.file_uri(curves), "Loss, IoU and learning rate by epoch")
         sections.append(("Training", picture))
     sections += [
         *more,
-        ("Images", report.joined([*legends, report.gallery(items, ("IoU", "Dice", "foreground"))])),
+        ("Images", "".join(legends) + report.gallery(items, ("IoU", "Dice", "foreground"))),
         ("Configuration", report.table([{"option": key, "value": str(value)} for key, value in config.items()])),
     ]
     report.write_page(path, f"{config['name']}: {config['arch']}", sections, subtitle=what)

@@ -12,8 +12,6 @@ import argparse
 import copy
 import csv
 import math
-import os
-import shutil
 import sys
 import time
 import zlib
@@ -34,7 +32,7 @@ from common import download, report
 from common.cli import Parser, Stops, check_config, number, parse_options, run_script
 from common.devices import keep_memory, pick_amp, pick_device, seed_everything
 from common.distributed import copy_main, gather, is_main, launched, parallel, processes, sync_batch_norm, world_size
-from common.files import atomic_path, load_checkpoint, read_yaml, save_checkpoint, write_yaml
+from common.files import atomic_path, load_checkpoint, new_folder, read_yaml, save_checkpoint, write_yaml
 from common.images import write_png
 from common.loaders import SharedBatches, WholeBatches, leave_signals_to_main, quieten_loaders, with_shares
 from common.runs import (
@@ -211,9 +209,8 @@ def write_demo(folder, counts=(("train", 60), ("val", 20)), size=96):
     """Generated ants and bees as <folder>/{train,val}/{ants,bees}/*.png, in place only when all are written."""
     from common.synthetic import two_classes
 
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     seed = 0
-    try:
+    with new_folder(folder) as scratch:
         for part, count in counts:
             for label in ("ants", "bees"):
                 target = scratch / part / label
@@ -221,11 +218,6 @@ def write_demo(folder, counts=(("train", 60), ("val", 20)), size=96):
                 for index in range(count):
                     write_png(target / f"{index:03d}.png", two_classes(seed, label, size))
                     seed += 1
-        scratch.rename(folder)
-    except OSError as error:
-        raise OSError(f"{folder} was not written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def build_data(config):

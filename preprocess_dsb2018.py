@@ -3,9 +3,9 @@
 python preprocess_dsb2018.py --download            # fetches 83 MB first; or --raw stage1_train.zip, or --demo
 python preprocess_dsb2018.py --raw ~/stage1_train --img_size 256
 
-Images are squeezed to squares by area averages. A mask is the union of an image's instance masks, of 0 and 255 only:
-the k small pixels that nuclei cover most are foreground, k being the sum of the coverage. On the 670 real images at 96
-pixels (`PYTHONPATH=. python tests/test_preprocess.py stage1_train.zip` prints the table again):
+Images are resized to squares by area averaging. A mask is the union of an image's instance masks and holds 0 and 255
+only: the k small pixels that nuclei cover most are foreground, where k is the sum of the coverage. Compared with other
+rules on the 670 real images at 96 pixels:
 
     rule                        |error| of the foreground   bias        overlap with the coverage
                                 fraction, mean over images              sum(min) / sum(max)
@@ -14,21 +14,19 @@ pixels (`PYTHONPATH=. python tests/test_preprocess.py stage1_train.zip` prints t
     linear (cv2.resize) > 0.5   0.001697                    -0.001463   0.8411
     k most covered (used here)  0.000028                    +0.000001   0.8444
 
-(error and bias against the area average; 0.139191 of the pixels are foreground on average, so linear loses 1 % of them)
+Error and bias are relative to the area average. On average 0.139191 of the pixels are foreground, so the linear rule
+loses 1 % of them. To print the table again: `PYTHONPATH=. python tests/test_preprocess.py stage1_train.zip`.
 
-Two cores need 13 s for the 670 images, from the folder as from the zip: 24 s of processor time, most of it to inflate
-29,461 PNGs.
+The 670 images take 13 s on two cores, from the folder or from the zip. Most of the 24 s of CPU time is spent on
+inflating 29,461 PNG files.
 """
 
 import contextlib
-import glob
 import io
 import math
 import os
 import re
-import shutil
 import statistics
-import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -42,7 +40,7 @@ from tqdm import tqdm
 
 from common.cli import Parser, number, parse_options, run_script
 from common.download import PACKED, ZIP_ERRORS, check_zip, fetch, open_zip
-from common.files import is_plain_name, write_yaml
+from common.files import is_plain_name, new_folder, write_yaml
 from common.images import decode, foreground, quieten_opencv, squeeze, squeeze_mask, to_channels, write_png
 from common.synthetic import nuclei
 
@@ -51,24 +49,23 @@ URL = "https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"
 STAGE1_IMAGES = 670
 DEMO_IMAGES = 120
 ENTRY = re.compile(r"(?P<root>(?:.*/)?)(?P<id>[^/]+)/(?P<kind>images|masks)/(?P<file>[^/]*)")
-MAX_FILE_BYTES = 2**30  # of one file in a zip: stage1_train.zip has 83 MB, its largest PNG 2 MB
-DAY_SECONDS = 24 * 3600
+MAX_FILE_BYTES = 2**30  # of one file in a zip; stage1_train.zip has 83 MB, its largest PNG 2 MB
 SKIPPED_SHOWN = 20
 
 
 def build_parser():
-    parser = Parser(description="stage1_train -> a data set that train.py reads")
+    parser = Parser(description="Turn the raw images of stage1_train into a data set that train.py can read.")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--raw", type=Path, help="stage1_train: its folder, its zip, or Kaggle's zip that contains it")
-    source.add_argument("--download", action="store_true", help=f"fetch it to {RAW}/stage1_train.zip first")
-    source.add_argument(
-        "--demo", action="store_true", help=f"{DEMO_IMAGES} generated images instead, in inputs/demo_96"
-    )
-    parser.add_argument("--url", default=URL, help="where --download fetches from")
-    parser.add_argument("--img_size", type=number(int, 8, 4096), default=96, help="side of the written squares")
-    parser.add_argument("--output", type=Path, help="folder to write (default: inputs/dsb2018_<img_size>)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
-    parser.add_argument("--num_workers", type=number(int, 1, 256), default=os.cpu_count(), help="threads")
+    source.add_argument("--download", action="store_true", help=f"download it to {RAW}/stage1_train.zip first")
+    source.add_argument("--demo", action="store_true", help=f"generate {DEMO_IMAGES} images instead, offline")
+
+    a = parser.add_argument
+    a("--url", default=URL, help="where --download finds it (default: %(default)s)")
+    a("--img_size", type=number(int, 8, 4096), default=96, help="side of the squares in pixels (default: %(default)s)")
+    a("--output", type=Path, help="folder to write (default: inputs/dsb2018_<img_size>, inputs/demo_<img_size>)")
+    a("--overwrite", action="store_true", help="replace an existing data set")
+    a("--num_workers", type=number(int, 1, 256), default=os.cpu_count(), help="threads (default: %(default)s)")
     return parser
 
 
@@ -77,7 +74,7 @@ def build_parser():
 
 @dataclass
 class Sample:
-    """The files of one image: names to be given to the `read` of find_samples."""
+    """The names of the files of one image, for the `read` function that find_samples returns."""
 
     images: list = field(default_factory=list)
     masks: list = field(default_factory=list)
@@ -86,7 +83,7 @@ class Sample:
 def group_entries(names):
     """`<root>/<id>/images/*.png` and `<root>/<id>/masks/*.png` -> {id: Sample}, sorted by id.
 
-    Of several roots the one named stage1_train is taken, or ValueError raised. {} when there is none.
+    If there are several roots, the one named stage1_train is used; ValueError if none has that name. {} without any.
     """
     roots = {}
     for name in sorted(set(names)):
@@ -108,7 +105,7 @@ def group_entries(names):
 
 
 def list_folder(folder):
-    """(samples, read) of a stage1_train folder or of its parent."""
+    """(samples, read) for a stage1_train folder or its parent."""
     candidates = (folder / "stage1_train" / "stage1_train", folder / "stage1_train", folder)
     root = next((root for root in candidates if any(root.glob("*/images"))), folder)
     names = []
@@ -120,14 +117,14 @@ def list_folder(folder):
 
 
 def list_zip(path):
-    """(samples, read) of stage1_train.zip, or of a zip that contains it. Nothing is unpacked to disk."""
+    """(samples, read) for stage1_train.zip, or a zip that contains it. Nothing is unpacked to disk."""
 
     def read(archive, name):
         info = archive.getinfo(name)
         if info.file_size > MAX_FILE_BYTES or info.compress_type not in PACKED:
             raise ValueError(f"unpacks to more than {MAX_FILE_BYTES:,} bytes, or is neither stored nor deflated")
         with archive.open(info) as file:
-            return file.read(info.file_size)  # and no more, whatever is packed there
+            return file.read(info.file_size)  # no more than this, whatever the entry really unpacks to
 
     archive = open_zip(path)
     samples = group_entries(archive.namelist())
@@ -136,13 +133,13 @@ def list_zip(path):
         try:
             archive = zipfile.ZipFile(io.BytesIO(read(archive, inner[0])))
         except (ValueError, *ZIP_ERRORS) as error:
-            raise ValueError(f"{inner[0]} in {path} is no whole zip ({error})") from None
+            raise ValueError(f"{inner[0]} in {path} is not a complete zip file ({error})") from None
         samples = group_entries(archive.namelist())
     return samples, partial(read, archive)
 
 
 def find_samples(raw):
-    """A folder or zip -> ({id: Sample} sorted by id, read: name -> bytes). ValueError when it holds no such images."""
+    """A folder or zip -> ({id: Sample} sorted by id, read: name -> bytes). ValueError if it holds no such images."""
     if raw.is_dir():
         samples, read = list_folder(raw)
         if not samples and (raw / "stage1_train.zip").is_file():
@@ -157,14 +154,14 @@ def find_samples(raw):
 
 
 def check_stage1(path):
-    """ValueError unless `path` is a whole zip with the 670 images of stage1_train."""
+    """ValueError unless `path` is a complete zip file with the 670 images of stage1_train."""
     check_zip(path)
     if (found := len(list_zip(path)[0])) != STAGE1_IMAGES:
         raise ValueError(f"{path} holds {found} images, expected the {STAGE1_IMAGES} of stage1_train")
 
 
 def download_raw(url):
-    """The path of stage1_train.zip, fetched and checked unless that has been done before."""
+    """The path of stage1_train.zip, which is downloaded unless a complete one is there already."""
     path = RAW / "stage1_train.zip"
     with contextlib.suppress(ValueError, FileNotFoundError):
         check_stage1(path)
@@ -175,12 +172,12 @@ def download_raw(url):
 
 
 def raw_or_default(raw):
-    """What --raw names, or the usual place; when nothing is there, one line that says what can be done."""
+    """The path that --raw names, or the usual place. FileNotFoundError says what to do when nothing is there."""
     places = ("*/images", "stage1_train", "stage1_train.zip")
     if raw is None and not any(any(RAW.glob(place)) for place in places):
         raise FileNotFoundError(
-            f"no raw data in {RAW / 'stage1_train'}; give --download to fetch it (83 MB), --demo for generated nuclei "
-            "without a download, or --raw PATH (a folder, or the zip)"
+            f"no raw data in {RAW / 'stage1_train'}; give --download to fetch it (83 MB), --demo to generate nuclei "
+            "instead, or --raw PATH (a folder or the zip)"
         )
     return raw or RAW
 
@@ -189,7 +186,7 @@ def raw_or_default(raw):
 
 
 def read_picture(read, name):
-    """What images.decode gives; its ValueError gets the name of the file."""
+    """images.decode of the file's bytes, with the file's name in its ValueError."""
     try:
         return decode(read(name))
     except ValueError as error:
@@ -197,11 +194,11 @@ def read_picture(read, name):
 
 
 def unite(masks, shape):
-    """(name, array) of each instance mask, as decode gives it -> (H, W) bool, the union of all that is not 0."""
+    """(name, array as decode returns it) for each instance mask -> (H, W) bool, the union of their foregrounds."""
     union = np.zeros(shape, bool)
     for name, mask in masks:
         if mask.shape[:2] != shape:
-            found, expected = ("x".join(map(str, side[1::-1])) for side in (mask.shape, shape))
+            found, expected = f"{mask.shape[1]}x{mask.shape[0]}", f"{shape[1]}x{shape[0]}"
             raise ValueError(f"{name} has {found} pixels, its image {expected}")
         union |= foreground(mask)
     return union
@@ -210,7 +207,7 @@ def unite(masks, shape):
 def load_raw(sample, read):
     """Sample -> (H, W, 3) uint8 RGB, (H, W) bool, number of masks. ValueError says why a sample cannot be used.
 
-    One bad mask is enough: an image that lacks a nucleus would teach that nuclei are background.
+    One bad mask is enough to reject an image: a missing nucleus would be learned as background.
     """
     if len(sample.images) != 1:
         raise ValueError(f"{len(sample.images) or 'no'} image files, expected 1")
@@ -222,12 +219,12 @@ def load_raw(sample, read):
         return image, unite(masks, image.shape[:2]), len(sample.masks)
     except (OSError, *ZIP_ERRORS) as error:
         if isinstance(error, FileNotFoundError) and not Path(error.filename).is_symlink():
-            raise  # it was there when the folder was listed: no damaged image, but raw data that go while they are read
+            raise  # it was there when the folder was listed: the whole source may be gone, such as an unplugged drive
         raise ValueError(f"cannot be read: {error}") from None
 
 
 def load_demo(seed, size):
-    """The same three things, generated."""
+    """The same as load_raw, generated."""
     image, labels = nuclei(seed, size)
     return image, labels > 0, int(labels.max())
 
@@ -236,73 +233,58 @@ def load_demo(seed, size):
 
 
 def check_place(output, overwrite):
-    """FileExistsError when something is there that may not be replaced; data sets of this script may, when told."""
+    """FileExistsError if `output` may not be written. An earlier data set of this script may be, with overwrite."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / "dataset.yml").is_file():
-        raise FileExistsError(f"{output} exists and is no data set of this script (no dataset.yml); choose --output")
+        raise FileExistsError(f"{output} exists and is not a data set of this script (no dataset.yml); choose --output")
     if not overwrite:
         raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another --output")
 
 
-@contextlib.contextmanager
-def new_folder(output, overwrite):
-    """Yields a folder to fill; it becomes `output` when the block ends well and vanishes when it does not."""
-    output = Path(output).resolve()
-    pattern = f".{glob.escape(output.name)}.*.tmp"
-    for leftover in output.parent.glob(pattern):  # of a run that was killed; a younger one may be at work still
-        if (leftover / "new").is_dir() and time.time() - leftover.stat().st_mtime > DAY_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
-    try:
-        (scratch / "new").mkdir()
-        yield scratch / "new"
-        check_place(output, overwrite)  # again: another run may have finished meanwhile
-        if output.exists():
-            output.rename(scratch / "old")
-        (scratch / "new").rename(output)
-    except OSError as error:
-        gone = f" ({error.filename})" if isinstance(error, FileNotFoundError) and error.filename else ""
-        raise OSError(f"{output} was not written: {error.strerror or error}{gone}") from None
-    finally:
-        if (scratch / "old").exists() and not output.exists():
-            (scratch / "old").rename(output)
-        shutil.rmtree(scratch, ignore_errors=True)
+def write_sample(folder, img_id, image, union, size):
+    """Write the image and its mask as squares -> fractions of foreground after and before, and the scale."""
+    mask = squeeze_mask(union, (size, size))
+    write_png(folder / "images" / f"{img_id}.png", squeeze(image, (size, size)))
+    write_png(folder / "masks" / "0" / f"{img_id}.png", mask.astype(np.uint8) * 255)
+    return {
+        "foreground": float(mask.mean()),
+        "foreground_full_size": float(union.mean()),
+        "scale": size / math.sqrt(union.size),
+    }
 
 
 def convert(folder, ids, load, size, num_workers):
-    """Fills `folder` with what `load(id)` gives, in threads: OpenCV lets go of the interpreter's lock while it decodes.
+    """Fill `folder` with the samples that `load(id)` returns, in threads: OpenCV releases the GIL while it decodes.
 
-    Returns ({id: what the summary counts}, {id: the reason why it was skipped}), both in the order of `ids`.
+    Returns ({id: counts for the summary}, {id: reason why it was skipped}), both in the order of `ids`.
     """
     (folder / "images").mkdir()
     (folder / "masks" / "0").mkdir(parents=True)
+    written, skipped = {}, {}
 
     def work(img_id):
         try:
             image, union, masks = load(img_id)
         except ValueError as error:
-            return str(error)
-        mask = squeeze_mask(union, (size, size))
-        write_png(folder / "images" / f"{img_id}.png", squeeze(image, (size, size)))
-        write_png(folder / "masks" / "0" / f"{img_id}.png", mask.astype(np.uint8) * 255)
-        fractions = {"foreground": float(mask.mean()), "foreground_full_size": float(union.mean())}
-        return {"masks": masks, **fractions, "scale": size / math.sqrt(union.size)}
+            skipped[img_id] = str(error)
+        else:
+            written[img_id] = {"masks": masks, **write_sample(folder, img_id, image, union, size)}
 
     pool = ThreadPoolExecutor(num_workers)
     try:
-        futures = {pool.submit(work, img_id): img_id for img_id in ids}
-        done = tqdm(as_completed(futures), "resize", len(futures), unit="img", disable=None)
-        results = {futures[future]: future.result() for future in done}
+        futures = [pool.submit(work, img_id) for img_id in ids]
+        for future in tqdm(as_completed(futures), "resize", len(futures), unit="img", disable=None):
+            future.result()  # raises the error of a thread, such as a full disk
     finally:
         pool.shutdown(cancel_futures=True)
-    written = {img_id: results[img_id] for img_id in ids if isinstance(results[img_id], dict)}
-    return written, {img_id: results[img_id] for img_id in ids if img_id not in written}
+    written = {img_id: written[img_id] for img_id in ids if img_id in written}
+    skipped = {img_id: skipped[img_id] for img_id in ids if img_id in skipped}
+    return written, skipped
 
 
 def describe(source, size, written, skipped):
-    """The content of dataset.yml. scale: the median factor by which the images shrank, hence the nuclei did."""
+    """The content of dataset.yml. scale: the median factor by which the images, and so the nuclei, were shrunk."""
 
     def column(name):
         return [counts[name] for counts in written.values()]
@@ -320,7 +302,7 @@ def describe(source, size, written, skipped):
 
 
 def find_source(options):
-    """-> (name of the source, ids, load: id -> image, union, number of masks) of --demo, --download or --raw."""
+    """--demo, --download or --raw -> (name of the source, ids, load: id -> image, union, number of masks)."""
     if options.demo:
         seeds = {f"demo_{seed:03d}": seed for seed in range(DEMO_IMAGES)}
         size = max(256, options.img_size)
@@ -328,6 +310,18 @@ def find_source(options):
     raw = download_raw(options.url) if options.download else raw_or_default(options.raw)
     samples, read = find_samples(raw)
     return str(raw), list(samples), lambda img_id: load_raw(samples[img_id], read)
+
+
+def print_summary(output, summary, seconds):
+    skipped = summary["skipped"]
+    for img_id, reason in list(skipped.items())[:SKIPPED_SHOWN]:
+        print(f"skipped {img_id}: {reason}")
+    if len(skipped) > SKIPPED_SHOWN:
+        print(f"skipped {len(skipped) - SKIPPED_SHOWN} more, all listed in {output}/dataset.yml")
+    print(
+        f"{output}: {summary['images']:,} images from {summary['masks']:,} masks, {len(skipped)} skipped, "
+        f"foreground {summary['foreground']:.2%} ({summary['foreground_full_size']:.2%} at full size), {seconds:.1f} s"
+    )
 
 
 def main():
@@ -338,26 +332,18 @@ def main():
     cv2.setNumThreads(1)  # the images are spread over threads already
     quieten_opencv()
     output = options.output or Path(f"inputs/{'demo' if options.demo else 'dsb2018'}_{options.img_size}")
+    may_write = partial(check_place, output, options.overwrite)
 
-    check_place(output, options.overwrite)
+    may_write()  # before a download
     source, ids, load = find_source(options)
-    with new_folder(output, options.overwrite) as folder:
+    with new_folder(output, check=may_write) as folder:
         written, skipped = convert(folder, ids, load, options.img_size, options.num_workers)
         if not written:
-            first = next(iter(skipped.items()))
-            raise ValueError(f"{source}: none of {len(ids)} images can be used; the first, {first[0]}: {first[1]}")
+            first, reason = next(iter(skipped.items()))
+            raise ValueError(f"{source}: none of {len(ids)} images can be used; the first, {first}: {reason}")
         summary = describe(source, options.img_size, written, skipped)
         write_yaml(folder / "dataset.yml", summary)
-
-    for img_id, reason in list(skipped.items())[:SKIPPED_SHOWN]:
-        print(f"skipped {img_id}: {reason}")
-    if len(skipped) > SKIPPED_SHOWN:
-        print(f"skipped {len(skipped) - SKIPPED_SHOWN} more, all listed in {output}/dataset.yml")
-    print(
-        f"{output}: {summary['images']:,} images from {summary['masks']:,} masks, {len(skipped)} skipped, "
-        f"foreground {summary['foreground']:.2%} ({summary['foreground_full_size']:.2%} at full size), "
-        f"{time.perf_counter() - started:.1f} s"
-    )
+    print_summary(output, summary, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-"""Fetch a file, check it, unzip it: resumes what was cut off, and trusts neither the server nor the zip.
+"""Download a file, check it, unpack it. Cut downloads are resumed; neither the server nor the zip file is trusted.
 
-from download import check_zip, fetch, safe_extract
+from common.download import check_zip, fetch, safe_extract
 
 fetch("https://example.org/data.zip", "inputs/data.zip", check=check_zip)
 safe_extract("inputs/data.zip", "inputs/data")
+
+Why not the library pooch (1.9): it cannot resume a download, checks no disk space, and unpacks with plain extractall.
 """
 
-import contextlib
 import hashlib
 import http.client
 import json
-import lzma
 import re
 import shutil
 import stat
 import struct
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -26,50 +25,43 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from common.files import new_folder
+
 CHUNK_BYTES = 2**18
 TIMEOUT_SECONDS = 20
-RETRY_WAITS = (0.5, 1, 2)  # seconds before each further try; a try that brought new bytes starts the list again
+RETRY_WAITS = (0.5, 1, 2)  # seconds before each further attempt; an attempt that brings new bytes starts the list again
 MAX_UNPACKED_BYTES = 8 * 2**30
-PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of the others zipfile unpacks more at once than it is asked for
 MAX_ENTRIES = 2_000_000
-# What zipfile raises for files that are damaged, encrypted or packed by a method it does not know.
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    OverflowError,
-    lzma.LZMAError,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    UnicodeDecodeError,
-)
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # with other methods zipfile can unpack more than it was asked for
+# What zipfile raises for a file that is damaged, encrypted or compressed by an unknown method.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OverflowError, RuntimeError, UnicodeError)
 
 
 class Cut(Exception):
-    """The connection failed in a way that another try may cure."""
+    """The connection failed in a way that another attempt may cure."""
 
 
 # ---------------------------------------------------------------- fetch
 
 
 def fetch(url, path, sha256=None, check=None):
-    """Download `url` to `path`, with a progress bar. The name `path` appears only when the file is whole and checked.
+    """Download `url` to `path`, with a progress bar. `path` appears only when the file is complete and checked.
 
-    A cut download stays as `<path>.part` and is resumed, by the next try or the next run, when the server can and its
-    file is still the same one; otherwise it starts again. sha256: the expected hexadecimal digest; check: a function
-    of a path that raises ValueError, called before the file gets its name. A file that fails either is removed.
-    Raises OSError (network, server, disk) or ValueError (address, digest, check), each one line that names the URL.
+    A cut download stays as `<path>.part`. The next attempt or the next run resumes it if the server supports that and
+    its file has not changed; otherwise the download starts again.
+    sha256: the expected hexadecimal digest. check: called with the path of the complete file before it is renamed;
+    raises ValueError to reject it. A file that fails either is removed.
+    Raises OSError (network, server, disk) or ValueError (address, digest, check) with one line that names the URL.
     """
     path = Path(path)
     part, notes = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
     if not re.match(r"https?://[^/]", url):
-        raise ValueError(f"{url!r} is no address to download from; expected http://... or https://...")
+        raise ValueError(f"{url!r} is not an address to download from; expected http://... or https://...")
     path.parent.mkdir(parents=True, exist_ok=True)
     _receive_all(url, part, notes)
     try:
         if sha256 and (found := _sha256(part)) != sha256.lower():
-            raise ValueError(f"sha256 {found}, expected {sha256}: the file is another one or was damaged on the way")
+            raise ValueError(f"sha256 {found}, expected {sha256}: the file differs or was damaged on the way")
         if check:
             check(part)
     except ValueError as error:
@@ -81,7 +73,7 @@ def fetch(url, path, sha256=None, check=None):
 
 
 def _receive_all(url, part, notes):
-    """Tries until `part` is whole; OSError when tries bring nothing new any more."""
+    """Repeat attempts until `part` is complete. OSError when attempts bring no new bytes."""
     most, failures = 0, 0
     while True:
         try:
@@ -98,11 +90,11 @@ def _receive_all(url, part, notes):
 
 
 def _receive(url, part, notes):
-    """One try: goes on where `part` ends, when the server has the same file still, or starts again."""
+    """One attempt: continue where `part` ends if the server still has the same file, else start again."""
     known = _read_notes(url, part, notes)
     start = part.stat().st_size if known else 0
     if known and start == known["size"]:
-        return  # whole already; a run was stopped before it could be checked
+        return  # complete already: an earlier run was stopped before it could check the file
     headers = {"Accept-Encoding": "identity", "User-Agent": "python"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -123,48 +115,54 @@ def _receive(url, part, notes):
 
 
 def _read_notes(url, part, notes):
-    """What is known of the file that `part` is a piece of: {url, size, validator}, or None to start again."""
+    """What is known about the file that `part` is a piece of, {url, size, validator}; None to start again."""
     try:
         known = json.loads(notes.read_text())
-        return known if part.stat().st_size and known["url"] == url and known.keys() >= {"size", "validator"} else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
+        if known["url"] == url and part.stat().st_size:
+            return {key: known[key] for key in ("url", "size", "validator")}
+    except (OSError, ValueError, KeyError, TypeError):  # no notes, or not ours
+        pass
+    return None
 
 
 def _open(url, headers, part):
-    """The response; Cut for what may pass, OSError for what will not."""
+    """The response. Raises Cut for a failure that may pass, OSError for one that will not."""
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         answer = f"{url} answers {error.code} {error.reason}"
-        if error.code == 416:  # nothing behind the bytes we have: the file there is shorter now
+        if error.code == 416:  # no bytes after ours: the server's file is shorter now
             part.unlink(missing_ok=True)
         if error.code in (408, 416, 429) or error.code >= 500:
             raise Cut(answer) from None
-        raise OSError(f"{answer}; check the address, or get the file by hand") from None
+        raise OSError(f"{answer}; check the address, or download the file by hand") from None
     except (http.client.InvalidURL, UnicodeError, ValueError) as error:
-        raise ValueError(f"{url!r} is no valid address: {error}") from None
+        raise ValueError(f"{url!r} is not a valid address: {error}") from None
     except (OSError, http.client.HTTPException) as error:  # refused, no such host, timed out, cut before the headers
-        raise Cut(f"no answer from {url} ({getattr(error, 'reason', None) or error or type(error).__name__})") from None
+        reason = getattr(error, "reason", None) or error or type(error).__name__
+        raise Cut(f"no answer from {url} ({reason})") from None
 
 
 def _extent(response):
-    """(size of the whole file or None, position at which this response begins)."""
+    """(size of the complete file or None, position in it at which this response begins)."""
     if response.status == 206:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        return (int(found[2]), int(found[1])) if found else (None, -1)
+        if not found:
+            return None, -1
+        return int(found[2]), int(found[1])
     length = response.headers.get("Content-Length", "")
-    return (int(length) if length.isdecimal() else None), 0
+    size = int(length) if length.isdecimal() else None
+    return size, 0
 
 
 def _validator(response):
-    """What tells this version of the file from another: a strong ETag or the date of change (RFC 9110, If-Range)."""
+    """What identifies this version of the file: a strong ETag, or the date of its last change (RFC 9110, If-Range)."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified")
 
 
 def _save(response, part, begins, size):
-    """Appends the response to `part`, or writes it anew when it begins at 0."""
+    """Append the response to `part`, or write a new file if the response begins at 0."""
     name = part.name.removesuffix(".part")
     bar = tqdm(total=size, initial=begins, unit="B", unit_scale=True, desc=name, disable=None)
     try:
@@ -172,7 +170,7 @@ def _save(response, part, begins, size):
             while chunk := _read(response):
                 file.write(chunk)
                 bar.update(len(chunk))
-    except OSError as error:  # a full disk; a write's error names no file
+    except OSError as error:  # a full disk; a failed write names no file
         raise OSError(error.errno, error.strerror, str(part)) from None
 
 
@@ -195,7 +193,7 @@ def _sha256(path):
 
 
 def check_zip(path, max_bytes=MAX_UNPACKED_BYTES):
-    """ValueError unless `path` is a whole zip (every entry's CRC is right) that safe_extract would unpack."""
+    """ValueError unless `path` is a complete zip file, with correct CRCs, that safe_extract would unpack."""
     with open_zip(path) as archive:
         _check_entries(path, archive.infolist(), max_bytes)
         try:
@@ -207,42 +205,42 @@ def check_zip(path, max_bytes=MAX_UNPACKED_BYTES):
 
 
 def open_zip(path):
-    """zipfile.ZipFile(path), with a ValueError when that is no whole zip."""
+    """zipfile.ZipFile(path). ValueError if the file is not a complete zip file."""
     try:
         return zipfile.ZipFile(path)
     except ZIP_ERRORS as error:
-        raise ValueError(f"{path} is no whole zip ({error})") from None
+        raise ValueError(f"{path} is not a complete zip file ({error})") from None
 
 
 def safe_extract(path, folder, max_bytes=MAX_UNPACKED_BYTES):
-    """Unpack a zip as the new folder `folder`, which appears only when everything is in it.
+    """Unpack a zip file as the new folder `folder`, which appears only when it is complete.
 
-    Where the zip holds one folder of that same name, its content becomes `folder`. Refused with ValueError: entries
-    that climb out of the folder, absolute names, links, devices, encryption, and more than max_bytes unpacked.
+    If all entries lie in one folder that has the same name as `folder`, that level is left out.
+    Raises ValueError for a damaged file and for what no honest data set holds: entries outside the folder, absolute
+    names, links, devices, encryption, more than max_bytes unpacked. Raises FileExistsError if `folder` exists, and
+    OSError if the disk is too small.
     """
     path, folder = Path(path), Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; remove it to unpack {path} again")
     with open_zip(path) as archive:
         entries = [info for info in archive.infolist() if not info.filename.startswith("__MACOSX/")]
         needed = _check_entries(path, entries, max_bytes)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if needed > (free := shutil.disk_usage(folder.parent).free):
-            raise OSError(f"{folder.parent} has {free:,} bytes free; {path} unpacks to {needed:,}")
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        with contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        with new_folder(folder) as new:
+            if needed > (free := shutil.disk_usage(new).free):
+                raise OSError(f"{folder.parent} has {free:,} bytes free; {path} unpacks to {needed:,}")
             try:
                 for info in tqdm(entries, desc=f"unzip {path.name}", unit="file", disable=None):
-                    archive.extract(info, scratch / "new")
+                    archive.extract(info, new)
             except ZIP_ERRORS as error:
                 raise ValueError(f"{path} is damaged ({error})") from None
-            tops = {PurePosixPath(info.filename).parts[0] for info in entries}
-            (scratch / "new" / folder.name if tops == {folder.name} else scratch / "new").rename(folder)
+            inner = new / folder.name
+            if list(new.iterdir()) == [inner] and inner.is_dir():
+                inner.rename(new.with_name("inner"))
+                new.rmdir()
+                new.with_name("inner").rename(new)
 
 
 def _check_entries(path, entries, max_bytes):
-    """The number of bytes the entries unpack to; ValueError for any entry that no honest data set has."""
+    """The number of bytes that the entries unpack to. ValueError for an entry that no honest data set holds."""
     for info in entries:
         name = info.filename.replace("\\", "/")
         parts = PurePosixPath(name).parts

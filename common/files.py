@@ -1,26 +1,34 @@
-"""Files that are whole or not there at all: YAML, checkpoints, and the names that are safe to use for them.
+"""Files and folders that appear complete or not at all: YAML, checkpoints, and names that are safe to use as paths.
 
-from common.files import atomic_path, load_checkpoint, read_yaml, save_checkpoint, write_yaml
+from common.files import atomic_path, new_folder, read_yaml, write_yaml
+from common.files import load_checkpoint, load_weights, save_checkpoint
 
 torch is imported inside the functions that need it, so that `--help` starts fast.
 """
 
 import contextlib
+import glob
 import os
+import shutil
+import tempfile
+import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import yaml
 
-MAX_YAML_BYTES = 2**24  # ids of some 200,000 images; PyYAML reads about 0.2 MB a second
+DAY_SECONDS = 24 * 3600
+MAX_YAML_BYTES = 2**24  # the ids of about 200,000 images; PyYAML reads about 0.2 MB per second
+
+
+# ---------------------------------------------------------------- complete or not at all
 
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, on failure removed.
+    """Yields a temporary path beside `path`. On success it is flushed to disk and renamed, on failure removed.
 
-    What the system refuses (a full disk, a folder that is gone) is an OSError that names `path`.
+    Raises OSError that names `path` for what the system refuses: a full disk, a folder that no longer exists.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -29,13 +37,66 @@ def atomic_path(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:  # of a write it names no file
+    except OSError as error:  # a failed write names no file
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with contextlib.suppress(OSError):  # in vain on a disk that became read-only; that is not the error to tell
+        with contextlib.suppress(OSError):  # this fails on a disk that became read-only, which is not the error to show
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(output, check=None):
+    """Yields an empty folder to fill. It becomes `output` when the block succeeds and is removed when it fails.
+
+    check: called without arguments before the block and again before `output` is replaced; it raises if `output` may
+    not be replaced. By default nothing that exists is replaced (FileExistsError). An earlier folder is deleted only
+    after the new one has its name. Leftovers of killed runs are removed when they are more than a day old.
+    Raises OSError that names `output` for what the system refuses.
+    """
+
+    def check_absent():
+        if Path(output).exists():
+            raise FileExistsError(f"{output} exists already; remove it first, or choose another folder")
+
+    check = check or check_absent
+    check()
+    target = Path(output).resolve()  # a link to another disk stays a link
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        prefix = f".{target.name}."
+        with tempfile.TemporaryDirectory(".tmp", prefix, target.parent, ignore_cleanup_errors=True) as scratch:
+            new, old = Path(scratch, "new"), Path(scratch, "old")
+            new.mkdir()
+            yield new
+            check()  # another process may have written `output` in the meantime
+            _replace(target, new, old)
+    except OSError as error:
+        missing = f" ({error.filename})" if isinstance(error, FileNotFoundError) and error.filename else ""
+        raise OSError(f"{output} was not written: {error.strerror or error}{missing}") from None
+
+
+def _replace(target, new, old):
+    """Rename `new` to `target`. An existing target becomes `old`, and gets its name back if the second rename fails."""
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+
+
+def _remove_leftovers(target):
+    """Remove scratch folders of `target` that killed runs left. Younger ones may belong to a run that is at work."""
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        if (leftover / "new").is_dir() and time.time() - leftover.stat().st_mtime > DAY_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- YAML
 
 
 def write_yaml(path, mapping):
@@ -51,9 +112,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose only booleans are true and false, as in YAML 1.2: `amp: off` is text, and so is an id `no`.
+    """Safe YAML in which only true and false are booleans, as in YAML 1.2: `amp: off` is text, and so is the id `no`.
 
-    Aliases are refused: a few lines of them stand for more values than a machine can hold.
+    Aliases are refused: a few lines of them can expand to more values than memory holds.
     """
 
     yaml_implicit_resolvers = {
@@ -69,103 +130,90 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path):
-    """The mapping in a YAML file; ValueError when it is no YAML mapping, FileNotFoundError when it is not there."""
+    """The mapping in a YAML file. Raises FileNotFoundError, or ValueError if the file is not a YAML mapping."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if (size := path.stat().st_size) > MAX_YAML_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_YAML_BYTES:,} that a YAML file may have")
+        raise ValueError(f"{path} has {size:,} bytes; a YAML file may have at most {MAX_YAML_BYTES:,}")
     data = path.read_bytes()
     try:
         mapping = yaml.load(data.decode("utf-8"), _Loader)
-    except Exception as error:  # what a hostile value such as `!!int ""` raises has no class in common
-        raise ValueError(f"{path} is no readable YAML file: {str(error) or type(error).__name__}") from None
+    except Exception as error:  # a hostile value such as `!!int ""` can raise an exception of any class
+        raise ValueError(f"{path} is not a readable YAML file: {str(error) or type(error).__name__}") from None
     if not isinstance(mapping, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found {type(mapping).__name__}")
     return mapping
 
 
+# ---------------------------------------------------------------- checkpoints
+
+
 def save_checkpoint(path, state):
-    """Tensors and plain Python values only, so that `weights_only=True` reads them back."""
+    """Save tensors and plain Python values, and nothing else: load_checkpoint reads with `weights_only=True`."""
     import torch
 
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # as "archive": the same state, the same bytes
+    # torch.save gets a file, not a name: a name would be stored in the archive, and equal states would differ in bytes
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch hides behind its own what went wrong in file.write: a full disk, a signal
+        except RuntimeError as error:  # torch wraps what file.write raised, such as a full disk or a signal
             raise error.__context__ or error from None
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. Runs no code from the file; ValueError when it is no such file.
+    """The content of a checkpoint, with tensors on the CPU. Code in the file is never run.
 
-    So it is for files that unpack to more than they are, and for tensors that no checkpoint of weights holds: sparse,
-    complex, or larger than the file (a stride of 0 makes four bytes terabytes) or than their own memory.
+    Raises FileNotFoundError, or ValueError that names a file that is damaged or holds more than tensors and plain
+    values.
     """
     import torch
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    size = path.stat().st_size
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # PyTorch stores its entries as they are
-                if sum(entry.file_size for entry in archive.infolist()) > size:
-                    raise ValueError("compressed")
-        with warnings.catch_warnings():  # about pickles of other protocols
+        with warnings.catch_warnings():  # torch warns about the protocol of ordinary pickles
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        for tensor in _tensors(state):
-            plain = tensor.layout is torch.strided and not (tensor.is_complex() or tensor.is_quantized)
-            if not plain or tensor.numel() * tensor.element_size() > size or _overlaps(tensor):
-                raise ValueError("no plain tensor")
-    except Exception:  # the unpickler of a broken or hostile file raises whatever it likes, with a page of advice
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged or hostile file can raise an exception of any class, with a page of advice
         raise ValueError(
-            f"{path} is no checkpoint of tensors and plain values: it is broken, or would run code when read"
+            f"{path} is not a checkpoint of tensors and plain values: it is damaged, or would run code when loaded"
         ) from None
-    return state
-
-
-def _overlaps(tensor):
-    """Do elements of it share memory, so that it cannot be written to?"""
-    extent = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return True
-            extent += stride * (size - 1)
-    return False
-
-
-def _tensors(state):
-    """Yields the tensors in nested dicts, lists and tuples, each container once: a hostile one may hold itself."""
-    import torch
-
-    waiting, seen = [state], set()
-    while waiting:
-        value = waiting.pop()
-        if torch.is_tensor(value):
-            yield value
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
-
-
-def is_plain_name(name):
-    """Is it the name of a file or folder, and no path that could lead out of the folder it is put in?"""
-    return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
 def load_weights(path):
+    """The weights in a checkpoint, ours or another project's -> {name: tensor}, on the CPU in their stored dtypes.
+
+    Unwraps {"state_dict": ...}, {"ema": ...} and {"model": ...} in this order, so that our last.pth gives the averaged
+    weights where there are some, and removes "module." from the beginning of names (DataParallel, AveragedModel).
+    Values that are not tensors are left out, and so is AveragedModel's counter `n_averaged`.
+    Raises FileNotFoundError, or ValueError if the file is damaged, or holds no weights, or one that is not finite.
+    """
     import torch
 
     state = load_checkpoint(path)
     for key in ("state_dict", "ema", "model"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    items = state.items() if isinstance(state, dict) else ()
-    weights = {str(k).removeprefix("module."): v for k, v in items if torch.is_tensor(v) and k != "n_averaged"}
-    for key, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{path} holds weights that are not finite: {key}")
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    weights = {}
+    for key, value in state.items() if isinstance(state, dict) else ():
+        name = str(key)
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        if torch.is_tensor(value) and name != "n_averaged":
+            weights[name] = value
+    if not weights:
+        raise ValueError(f"{path} holds no weights; expected a state_dict, {{name: tensor}}")
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{path} holds weights that are not finite: {name}")
     return weights
+
+
+# ---------------------------------------------------------------- names
+
+
+def is_plain_name(name):
+    """Whether `name` names a file or folder, and is not a path that could lead out of its parent folder."""
+    return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name

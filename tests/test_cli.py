@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPOSITORY
 
-from common.cli import Parser, Stops, Terminated, number, parse_options
+from common.cli import Parser, Stops, Terminated, in_one_line, number, parse_options
 from common.files import read_yaml
 from utils import str2bool
 
@@ -172,6 +173,25 @@ def test_scripts_without_a_settings_file(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["my.py", "--size", "5"])
     options, given = parse_options(plain)
     assert vars(options) == {"size": 5} and given == {"size"}
+
+
+# ---------------------------------------------------------------- messages
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise OSError("inputs/x: a: no image (gone)")
+
+
+def test_an_error_in_one_line():
+    assert in_one_line(ValueError("found this,\n  expected that")) == "found this, expected that"
+    assert in_one_line(MemoryError()) == "MemoryError"
+    with pytest.raises(OSError) as caught:
+        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    assert "Traceback" in str(caught.value) and in_one_line(caught.value) == "inputs/x: a: no image (gone)"
 
 
 # ---------------------------------------------------------------- running

@@ -198,7 +198,7 @@ def test_sha256_and_check_decide_whether_the_file_gets_its_name(server, tmp_path
     fetch(server.url, tmp_path / "good.zip", sha256=hashlib.sha256(DATA).hexdigest().upper())
     with pytest.raises(ValueError, match="expected 1234"):
         fetch(server.url, tmp_path / "data.zip", sha256="1234")
-    with pytest.raises(ValueError, match="data.zip: .*no whole zip"):
+    with pytest.raises(ValueError, match="data.zip: .*not a complete zip"):
         fetch(server.url, tmp_path / "data.zip", check=check_zip)
     assert left_over(tmp_path) == ["good.zip"]
 
@@ -263,7 +263,7 @@ def test_damaged_zips_are_named(tmp_path):
         path = tmp_path / f"{number}.zip"
         path.write_bytes(data)
         for action in (check_zip, lambda path: safe_extract(path, tmp_path / "data")):
-            with pytest.raises(ValueError, match="no whole zip"):
+            with pytest.raises(ValueError, match="not a complete zip"):
                 action(path)
     flipped = bytearray(whole)
     flipped[100] ^= 1  # inside the first entry's bytes: only its CRC can tell

@@ -5,7 +5,6 @@ PYTHONPATH=. python tests/test_preprocess.py stage1_train.zip      # the table o
 
 import http.server
 import io
-import os
 import shutil
 import signal
 import subprocess
@@ -245,11 +244,11 @@ def test_the_default_place_is_a_folder_or_a_zip(run, tmp_path):
     "data, message",
     [
         (None, "no such file or folder"),
-        (b"", "no whole zip"),
-        (b"text", "no whole zip"),
-        (zipped(stage1_files())[:3000], "no whole zip"),
+        (b"", "not a complete zip"),
+        (b"text", "not a complete zip"),
+        (zipped(stage1_files())[:3000], "not a complete zip"),
         (zipped({"readme.txt": b"x"}), "expected <id>/images"),
-        (zipped({"stage1_train.zip": b"broken"}), "stage1_train.zip in .* is no whole zip"),
+        (zipped({"stage1_train.zip": b"broken"}), "stage1_train.zip in .* is not a complete zip"),
         (zipped({f"{part}/a/images/a.png": b"x" for part in ("x", "y")}), "several sets of images"),
     ],
 )
@@ -396,7 +395,7 @@ def test_a_folder_of_something_else_is_never_replaced(run, raw, tmp_path):
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("x")
     for output in ("home", "file", "."):
-        with pytest.raises(FileExistsError, match="no data set of this script"):
+        with pytest.raises(FileExistsError, match="is not a data set of this script"):
             run("--raw", raw, "--output", output, "--overwrite")
     assert (tmp_path / "home" / "thesis.txt").exists()
     (tmp_path / "empty").mkdir()
@@ -417,22 +416,6 @@ def test_a_data_set_that_appears_meanwhile_is_not_overwritten(run, raw, tmp_path
     assert (output / "dataset.yml").read_text() == "images: 1" and hidden(output.parent) == []
 
 
-def test_what_a_killed_run_left_is_ignored_and_later_removed(run, raw, tmp_path):
-    old, young = (tmp_path / "inputs" / f".dsb2018_16.{name}.tmp" for name in ("old", "young"))
-    for folder in (old, young):
-        write_tree(folder, {"new/images/x.png": b"half a data set"})
-    os.utime(old, (1, 1))
-    assert len(content(run("--raw", raw)[0])) == 6
-    assert not old.exists() and young.exists()
-
-
-def test_a_link_to_another_disk_stays_a_link(run, raw, tmp_path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "disk", target_is_directory=True)
-    run("--raw", raw, "--output", "link")
-    assert (tmp_path / "link").is_symlink() and len(content(tmp_path / "disk")) == 6
-
-
 def test_a_full_disk_leaves_nothing_behind(run, raw, tmp_path):
     with mounted(tmp_path / "disk", "size=200k") as disk:
         with pytest.raises(OSError, match="disk/out was not written: No space left on device"):
@@ -441,7 +424,7 @@ def test_a_full_disk_leaves_nothing_behind(run, raw, tmp_path):
 
 
 def test_a_read_only_disk_is_named(run, raw, tmp_path):
-    with mounted(tmp_path / "disk", "ro") as disk, pytest.raises(OSError, match="Read-only file system.*disk"):
+    with mounted(tmp_path / "disk", "ro") as disk, pytest.raises(OSError, match="disk/out was not written: Read-only"):
         run("--raw", raw, "--output", disk / "out")
 
 
@@ -516,7 +499,11 @@ def test_download_once_then_use_it(run, server, tmp_path):
 
 @pytest.mark.parametrize(
     "name, message",
-    [("missing", "answers 404"), ("truncated.zip", "no whole zip"), ("few.zip", "holds 3 images, expected the 670")],
+    [
+        ("missing", "answers 404"),
+        ("truncated.zip", "not a complete zip"),
+        ("few.zip", "holds 3 images, expected the 670"),
+    ],
 )
 def test_downloads_that_fail_leave_nothing(run, server, tmp_path, name, message):
     server.files = {"/truncated.zip": stage1_of(670)[:20000], "/few.zip": zipped(stage1_files())}

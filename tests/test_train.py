@@ -559,7 +559,7 @@ def test_other_mistakes(go):
     refused(go, TINY, "--arch", "UNet", "--deep_supervision", "True", match="one head")
     if not torch.cuda.is_available():
         refused(go, TINY, "--device", "cuda", match="--device cuda is not there")
-    for text, match in (("- a\n", "found list"), ("nope: 1\n", "unknown options nope"), ("a: [", "no readable YAML")):
+    for text, match in (("- a\n", "found list"), ("nope: 1\n", "unknown options nope"), ("a: [", "readable YAML")):
         Path("bad.yml").write_text(text)
         refused(go, TINY, "--config", "bad.yml", match=match)
     for wrong in ("--epochs -1", "--lr abc", "--frobnicate 1", "-b 0", "--milestones 3,2"):

@@ -141,13 +141,6 @@ def in_one_line(error):
     return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 4]} ..."
 
 
-def listed(items, most=5):
-    """The first `most` items as text, and how many more there are."""
-    names = [str(item) for item in items]
-    text = ", ".join(names[:most])
-    return f"{text} and {len(names) - most} more" if len(names) > most else text
-
-
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as a cluster that wants its machine back sends it; scripts unwind as at Ctrl-C."""
 

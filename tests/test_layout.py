@@ -27,7 +27,7 @@ HOUSE = (
     {"preprocess_dsb2018", "train", "val", "predict", "export", "transfer_resnet18"},
     {name for name in MODULES if name.startswith("tools.")},
 )
-NEIGHBOURS = {"common", "tools"}  # rows whose modules may import one another; no circle, see below
+NEIGHBOURS = {"common", "classification", "tools"}  # rows whose modules may import one another; no circle, see below
 LIBRARIES = {"archs": {"torch"}, "losses": {"torch"}, "metrics": {"numpy", "torch"}}
 
 
@@ -87,9 +87,11 @@ def test_files_open_with_what_they_are_for(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_only_define(name):
-    """At the top: a docstring, imports, constants, functions, classes, and the call of main in a script."""
+    """At the top: a docstring, imports, constants, functions, classes; in a script answer_early and the call of main."""
     docstring, *statements = parsed(name).body
     for node in statements:
+        if ast.unparse(node) == "answer_early(__name__, build_parser)":
+            continue
         if isinstance(node, ast.If):
             assert ast.unparse(node.test) == "__name__ == '__main__'", f"{name}:{node.lineno}"
             assert [ast.unparse(line) for line in node.body] == ["run_script(main)"], f"{name}:{node.lineno}"

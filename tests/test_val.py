@@ -208,7 +208,7 @@ def test_images_with_and_without_a_twin_are_scored_apart(go):
             return np.mean([overlap / (total - overlap) for overlap, total in parts])
 
         one, two = pooled([first]), pooled(others)
-        assert f"IoU of the 1 images with a look-alike in training {one:.4f}, of the 2 others {two:.4f}" in said
+        assert f"IoU {one:.4f} on the 1 images with a look-alike in training, {two:.4f} on the 2 others" in said
         path.write_text(yaml.safe_dump({**split, "twins": none}))
         assert "look-alike" not in go("--name two --amp off").out
     finally:
@@ -236,7 +236,7 @@ def test_bfloat16_and_float32_agree(go):
 
 
 @pytest.mark.parametrize(
-    "changed", ["arch: Foo", "width: x", "num_classes: 0", "mean: [1, 2]", "loss: Q", "input_w: 0"]
+    "changed", ["arch: Foo", "width: x", "num_classes: 0", "mean: [1, 2]", "loss: 3", "input_w: 0"]
 )
 def test_refuses_a_spoilt_config(go, changed):
     shutil.copytree("models/one", "models/spoilt")

@@ -1,20 +1,28 @@
 """export.py: the file against PyTorch at many sizes, alone in a folder of its own, and as a user runs the script."""
 
+import contextlib
+import io
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_script, write_data_set
+from conftest import call, write_data_set
 
 import export
+import predict
+import train
+import val
 from archs import NestedUNet, UNet
 
 onnx = pytest.importorskip("onnx", reason="needs requirements-onnx.txt")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
 pytest.importorskip("onnxscript", reason="needs requirements-onnx.txt")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = [(1, 16, 16), (2, 40, 56), (1, 1, 1), (3, 33, 15), (1, 130, 64), (2, 7, 97)]
 
@@ -49,6 +57,8 @@ def test_the_file_is_the_model_at_every_size(model, channels, classes, tmp_path)
     model, mean, std = model().eval(), [0.1, 0.2, 0.3, 0.4][:channels], [0.3, 0.25, 0.2, 0.15][:channels]
     export.write_onnx(export.Deployed(model, mean, std), tmp_path / "m.onnx", channels, {"name": "x", "threshold": 0.5})
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]  # the weights are inside
+    content = (tmp_path / "m.onnx").read_bytes()
+    assert b"site-packages" not in content and b"archs.py" not in content  # nothing of this machine
 
     session = session_of(tmp_path / "m.onnx")
     (images,), (output,) = session.get_inputs(), session.get_outputs()
@@ -64,28 +74,48 @@ def test_the_file_is_the_model_at_every_size(model, channels, classes, tmp_path)
         assert np.abs(found - expected).max() < 1e-5 and expected.std() > 0 or (height, width) == (1, 1)
 
 
-def test_nothing_of_this_machine_is_in_the_file(tmp_path):
-    model = NestedUNet(1, 3, deep_supervision=True, width=1).prune(1).eval()
-    export.write_onnx(export.Deployed(model, [0.0] * 3, [1.0] * 3), tmp_path / "m.onnx", 3, {})
-    content = (tmp_path / "m.onnx").read_bytes()
-    assert b"site-packages" not in content and b"archs.py" not in content
-
-
 # ---------------------------------------------------------------- as a user runs it
 
 
+def told(patch, script, *options):
+    """What script.main() prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert not call(patch, script, *options)
+    return said.getvalue()
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A folder with a tiny run of two classes, models/tiny."""
+def exported(tmp_path_factory, one_thread):
+    """A folder with a tiny run of two classes, models/tiny, whose level 2 was exported -> it, what export.py said."""
     folder = tmp_path_factory.mktemp("export")
     write_data_set(folder / "inputs" / "cells", size=(24, 32), num_classes=2)
-    options = ("--num_classes", 2, "--width", 2, "--input_w", 32, "--input_h", 24, "--epochs", 1)
-    run_script("train.py", "--dataset", "cells", "--name", "tiny", "--deep_supervision", True, *options, cwd=folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        options = "--num_classes 2 --width 2 --input_w 32 --input_h 24 --epochs 1 --device cpu"
+        call(patch, train, "--dataset cells --name tiny --deep_supervision True", options)
+        return folder, told(patch, export, "--name tiny --level 2")
 
 
-def test_export_as_a_user(run):
-    said = run_script("export.py", "--name", "tiny", "--level", "2", cwd=run).stdout
+@pytest.fixture
+def run(exported, monkeypatch):
+    monkeypatch.chdir(exported[0])
+    return exported[0]
+
+
+@pytest.fixture
+def go(monkeypatch):
+    """go(script, *options) runs script.main() in the current folder -> what it prints."""
+    return lambda script, *options: told(monkeypatch, script, *options)
+
+
+def refused(go, script, *options):
+    with pytest.raises((ValueError, OSError)) as caught:
+        go(script, *options)
+    return str(caught.value)
+
+
+def test_export_as_a_user(exported, run, go):
+    said = exported[1]
     assert "ONNX Runtime and PyTorch on 2 validation images of inputs/cells, largest and mean difference" in said
     assert "24 x 32" in said and "33 x 26" in said and "11 x 39" in said
     path = run / "outputs" / "tiny" / "tiny_L2.onnx"
@@ -97,42 +127,50 @@ def test_export_as_a_user(run):
     assert session_of(path).run(None, {"images": images})[0].shape == (2, 24, 32, 2)
 
     written = path.read_bytes()
-    error = run_script("export.py", "--name", "tiny", "--level", "2", cwd=run, ok=False).stderr
+    error = refused(go, export, "--name tiny --level 2")
     assert "tiny_L2.onnx exists; give --overwrite" in error and path.read_bytes() == written
 
 
-def test_mean_of_heads_to_a_file_of_the_users_without_the_data(run, tmp_path):
+def test_mean_of_heads_to_a_file_of_the_users_without_the_data(run, go, tmp_path, monkeypatch):
     shutil.copytree(run / "models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
     output = tmp_path / "new" / "all.onnx"
     output.parent.mkdir()
     output.write_text("an older file")
-    options = ("--level", "mean", "--output", output, "--overwrite")
-    assert "4 generated images" in run_script("export.py", *options, cwd=tmp_path).stdout
+    said = go(export, "--level mean --output", output, "--overwrite")
+    assert "4 generated images (inputs/cells/images is gone)" in said
     assert session_of(output).get_modelmeta().custom_metadata_map["level"] == "mean"
     assert [path.name for path in output.parent.iterdir()] == ["all.onnx"]
 
 
-def test_int8_beside_the_float_file(run):
+def test_int8_beside_the_float_file(run, go):
     """A quarter of the weights' bytes, convolutions in whole numbers, about the same answer; predict.py takes it."""
-    said = run_script("export.py", "--name", "tiny", "--int8", cwd=run).stdout
+    said = go(export, "--name tiny --level 2 --int8")
     assert "calibrated on 4 training images of inputs/cells" in said and "precision int8" in said
-    path = run / "outputs" / "tiny" / "tiny_L4_int8.onnx"
-    assert [file.name for file in path.parent.glob("tiny_L4*")] == [path.name]
-    run_script("export.py", "--name", "tiny", cwd=run)
-    exact, rounded = session_of(path.with_name("tiny_L4.onnx")), session_of(path)
+    path = run / "outputs" / "tiny" / "tiny_L2_int8.onnx"
+    assert sorted(file.name for file in path.parent.glob("*.onnx")) == ["tiny_L2.onnx", path.name]
+    exact, rounded = session_of(path.with_name("tiny_L2.onnx")), session_of(path)
     assert rounded.get_modelmeta().custom_metadata_map["precision"] == "int8"
     types = {tensor.data_type for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 4}
     assert types == {onnx.TensorProto.INT8}  # every convolution's weights
     images = np.stack([cv2.imread(str(run / f"inputs/cells/images/img0{k}.png"))[..., ::-1] for k in range(4)])
     (a,), (b,) = (session.run(None, {"images": images}) for session in (exact, rounded))
     assert a.shape == b.shape and 0 < np.abs(a - b).max() < 0.1 and np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.95
-    run_script("predict.py", "--onnx", path, "inputs/cells/images/img00.png", cwd=run)
+    go(predict, "--onnx", path, "inputs/cells/images/img00.png")
 
 
-def test_int8_without_the_data(run, tmp_path):
+def test_images_to_calibrate_with(run, tmp_path, monkeypatch):
+    """Of the training images every other one where half of them do; generated ones where they are gone."""
+    config = yaml.safe_load(Path("models/tiny/config.yml").read_text())
+    ids = yaml.safe_load(Path("models/tiny/split.yml").read_text())["train"]
+    images, source = export.images_of(config, "train", 2)
+    assert source == "2 training images of inputs/cells"
+    for image, img_id in zip(images, ids[::2], strict=True):
+        np.testing.assert_array_equal(image, cv2.imread(f"inputs/cells/images/{img_id}.png")[..., ::-1])
     shutil.copytree(run / "models", tmp_path / "models")
-    said = run_script("export.py", "--int8", "--level", "1", cwd=tmp_path).stdout
-    assert "calibrated on 64 generated images (inputs/cells/images is gone)" in said
+    monkeypatch.chdir(tmp_path)
+    images, source = export.images_of(config | {"input_channels": 1}, "train", 3)
+    assert source == "3 generated images (inputs/cells/images is gone)" and {image.shape[2] for image in images} == {1}
 
 
 def test_differences_by_hand(tmp_path, monkeypatch):
@@ -147,21 +185,19 @@ def test_differences_by_hand(tmp_path, monkeypatch):
     assert found[2, 2] == pytest.approx((0.4, 0.15, 0.25))
 
 
-def test_a_file_that_differs_is_not_written(run, monkeypatch, capsys):
-    monkeypatch.chdir(run)
-    monkeypatch.setattr("sys.argv", ["export.py", "--name", "tiny", "--level", "1"])
+def test_a_file_that_differs_is_not_written(run, go, monkeypatch):
     monkeypatch.setattr(export, "write_onnx", lambda *_: None)
     monkeypatch.setattr(export, "differences", lambda *_: {(24, 32): (2e-4, 1e-5, 0.0)})
-    with pytest.raises(ValueError, match="L1.onnx was not written: ONNX Runtime and PyTorch differ by 0.0002"):
-        export.main()
+    said = refused(go, export, "--name tiny --level 1")
+    assert said.endswith("L1.onnx was not written: ONNX Runtime and PyTorch differ by 0.0002")
     assert not list(run.glob("outputs/tiny/*L1*"))
 
 
-def test_a_run_that_is_not_there(run):
-    assert "the runs are: tiny" in run_script("export.py", "--name", "gone", cwd=run, ok=False).stderr
+def test_a_run_that_is_not_there(run, go):
+    assert "the runs are: tiny" in refused(go, export, "--name gone")
 
 
-def test_missing_packages_in_one_line(run, monkeypatch):
+def test_missing_packages_in_one_line(monkeypatch):
     monkeypatch.setattr(export, "PACKAGES", ("onnx", "onnx_of_tomorrow"))
     with pytest.raises(ValueError, match=r"^onnx_of_tomorrow not installed; .*pip install -r requirements-onnx.txt$"):
         export.check_packages()
@@ -170,10 +206,11 @@ def test_missing_packages_in_one_line(run, monkeypatch):
 # ---------------------------------------------------------------- a smaller run
 
 
-def test_a_run_cut_to_a_level_answers_like_that_level(run, tmp_path):
-    shutil.copytree(run, tmp_path / "here", ignore=shutil.ignore_patterns("outputs"))
+def test_a_run_cut_to_a_level_answers_like_that_level(exported, go, tmp_path, monkeypatch):
+    shutil.copytree(exported[0], tmp_path / "here", ignore=shutil.ignore_patterns("outputs"))
     here, folder = tmp_path / "here", tmp_path / "here" / "models" / "small"
-    said = run_script("export.py", "--name", "tiny", "--level", "2", "--run", "small", cwd=here).stdout
+    monkeypatch.chdir(here)
+    said = go(export, "--name tiny --level 2 --run small")
     whole = NestedUNet(2, 3, deep_supervision=True, width=2)
     assert f"L2, {sum(p.numel() for p in whole.prune(2).parameters()):,} parameters" in said
     assert sorted(path.name for path in folder.iterdir()) == ["config.yml", "model.pth", "split.yml"]
@@ -188,8 +225,8 @@ def test_a_run_cut_to_a_level_answers_like_that_level(run, tmp_path):
     assert split == {key: of_run[key] for key in ("train", "val", "sizes", "fingerprint")}
 
     pictures = "inputs/cells/images"
-    of_level = run_script("predict.py", pictures, "--name", "tiny", "--level", 2, "--probability", cwd=here).stdout
-    of_small = run_script("predict.py", pictures, "--name", "small", "--probability", cwd=here).stdout
+    of_level = go(predict, pictures, "--name tiny --level 2 --probability --device cpu --amp off")
+    of_small = go(predict, pictures, "--name small --probability --device cpu --amp off")
     assert "models/tiny, L2," in of_level and "models/small, L2," in of_small
     files = sorted(path.name for path in (here / "outputs" / "tiny" / "predict").glob("*_probability_*.png"))
     assert len(files) == 12
@@ -197,49 +234,41 @@ def test_a_run_cut_to_a_level_answers_like_that_level(run, tmp_path):
         pair = [cv2.imread(str(here / "outputs" / name / "predict" / file), -1) for name in ("tiny", "small")]
         assert np.abs(np.subtract(*pair, dtype=np.int64)).max() < 0.01 * 65535
 
-    scores = run_script("val.py", "--name", "small", cwd=here).stdout
+    scores = go(val, "--name small --device cpu")
     assert "\nL2 " in scores and "\nL4 " not in scores and "last epoch" not in scores
-    run_script("export.py", "--name", "small", "--output", "small.onnx", cwd=here)
+    go(export, "--name small --output small.onnx")
     assert session_of(here / "small.onnx").get_modelmeta().custom_metadata_map["level"] == "2"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for script, *options, expected in (
-        ("export.py", "--level", 2, "--run", "small", "models/small/config.yml exists; give --overwrite"),
-        ("export.py", "--run", "tiny", "--overwrite", "is the run itself"),
-        ("export.py", "--level", "mean", "--run", "new", "keeps one head"),
-        ("export.py", "--run", "new", "--int8", "--int8 is for an ONNX file"),
-        ("export.py", "--run", "../new", "expected the plain name of a folder"),
+    for options, expected in (
+        ("--level 2 --run small", "models/small/config.yml exists; give --overwrite"),
+        ("--run tiny --overwrite", "is the run itself"),
+        ("--level mean --run new", "keeps one head"),
+        ("--run new --int8", "--int8 is for an ONNX file"),
+        ("--run ../new", "expected the plain name of a folder"),
     ):
-        assert expected in run_script(script, "--name", "tiny", *options, cwd=here, ok=False).stderr
-    for script, *options, expected in (
-        ("predict.py", "inputs", "--level", 1, "was cut to level 2 and has no other: leave --level out"),
-        ("val.py", "--levels", "was cut to level 2"),
-        ("export.py", "--run", "tiny", "--overwrite", "models/tiny is a training of its own"),
-        ("train.py", "--resume", "is another run cut to level 2; go on with the whole one"),
-        ("train.py", "--dataset", "cells", "models/small exists; --overwrite replaces it"),
+        assert expected in refused(go, export, "--name tiny", options)
+    for script, options, expected in (
+        (predict, "inputs --level 1", "was cut to level 2 and has no other: leave --level out"),
+        (val, "--levels", "was cut to level 2"),
+        (export, "--run tiny --overwrite", "models/tiny is a training of its own"),
+        (train, "--resume", "is another run cut to level 2; resume the whole one"),
+        (train, "--dataset cells", "models/small exists; --overwrite replaces it"),
     ):
-        assert expected in run_script(script, "--name", "small", *options, cwd=here, ok=False).stderr
+        assert expected in refused(go, script, "--name small", options)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    run_script("export.py", "--name", "tiny", "--level", 1, "--run", "small", "--overwrite", cwd=here)
+    go(export, "--name tiny --level 1 --run small --overwrite")
     assert yaml.safe_load((folder / "config.yml").read_text())["level"] == 1
-    run_script("train.py", "--config", folder / "config.yml", "--name", "again", cwd=here)  # a recipe, as any config
-    for level in (0, 5, "2", True, 2.0):
-        (folder / "config.yml").write_text(yaml.safe_dump(yaml.safe_load(before["config.yml"]) | {"level": level}))
-        assert f"level {level!r} is nothing that train.py writes" in run_script(
-            "val.py", "--name", "small", cwd=here, ok=False
-        ).stderr  # fmt: skip
+    go(train, "--config", folder / "config.yml", "--name again --device cpu")  # a recipe, as any config
 
 
-def test_a_run_without_deep_supervision_in_half_precision_is_no_training(tmp_path):
+def test_a_run_without_deep_supervision_in_half_precision_is_no_training(tmp_path, go, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_data_set(tmp_path / "inputs" / "cells", count=6)
-    options = (
-        "--dataset cells --arch UNet --width 2 --input_w 32 --input_h 32 --epochs 1 --augment none --loss BCEDiceLoss"
-    )
-    run_script("train.py", *options.split(), "--name", "whole", cwd=tmp_path)
-    run_script("export.py", "--name", "whole", "--run", "small", cwd=tmp_path)
-    kept = (tmp_path / "models" / "small" / "model.pth").read_bytes()
-    assert "another run cut to level 4" in run_script(
-        "train.py", "--name", "small", "--resume", cwd=tmp_path, ok=False
-    ).stderr  # fmt: skip
-    assert kept == (tmp_path / "models" / "small" / "model.pth").read_bytes()
-    assert "\nL4 " in run_script("val.py", "--name", "small", cwd=tmp_path).stdout
+    options = "--dataset cells --arch UNet --width 2 --input_w 32 --input_h 32 --epochs 1 --device cpu"
+    go(train, options, "--augment none --loss BCEDiceLoss --name whole")
+    go(export, "--name whole --run small")
+    kept = Path("models/small/model.pth").read_bytes()
+    assert "another run cut to level 4" in refused(go, train, "--name small --resume")
+    assert kept == Path("models/small/model.pth").read_bytes()
+    assert "\nL4 " in go(val, "--name small --device cpu")

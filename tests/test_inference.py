@@ -397,6 +397,8 @@ def test_spoilt_weights_are_one_line(workplace, spoil, message):
         ({"level": 5}, "level 5"),
         ({"level": "2"}, "level '2'"),
         ({"level": True}, "level True"),
+        ({"level": 2.0}, "level 2.0"),
+        ({"level": 0}, "level 0"),
         ({"level": 2, "deep_supervision": False}, "level 2"),
         ({"dataset": "../elsewhere"}, "config.yml: dataset '../elsewhere': expected the name of a folder"),
         ({"img_ext": "/../x.png"}, "config.yml: img_ext '/../x.png'"),

@@ -4,8 +4,9 @@ import cv2
 import numpy as np
 import torch
 import yaml
-from conftest import REPOSITORY, run_script
+from conftest import REPOSITORY, call
 
+import predict
 from common.synthetic import nuclei
 
 FOLDER = REPOSITORY / "models" / "nuclei_L2"
@@ -25,7 +26,7 @@ def test_it_is_a_run_of_about_a_megabyte():
     assert kinds == {torch.float16} and all(value.isfinite().all() for value in state.values())
 
 
-def test_it_finds_generated_nuclei_at_once(tmp_path):
+def test_it_finds_generated_nuclei_at_once(tmp_path, monkeypatch, capsys):
     """Fluorescence and stained tissue, which it knows from photographs alone: one command, as the README has it."""
     (tmp_path / "models").symlink_to(REPOSITORY / "models")
     (tmp_path / "pictures").mkdir()
@@ -34,8 +35,9 @@ def test_it_finds_generated_nuclei_at_once(tmp_path):
         image, labels = nuclei(seed)
         truth[f"{seed:02d}"] = labels > 0
         cv2.imwrite(str(tmp_path / "pictures" / f"{seed:02d}.png"), image[..., ::-1])
-    said = run_script("predict.py", "--name", "nuclei_L2", "pictures", "--device", "cpu", cwd=tmp_path).stdout
-    assert "models/nuclei_L2, L2" in said
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, predict, "--name nuclei_L2 pictures --device cpu") == 0
+    assert "models/nuclei_L2, L2" in capsys.readouterr().out
     both = either = 0
     for name, true in truth.items():
         mask = cv2.imread(str(tmp_path / "outputs" / "nuclei_L2" / "predict" / f"{name}_mask.png"), -1) > 127

@@ -426,7 +426,7 @@ def test_refuses_weights_that_do_not_fit(go):
     refused(go, TINY, "--name", "no", "--weights", "list.pth", match="does not fit")
     for data in (b"", b"garbage", pickle.dumps(Hostile(), 2), pickle.dumps(Hostile())):
         Path("bad.pth").write_bytes(data)
-        refused(go, TINY, "--name", "no", "--weights", "bad.pth", match="bad.pth is no checkpoint")
+        refused(go, TINY, "--name", "no", "--weights", "bad.pth", match="bad.pth is not a checkpoint")
     assert not Path("ran").exists() and not (MODELS / "no").exists()
 
 

@@ -297,7 +297,7 @@ def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch, place):
 
 def test_wrong_weight_files_are_one_line():
     Path("text.pth").write_text("hello")
-    assert "text.pth is no checkpoint" in refused(*SMALL, "--weights", "text.pth")
+    assert "text.pth is not a checkpoint" in refused(*SMALL, "--weights", "text.pth")
     torch.save({"a": torch.zeros(2)}, "other.pth")
     assert "other.pth is no state_dict of a ResNet-18" in refused(*SMALL, "--weights", "other.pth")
     assert "absent.pth: no such file" in refused(*SMALL, "--weights", "absent.pth")

@@ -260,7 +260,7 @@ def test_refuses_spoilt_weights_and_what_is_not_there(go):
         with pytest.raises(ValueError, match=r"model\.pth does not hold the weights of the UNet"):
             go("--name spoilt")
         Path("models/spoilt/model.pth").write_bytes(b"junk")
-        with pytest.raises(ValueError, match="is no checkpoint"):
+        with pytest.raises(ValueError, match="is not a checkpoint"):
             go("--name spoilt")
         Path("models/spoilt/config.yml").write_text("a: 1")
         with pytest.raises(ValueError, match="of no run of train.py"):

@@ -14,8 +14,7 @@ import signal
 import warnings
 from pathlib import Path
 
-from common.cli import in_one_line
-from common.files import MAX_MESSAGE
+from common.cli import MAX_MESSAGE, in_one_line
 
 # What the C libraries in OpenCV and Pillow say of a broken file by themselves.
 CODEC = re.compile(

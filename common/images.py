@@ -69,7 +69,7 @@ def quieten_opencv():
 
 
 def open_picture(file):
-    """A path or an open file -> Pillow's picture with only its header read. The caller checks its size."""
+    """An open file -> Pillow's picture, of which only the header has been read. The caller checks its size."""
     from PIL import Image  # late: data sets of PNG do without it
 
     Image.MAX_IMAGE_PIXELS = None  # check_pixels replaces Pillow's own limit
@@ -178,7 +178,8 @@ def read_thumbnail(path, shorter_side, max_pixels=MAX_PIXELS):
     from PIL import Image, ImageOps
 
     try:
-        with open_picture(path) as image:
+        # not by its path: Pillow would map it into memory and mix up the width and height of a TIFF to be turned
+        with open(path, "rb") as file, open_picture(file) as image:
             check_pixels(image.size, max_pixels)
             image.draft("RGB", _shrunk(image.size, 2 * shorter_side))
             if exif_orientation(image) != 1:

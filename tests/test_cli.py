@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from common.cli import Parser, Stops, Terminated, number, parse_options
+from common.cli import Parser, Stops, Terminated, listed, number, parse_options
 from common.files import read_yaml
 from utils import str2bool
 
@@ -249,3 +249,9 @@ def test_a_signal_that_is_ignored_stays_ignored():
             stops.check()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_long_lists_are_counted():
+    assert listed([]) == "" and listed(["a"]) == "a"
+    assert listed(list("abcde")) == "a, b, c, d, e" and listed(list("abcdef")) == "a, b, c, d, e and 1 more"
+    assert listed(range(10), most=3) == "0, 1, 2 and 7 more"

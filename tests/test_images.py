@@ -1,13 +1,29 @@
 """images.py on files that another library (Pillow) wrote, and squeezing against explicit area averages."""
 
 import io
+import struct
+import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
-from common.images import decode, foreground, squeeze, squeeze_mask, to_channels, write_png
+from common.images import (
+    EXTENSIONS,
+    decode,
+    find_pictures,
+    foreground,
+    read_picture,
+    read_thumbnail,
+    squeeze,
+    squeeze_mask,
+    standardise,
+    to_channels,
+    write_png,
+)
 
 UNREADABLE = "unreadable: no whole picture of 8 or 16 bits"
 
@@ -28,6 +44,44 @@ def colours(height=24, width=30):
 
 def noise(*shape, dtype=np.uint8, high=256, seed=0):
     return np.random.default_rng(seed).integers(0, high, shape, dtype)
+
+
+# ---------------------------------------------------------------- finding
+
+
+def test_files_folders_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["b.png", "a.TIF", "sub/c.jpeg", "sub/d.txt", ".hidden.png", "out/e.png", "out/more/f.pgm", "x[1].bmp"]
+    for name in [*names, "x1.webp"]:
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).touch()
+
+    def found(*paths):
+        files, failed = find_pictures(paths, leave_out=Path("out"))
+        return [path.as_posix() for path in files], [f"{path}: {reason}" for path, reason in failed]
+
+    assert found(".") == (["a.TIF", "b.png", "out/more/f.pgm", "sub/c.jpeg", "x1.webp", "x[1].bmp"], [])
+    assert len(find_pictures([tmp_path])[0]) == 7  # nothing is left out
+    assert found("sub/d.txt", "out/e.png") == (["sub/d.txt", "out/e.png"], [])  # whatever is named is taken
+    assert found("x[1].bmp") == (["x[1].bmp"], []) and found("x[0-9].*") == (["x1.webp"], [])
+    assert found("**/*.jpeg") == (["sub/c.jpeg"], []) and found("s*") == (["sub/c.jpeg"], [])
+    files, failed = found("b.png", "*.png", str(tmp_path / "b.png"), "sub/../b.png")
+    assert len(files) == 1 and not failed
+    Path("empty").mkdir()
+    assert found("empty", "out", "nothing.png", "*.gif", "b.png") == (
+        ["out/more/f.pgm", "b.png"],
+        ["empty: holds no picture", "nothing.png: no such file", "*.gif: no such file"],
+    )
+
+
+@pytest.mark.parametrize("ending", EXTENSIONS)
+def test_what_is_found_is_read_by_both_jobs(ending, tmp_path):
+    grey = np.repeat(np.repeat(noise(3, 4), 8, 0), 8, 1)
+    path = tmp_path / f"a{ending}"
+    Image.fromarray(grey).save(path, **{".webp": {"lossless": True}, ".jpg": {"quality": 100}}.get(ending, {}))
+    assert find_pictures([tmp_path]) == ([path], [])
+    for array in (to_channels(read_picture(path), 3), read_thumbnail(path, 100)):
+        assert array.shape == (24, 32, 3) and np.abs(array[4::8, 4::8].mean(2) - grey[4::8, 4::8]).max() < 12
 
 
 # ---------------------------------------------------------------- files to arrays
@@ -141,17 +195,170 @@ def test_a_broken_tiff_says_nothing_of_its_own(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_orientation_tags_are_not_followed():
-    """A mask has none: an image must stay as it is stored, or the two would part."""
-    photo = Image.new("RGB", (6, 4))
-    exif = photo.getexif()
-    exif[0x112] = 6  # turn by 90 degrees
-    assert decode(file_of(photo, "JPEG", exif=exif)).shape == (4, 6, 3)
+STORED = {
+    "grey": np.repeat(np.repeat(noise(3, 5), 8, 0), 8, 1),
+    "deep": noise(24, 40, dtype=np.uint16, high=65536),
+    "colour": np.repeat(np.repeat(noise(3, 5, 3), 8, 0), 8, 1),
+    "alpha": np.dstack([noise(24, 40, 3), np.full((24, 40), 255, np.uint8)]),
+}
+TURNS = [  # beside each, as EXIF words it, what the first row and the first column of the stored picture show
+    lambda stored: stored,  # top, left
+    lambda stored: np.fliplr(stored),  # top, right
+    lambda stored: np.rot90(stored, 2),  # bottom, right
+    lambda stored: np.flipud(stored),  # bottom, left
+    lambda stored: stored.swapaxes(0, 1),  # left, top
+    lambda stored: np.rot90(stored, -1),  # right, top
+    lambda stored: np.rot90(stored.swapaxes(0, 1), 2),  # right, bottom
+    lambda stored: np.rot90(stored, 1),  # left, bottom
+]
+
+
+def with_orientation(array, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    return file_of(array, kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [(kind, form) for kind in ("PNG", "TIFF") for form in STORED]
+    + [("JPEG", "grey"), ("JPEG", "colour"), ("WEBP", "colour")],
+)
+def test_the_orientation_is_followed_by_both_jobs(kind, form, orientation, tmp_path):
+    data, close = with_orientation(STORED[form], kind, orientation), 12 if kind == "JPEG" else 0
+    expected = TURNS[orientation - 1](STORED[form]).astype(int)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).astype(int)
+    assert upright.shape == expected.shape and np.abs(upright - expected).max() <= close  # Pillow agrees
+    found = decode(data)
+    assert found.dtype == STORED[form].dtype and found.flags.c_contiguous
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= close
+    (tmp_path / "picture").write_bytes(data)
+    assert np.array_equal(read_picture(tmp_path / "picture"), found)
+    thumbnail = read_thumbnail(tmp_path / "picture", 24)
+    eight_bits = found >> 8 if form == "deep" else found
+    colours = eight_bits[..., :3] if eight_bits.ndim == 3 else np.dstack([eight_bits] * 3)
+    assert thumbnail.shape == colours.shape and np.abs(thumbnail - colours.astype(int)).max() <= close
+
+
+@pytest.mark.parametrize("options", [{"compression": "tiff_lzw"}, {"compression": "jpeg", "quality": 100}])
+def test_compressed_tiffs_are_turned_too(options):
+    array = np.repeat(np.repeat(noise(4, 6, 3), 16, 0), 16, 1)
+    turned = decode(file_of(array, "TIFF", tiffinfo={0x0112: 6}, **options))
+    assert np.array_equal(turned, np.rot90(decode(file_of(array, "TIFF", **options)), -1))
+
+
+def test_exif_behind_the_pixels_of_a_png_counts():
+    data = with_orientation(STORED["colour"], "PNG", 6)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + struct.unpack(">I", data[start : start + 4])[0]
+    last = len(data) - 12  # IEND
+    moved = data[:start] + data[end:last] + data[start:end] + data[last:]
+    assert np.array_equal(decode(moved), np.rot90(STORED["colour"], -1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("value", [b"garbage garbage", b"", b"II*\0\x08\0\0\0\xff\xff", 0, 9, 65535])
+def test_exif_that_says_nothing_leaves_a_picture_as_it_is(kind, value, tmp_path):
+    exif = value
+    if not isinstance(value, bytes):
+        exif = Image.Exif()
+        exif[0x0112] = value
+    data = file_of(STORED["colour"], kind, exif=exif)
+    (tmp_path / "picture").write_bytes(data)
+    for found in (decode(data), read_thumbnail(tmp_path / "picture", 24)):
+        assert found.shape == STORED["colour"].shape
+
+
+def test_the_pixels_of_a_png_may_hold_the_letters_exif():
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = zlib.compress(b"\0eXIfeXIf\0eXIfeXIf", level=0)  # level 0 stores the letters as they are
+    header = struct.pack(">IIBBBBB", 8, 2, 8, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    assert b"eXIf" in data and decode(data).tobytes() == b"eXIfeXIf" * 2
+
+
+def test_masks_are_read_without_pillow(monkeypatch):
+    """It costs as much as decoding a small mask."""
+    mask = noise(9, 7, high=2) * 255
+    data = file_of(mask)
+    monkeypatch.setattr("common.images.open_picture", None)
+    assert np.array_equal(decode(data), mask)
+
+
+def test_a_header_of_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.images.cv2.imdecode", None)
+    for kind in ("PNG", "JPEG", "TIFF"):
+        data = with_orientation(noise(9, 7, 3), kind, 6)
+        (tmp_path / "picture").write_bytes(data)
+        for read in (lambda data=data: decode(data, 62), lambda: read_picture(tmp_path / "picture", 62)):
+            with pytest.raises(ValueError, match="pixels are more than 62"):
+                read()
+        with pytest.raises(ValueError, match="pixels are more than 62"):
+            read_thumbnail(tmp_path / "picture", 4, 62)
 
 
 def test_foreground_ignores_alpha():
     assert foreground(np.array([[0, 1, 255]])).tolist() == [[False, True, True]]
     assert foreground(np.array([[[0, 0, 0, 255], [0, 0, 1, 0]]])).tolist() == [[False, True]]
+
+
+# ---------------------------------------------------------------- thumbnails
+
+
+def save(path, size=(40, 30), colour=(200, 30, 30), **options):
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+def test_thumbnails_are_shrunk_but_never_enlarged(tmp_path):
+    save(tmp_path / "big.jpg", (2000, 1000))
+    assert read_thumbnail(tmp_path / "big.jpg", 100).shape == (100, 200, 3)
+    save(tmp_path / "small.png", (20, 10))
+    assert read_thumbnail(tmp_path / "small.png", 100).shape == (10, 20, 3)
+
+
+def test_a_large_jpeg_is_decoded_smaller(tmp_path):
+    """At 1/4, the smallest of 1/2, 1/4 and 1/8 that leaves twice the size asked for; then resized."""
+    Image.fromarray(cv2.GaussianBlur(noise(800, 1200, 3), (0, 0), 9)).save(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft("RGB", (300, 200))
+        assert image.size == (300, 200)
+        expected = image.resize((150, 100), Image.Resampling.BILINEAR)
+    assert np.array_equal(read_thumbnail(tmp_path / "a.jpg", 100), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "mode, value, expected",
+    [
+        ("L", 7, (7, 7, 7)),
+        ("1", 1, (255,) * 3),
+        ("RGBA", (9, 8, 7, 0), (255,) * 3),
+        ("RGBA", (9, 8, 7, 255), (9, 8, 7)),
+        ("LA", (7, 0), (255,) * 3),
+    ],
+)
+def test_thumbnails_are_rgb_on_white(tmp_path, mode, value, expected):
+    Image.new(mode, (4, 4), value).save(tmp_path / "a.png")
+    assert tuple(read_thumbnail(tmp_path / "a.png", 8)[0, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp"])
+def test_red_is_the_first_channel_of_a_thumbnail(tmp_path, ending):
+    save(tmp_path / f"a.{ending}", (200, 200), (200, 120, 40))
+    for side in (200, 20):  # as it is, and shrunk while a JPEG is decoded
+        assert np.abs(read_thumbnail(tmp_path / f"a.{ending}", side).mean((0, 1)) - (200, 120, 40)).max() <= 2
+
+
+def test_thumbnails_of_damaged_files(tmp_path):
+    path = tmp_path / "a.jpg"
+    for data in (b"", b"<html>404</html>", file_of(noise(80, 90, 3), "JPEG")[:900]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{path} is no readable picture") as caught:
+            read_thumbnail(path, 20)
+        assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- squeezing
@@ -228,6 +435,17 @@ def test_a_tie_goes_to_the_neighbourhood_then_to_raster_order():
     alike = np.zeros((64, 64), bool)
     alike[::2, ::2] = True  # a quarter of every pixel: the first quarter of the 32 rows
     assert np.array_equal(squeeze_mask(alike, (32, 32)), np.arange(32)[:, None] < np.full(32, 8))
+
+
+# ---------------------------------------------------------------- standardising
+
+
+def test_standardise_by_hand():
+    image = torch.tensor([[[0, 255]], [[51, 102]]], dtype=torch.uint8)
+    found = standardise(image, [0.5, 0.2], (0.25, 0.1))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor([[[-2.0, 2.0]], [[0.0, 2.0]]]))
+    assert torch.equal(standardise(image[None].repeat(3, 1, 1, 1), [0.5, 0.2], (0.25, 0.1))[2], found)
 
 
 # ---------------------------------------------------------------- writing

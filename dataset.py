@@ -50,7 +50,7 @@ def list_ids(img_dir, img_ext):
     return ids
 
 
-def name_ids(ids, at_most=NAMED_AT_MOST):
+def name_ids(ids, at_most=NAMED_AT_MOST):  # val.py's name for it
     return listed(ids, at_most)
 
 

@@ -69,7 +69,7 @@ def quieten_opencv():
 
 
 def open_picture(file):
-    """A path or an open file -> Pillow's picture with only its header read. The caller checks its size."""
+    """An open file -> Pillow's picture, of which only the header has been read. The caller checks its size."""
     from PIL import Image  # late: data sets of PNG do without it
 
     Image.MAX_IMAGE_PIXELS = None  # check_pixels replaces Pillow's own limit
@@ -78,22 +78,42 @@ def open_picture(file):
     return Image.open(file, formats=FORMATS)
 
 
-def declared_size(file):
-    """The (width, height) in the header of an open picture file; ValueError when it is none of FORMATS."""
-    begins = file.read(24)
-    if begins.startswith(PNG_BEGINS) and begins[12:16] == b"IHDR" and len(begins) == 24:
-        return struct.unpack(">II", begins[16:])  # faster than Pillow, for tens of thousands of masks
-    try:
-        with open_picture(file) as header:
-            return header.size
-    except Exception:  # damaged headers raise errors without a common class
-        raise ValueError(UNREADABLE) from None
-
-
 def check_pixels(size, max_pixels):
     """ValueError when width x height is more than max_pixels."""
     if size[0] * size[1] > max_pixels:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than {max_pixels:,}")
+
+
+def read_header(file, max_pixels):
+    """The header of an open picture file -> the EXIF orientation, 1 to 8, that OpenCV leaves to its caller.
+
+    Raises ValueError when it is none of FORMATS or declares more than max_pixels pixels.
+    """
+    begins = file.read(24)
+    if begins.startswith(PNG_BEGINS) and begins[12:16] == b"IHDR" and len(begins) == 24:
+        check_pixels(struct.unpack(">II", begins[16:]), max_pixels)
+        if not _has_exif(file):  # tens of thousands of masks are read without Pillow
+            return 1
+    try:
+        picture = open_picture(file)
+    except Exception:  # damaged headers raise errors without a common class
+        raise ValueError(UNREADABLE) from None
+    with picture:
+        check_pixels(picture.size, max_pixels)
+        if picture.format == "TIFF":  # the only format that IMREAD_UNCHANGED turns, from OpenCV 4.11 to 5.0
+            return 1
+        return exif_orientation(picture)
+
+
+def _has_exif(png):
+    """Whether an open PNG file has an eXIf chunk."""
+    png.seek(len(PNG_BEGINS))
+    while len(begins := png.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", begins)
+        if kind == b"eXIf":
+            return True
+        png.seek(length + 4, io.SEEK_CUR)  # its data and CRC
+    return False
 
 
 def exif_orientation(picture):
@@ -125,36 +145,28 @@ def decode(data, max_pixels=MAX_PIXELS):
     Raises ValueError when the file is damaged or holds other than 8 or 16 bits per channel, and, before anything is
     decoded, when its header declares more than max_pixels pixels.
     """
-    check_pixels(declared_size(io.BytesIO(data)), max_pixels)
+    return _decode(io.BytesIO(data), max_pixels)
+
+
+def read_picture(path, max_pixels=MAX_PIXELS):
+    """A file -> what `decode` returns and raises. A file whose header is wrong is not read any further."""
+    with open(path, "rb") as file:
+        return _decode(file, max_pixels)
+
+
+def _decode(file, max_pixels):
+    orientation = read_header(file, max_pixels)
+    file.seek(0)
     quieten_opencv()
     try:
-        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # an empty file, or more pixels than OpenCV accepts (2^30)
+        array = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # more pixels than OpenCV accepts (2^30)
         array = None
     if array is None or array.dtype not in (np.uint8, np.uint16):
         raise ValueError(UNREADABLE)
     if array.ndim == 3:  # OpenCV keeps blue first
         array = cv2.cvtColor(array, cv2.COLOR_BGR2RGB if array.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
-    return upright(array, _left_to_turn(data))
-
-
-def _left_to_turn(data):
-    """The EXIF orientation that OpenCV did not apply: IMREAD_UNCHANGED turns TIFF and nothing else (4.11 to 5.0)."""
-    if data.startswith(PNG_BEGINS) and b"eXIf" not in data:  # tens of thousands of masks are read without Pillow
-        return 1
-    try:
-        with open_picture(io.BytesIO(data)) as picture:
-            return 1 if picture.format == "TIFF" else exif_orientation(picture)
-    except Exception:  # Pillow refuses a file that OpenCV has read
-        return 1
-
-
-def read_picture(path, max_pixels=MAX_PIXELS):
-    """A file -> what `decode` returns and raises. Only the header is read when it shows that there is no picture."""
-    with open(path, "rb") as file:
-        check_pixels(declared_size(file), max_pixels)
-        file.seek(0)
-        return decode(file.read(), max_pixels)
+    return upright(array, orientation)
 
 
 def read_thumbnail(path, shorter_side, max_pixels=MAX_PIXELS):
@@ -166,7 +178,8 @@ def read_thumbnail(path, shorter_side, max_pixels=MAX_PIXELS):
     from PIL import Image, ImageOps
 
     try:
-        with open_picture(path) as image:
+        # not by its path: Pillow would map it into memory and mix up the width and height of a TIFF to be turned
+        with open(path, "rb") as file, open_picture(file) as image:
             check_pixels(image.size, max_pixels)
             image.draft("RGB", _shrunk(image.size, 2 * shorter_side))
             if exif_orientation(image) != 1:

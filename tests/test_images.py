@@ -1,13 +1,27 @@
 """images.py on files that another library (Pillow) wrote, and squeezing against explicit area averages."""
 
 import io
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from common.images import decode, foreground, squeeze, squeeze_mask, to_channels, write_png
+from common.images import (
+    EXTENSIONS,
+    decode,
+    find_pictures,
+    foreground,
+    read_picture,
+    read_thumbnail,
+    squeeze,
+    squeeze_mask,
+    standardise,
+    to_channels,
+    write_png,
+)
 
 UNREADABLE = "unreadable: no whole picture of 8 or 16 bits"
 
@@ -28,6 +42,44 @@ def colours(height=24, width=30):
 
 def noise(*shape, dtype=np.uint8, high=256, seed=0):
     return np.random.default_rng(seed).integers(0, high, shape, dtype)
+
+
+# ---------------------------------------------------------------- finding
+
+
+def test_files_folders_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["b.png", "a.TIF", "sub/c.jpeg", "sub/d.txt", ".hidden.png", "out/e.png", "out/more/f.pgm", "x[1].bmp"]
+    for name in [*names, "x1.webp"]:
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).touch()
+
+    def found(*paths):
+        files, failed = find_pictures(paths, leave_out=Path("out"))
+        return [path.as_posix() for path in files], [f"{path}: {reason}" for path, reason in failed]
+
+    assert found(".") == (["a.TIF", "b.png", "out/more/f.pgm", "sub/c.jpeg", "x1.webp", "x[1].bmp"], [])
+    assert len(find_pictures([tmp_path])[0]) == 7  # nothing is left out
+    assert found("sub/d.txt", "out/e.png") == (["sub/d.txt", "out/e.png"], [])  # whatever is named is taken
+    assert found("x[1].bmp") == (["x[1].bmp"], []) and found("x[0-9].*") == (["x1.webp"], [])
+    assert found("**/*.jpeg") == (["sub/c.jpeg"], []) and found("s*") == (["sub/c.jpeg"], [])
+    files, failed = found("b.png", "*.png", str(tmp_path / "b.png"), "sub/../b.png")
+    assert len(files) == 1 and not failed
+    Path("empty").mkdir()
+    assert found("empty", "out", "nothing.png", "*.gif", "b.png") == (
+        ["out/more/f.pgm", "b.png"],
+        ["empty: holds no picture", "nothing.png: no such file", "*.gif: no such file"],
+    )
+
+
+@pytest.mark.parametrize("ending", EXTENSIONS)
+def test_what_is_found_is_read_by_both_jobs(ending, tmp_path):
+    grey = np.repeat(np.repeat(noise(3, 4), 8, 0), 8, 1)
+    path = tmp_path / f"a{ending}"
+    Image.fromarray(grey).save(path, **{".webp": {"lossless": True}, ".jpg": {"quality": 100}}.get(ending, {}))
+    assert find_pictures([tmp_path]) == ([path], [])
+    for array in (to_channels(read_picture(path), 3), read_thumbnail(path, 100)):
+        assert array.shape == (24, 32, 3) and np.abs(array[4::8, 4::8].mean(2) - grey[4::8, 4::8]).max() < 12
 
 
 # ---------------------------------------------------------------- files to arrays
@@ -141,17 +193,64 @@ def test_a_broken_tiff_says_nothing_of_its_own(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_orientation_tags_are_not_followed():
-    """A mask has none: an image must stay as it is stored, or the two would part."""
-    photo = Image.new("RGB", (6, 4))
-    exif = photo.getexif()
-    exif[0x112] = 6  # turn by 90 degrees
-    assert decode(file_of(photo, "JPEG", exif=exif)).shape == (4, 6, 3)
-
-
 def test_foreground_ignores_alpha():
     assert foreground(np.array([[0, 1, 255]])).tolist() == [[False, True, True]]
     assert foreground(np.array([[[0, 0, 0, 255], [0, 0, 1, 0]]])).tolist() == [[False, True]]
+
+
+# ---------------------------------------------------------------- thumbnails
+
+
+def save(path, size=(40, 30), colour=(200, 30, 30), **options):
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+def test_thumbnails_are_shrunk_but_never_enlarged(tmp_path):
+    save(tmp_path / "big.jpg", (2000, 1000))
+    assert read_thumbnail(tmp_path / "big.jpg", 100).shape == (100, 200, 3)
+    save(tmp_path / "small.png", (20, 10))
+    assert read_thumbnail(tmp_path / "small.png", 100).shape == (10, 20, 3)
+
+
+def test_a_large_jpeg_is_decoded_smaller(tmp_path):
+    """At 1/4, the smallest of 1/2, 1/4 and 1/8 that leaves twice the size asked for; then resized."""
+    Image.fromarray(cv2.GaussianBlur(noise(800, 1200, 3), (0, 0), 9)).save(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft("RGB", (300, 200))
+        assert image.size == (300, 200)
+        expected = image.resize((150, 100), Image.Resampling.BILINEAR)
+    assert np.array_equal(read_thumbnail(tmp_path / "a.jpg", 100), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "mode, value, expected",
+    [
+        ("L", 7, (7, 7, 7)),
+        ("1", 1, (255,) * 3),
+        ("RGBA", (9, 8, 7, 0), (255,) * 3),
+        ("RGBA", (9, 8, 7, 255), (9, 8, 7)),
+        ("LA", (7, 0), (255,) * 3),
+    ],
+)
+def test_thumbnails_are_rgb_on_white(tmp_path, mode, value, expected):
+    Image.new(mode, (4, 4), value).save(tmp_path / "a.png")
+    assert tuple(read_thumbnail(tmp_path / "a.png", 8)[0, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp"])
+def test_red_is_the_first_channel_of_a_thumbnail(tmp_path, ending):
+    save(tmp_path / f"a.{ending}", (200, 200), (200, 120, 40))
+    for side in (200, 20):  # as it is, and shrunk while a JPEG is decoded
+        assert np.abs(read_thumbnail(tmp_path / f"a.{ending}", side).mean((0, 1)) - (200, 120, 40)).max() <= 2
+
+
+def test_thumbnails_of_damaged_files(tmp_path):
+    path = tmp_path / "a.jpg"
+    for data in (b"", b"<html>404</html>", file_of(noise(80, 90, 3), "JPEG")[:900]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{path} is no readable picture") as caught:
+            read_thumbnail(path, 20)
+        assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- squeezing
@@ -228,6 +327,17 @@ def test_a_tie_goes_to_the_neighbourhood_then_to_raster_order():
     alike = np.zeros((64, 64), bool)
     alike[::2, ::2] = True  # a quarter of every pixel: the first quarter of the 32 rows
     assert np.array_equal(squeeze_mask(alike, (32, 32)), np.arange(32)[:, None] < np.full(32, 8))
+
+
+# ---------------------------------------------------------------- standardising
+
+
+def test_standardise_by_hand():
+    image = torch.tensor([[[0, 255]], [[51, 102]]], dtype=torch.uint8)
+    found = standardise(image, [0.5, 0.2], (0.25, 0.1))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor([[[-2.0, 2.0]], [[0.0, 2.0]]]))
+    assert torch.equal(standardise(image[None].repeat(3, 1, 1, 1), [0.5, 0.2], (0.25, 0.1))[2], found)
 
 
 # ---------------------------------------------------------------- writing

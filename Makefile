@@ -52,4 +52,5 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest .pytest_cache .ruff_cache $(shell find . -name __pycache__ -not -path './$(VENV)*')
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

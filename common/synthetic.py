@@ -173,125 +173,42 @@ GROUNDS = (  # two RGB colours each: leaves, earth, petals, stone, shade
 )
 
 
+INSECTS = {  # head towards +x: centre, length and width of each ellipse in body lengths, RGB
+    "ants": (
+        (-0.32, 0.38, 0.25, (40, 26, 20)),
+        (-0.10, 0.10, 0.08, (50, 32, 24)),
+        (0.08, 0.30, 0.13, (56, 36, 26)),
+        (0.36, 0.22, 0.20, (48, 30, 22)),
+    ),
+    "bees": (
+        (-0.24, 0.58, 0.36, (214, 150, 40)),
+        (-0.44, 0.06, 0.20, (38, 28, 20)),
+        (-0.30, 0.06, 0.34, (38, 28, 20)),
+        (-0.16, 0.06, 0.34, (38, 28, 20)),
+        (0.14, 0.32, 0.32, (150, 106, 30)),
+        (0.38, 0.18, 0.24, (44, 34, 26)),
+    ),
+}
+
+
 def two_classes(seed, label, size=160):
     """A picture for the transfer job's demo, with label "ants" or "bees" -> (size, size, 3) uint8 RGB.
 
-    It shows one insect of random position, direction and size on leaves, earth or petals, with shadow, blur and noise.
-    Only the body tells the class: size, brightness and background do not.
+    It shows one insect of random position, direction and size on leaves, earth or petals, with blur and noise. Only the
+    body tells the class: size, brightness and background do not.
     """
     rng = generator([seed, 1])
-    canvas = 2 * size  # draw at twice the size and average, to smooth the edges
-    picture = backdrop(rng, canvas)
-    body = canvas * rng.uniform(0.3, 0.52)
-    turn = rng.uniform(0, 2 * np.pi)
-    centre = rng.uniform(0.38, 0.62, 2) * canvas
-    insect = generator([seed, 2])  # a stream of its own, so that everything else is the same for both classes
-    parts = {"ants": ant, "bees": bee}[label](insect)
-    picture = paint(picture, parts, centre + 0.05 * body, body, turn, shadow=True)
-    picture = paint(picture, parts, centre, body, turn, shadow=False)
-    picture *= (1 + 0.12 * clouds(rng, canvas, canvas / 2))[..., None] * rng.uniform(0.75, 1.15)
-    picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
+    low, high = (np.array(colour) + rng.normal(0, 12, 3) for colour in GROUNDS[rng.integers(len(GROUNDS))])
+    mix = 0.5 + 0.4 * clouds(rng, size, size / 5) + 0.25 * clouds(rng, size, size / 16) + 0.15 * clouds(rng, size, 2)
+    picture = low + (high - low) * np.clip(mix, -0.2, 1.2)[..., None]
+    body, turn, centre = size * rng.uniform(0.35, 0.6), rng.uniform(0, 2 * np.pi), rng.uniform(0.38, 0.62, 2) * size
+    light, tint = rng.uniform(0.75, 1.15), rng.normal(0, 8, 3)
+    for along, length, width, colour in INSECTS[label]:
+        x, y = centre + along * body * np.array([np.cos(turn), np.sin(turn)])
+        cover = np.zeros((size, size), np.float32)
+        cv2.ellipse(cover, ((x, y), (length * body, width * body), np.degrees(turn)), 1, -1)
+        cover = cv2.GaussianBlur(cover, (0, 0), 0.012 * body)[..., None]
+        picture = picture * (1 - cover) + (np.array(colour) + tint) * cover
+    picture *= (1 + 0.12 * clouds(rng, size, size / 2))[..., None] * light
     picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 0.9) * size / 160)
     return to_uint8(picture + rng.normal(0, rng.uniform(2, 6), picture.shape))
-
-
-def backdrop(rng, size):
-    """(size, size, 3) float32: two colours of one of GROUNDS, coarse and fine texture, and blurred discs."""
-    low, high = (np.array(colour) + rng.normal(0, 12, 3) for colour in GROUNDS[rng.integers(len(GROUNDS))])
-    mix = 0.5 + 0.4 * clouds(rng, size, size / 5) + 0.25 * clouds(rng, size, size / 16) + 0.15 * clouds(rng, size, 4)
-    picture = (low + (high - low) * np.clip(mix, -0.2, 1.2)[..., None]).astype(np.float32)
-    for _ in range(rng.integers(0, 12)):
-        disc = np.zeros((size, size), np.float32)
-        cv2.circle(disc, tuple(map(int, rng.integers(0, size, 2))), int(size * rng.uniform(0.03, 0.14)), 1, -1)
-        disc = cv2.GaussianBlur(disc, (0, 0), size * rng.uniform(0.006, 0.03))[..., None] * rng.uniform(0.2, 0.6)
-        picture += (high + rng.normal(25, 25, 3) - picture) * disc.astype(np.float32)
-    return cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.8, 4))
-
-
-def ellipse(x, y, length, width, turn=0.0):
-    """(40, 2) corners of an ellipse around (x, y). Lengths are in units of the body, angles in radians."""
-    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    along, across = length / 2 * np.cos(angle), width / 2 * np.sin(angle)
-    cos, sin = np.cos(turn), np.sin(turn)
-    return np.stack([x + along * cos - across * sin, y + along * sin + across * cos], 1)
-
-
-def limb(points, width):
-    """A bent leg or antenna: a list of thin quadrilaterals along `points`."""
-    points = np.asarray(points, float)
-    sections = []
-    for start, end in zip(points[:-1], points[1:], strict=True):
-        side = np.array([start[1] - end[1], end[0] - start[0]]) * width / 2 / np.linalg.norm(end - start)
-        sections.append(np.stack([start + side, end + side * 0.7, end - side * 0.7, start - side]))
-    return sections
-
-
-def ant(rng):
-    """[(corners, RGB colour, opacity), ...], head towards +x: a thin waist, elbowed antennae and six long legs."""
-    colour = np.array([(34, 24, 20), (92, 40, 22), (58, 34, 24)][rng.integers(3)]) + rng.normal(0, 6, 3)
-    parts = []
-    for side in (-1, 1):
-        for root, knee, foot in ((0.14, 0.24, 0.42), (0.05, 0.02, 0.06), (-0.03, -0.2, -0.42)):
-            bend = rng.normal(0, 0.03, 2)
-            leg = [(root, 0), (knee + bend[0], side * 0.2), (foot + bend[1], side * rng.uniform(0.34, 0.46))]
-            parts += [(section, colour * 0.9, 1) for section in limb(leg, 0.026)]
-        feeler = [(0.42, side * 0.04), (0.5, side * rng.uniform(0.1, 0.16)), (0.68, side * rng.uniform(0.06, 0.2))]
-        parts += [(section, colour * 0.9, 1) for section in limb(feeler, 0.018)]
-    gaster = rng.uniform(0.34, 0.42)
-    parts.append((ellipse(-0.32, 0, gaster, gaster * 0.66), colour * 0.8, 1))
-    parts.append((ellipse(-0.1, 0, 0.09, 0.08), colour, 1))
-    parts.append((ellipse(0.08, 0, 0.3, 0.13), colour * 1.1, 1))
-    parts.append((ellipse(0.34, 0, 0.22, 0.2), colour, 1))
-    return parts
-
-
-def bee(rng):
-    """As `ant`: a furry thorax, a striped abdomen, two pairs of clear wings, short legs and antennae."""
-    gold = np.array([(214, 150, 40), (196, 128, 52), (226, 176, 70)][rng.integers(3)]) + rng.normal(0, 8, 3)
-    black = np.array((38, 28, 20)) + rng.normal(0, 5, 3)
-    parts = []
-    for side in (-1, 1):
-        for root, foot in ((0.2, 0.34), (0.1, 0.1), (0.0, -0.16)):
-            leg = [(root, 0), ((root + foot) / 2, side * 0.2), (foot, side * rng.uniform(0.24, 0.32))]
-            parts += [(section, black, 1) for section in limb(leg, 0.036)]
-        feeler = [(0.42, side * 0.05), (0.54, side * rng.uniform(0.08, 0.16))]
-        parts += [(section, black, 1) for section in limb(feeler, 0.022)]
-    plump = rng.uniform(0.32, 0.4)
-    parts.append((ellipse(-0.24, 0, 0.58, plump), gold, 1))
-    for start in np.linspace(-0.48, -0.06, rng.integers(4, 6)):
-        reach = plump / 2 * np.sqrt(max(0, 1 - ((start + 0.24) / 0.29) ** 2))
-        if reach > 0.02:
-            parts.append((ellipse(start, 0, 0.062, 2 * reach), black, 0.95))
-    fur = ellipse(0.14, 0, 0.32, 0.32) + rng.normal(0, 0.012, (40, 2))
-    parts.append((fur, gold * 0.72, 1))
-    parts.append((ellipse(0.36, 0, 0.18, 0.24), black * 1.2, 1))
-    spread = rng.uniform(0.5, 1.2)
-    for side in (-1, 1):
-        parts.append((ellipse(-0.02, side * 0.26, 0.5, 0.17, -side * spread * 0.9), np.array((222, 224, 220)), 0.5))
-        parts.append((ellipse(-0.14, side * 0.2, 0.36, 0.13, -side * spread * 0.5), np.array((210, 212, 208)), 0.45))
-    return parts
-
-
-def paint(picture, parts, centre, body, turn, shadow):
-    """`picture` with the parts drawn on it, each lit from the upper left; with shadow, only with their soft shadow."""
-    size = picture.shape[0]
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    margin = int(0.1 * body) + 3  # the reach of the blur below
-    dark = np.zeros((size, size), np.float32)
-    for corners, colour, opacity in parts:
-        corners = corners @ rotation.T * body * 1.15 + centre
-        left, top = np.clip(np.floor(corners.min(0)).astype(int) - margin, 0, size - 1)
-        right, bottom = np.clip(np.ceil(corners.max(0)).astype(int) + margin, 1, size)
-        box = slice(top, bottom), slice(left, right)
-        cover = np.zeros((bottom - top, right - left), np.float32)
-        cv2.fillPoly(cover, [np.rint((corners - (left, top)) * 16).astype(np.int32)], 1, shift=4)
-        if shadow:
-            dark[box] = np.maximum(dark[box], cover * opacity)
-            continue
-        inner = cv2.GaussianBlur(cover, (0, 0), body * 0.035)
-        light = np.clip(1 + 9 * (inner - np.roll(inner, (-2, -2), (0, 1))), 0.5, 1.9)
-        cover = (cover * opacity)[..., None]
-        picture[box] = picture[box] * (1 - cover) + colour * light[..., None] * cover
-    if shadow:
-        picture = picture * (1 - 0.5 * cv2.GaussianBlur(dark, (0, 0), body * 0.03))[..., None]
-    return picture

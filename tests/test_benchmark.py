@@ -96,7 +96,10 @@ def test_fractions_and_the_table_by_hand():
 def test_a_worker_that_fails_ends_in_one_line(tmp_path):
     (tmp_path / "inputs" / "empty").mkdir(parents=True)
     said = run_script("tools.benchmark", "--only", "loading", "--dataset", "empty", cwd=tmp_path, ok=False).stderr
-    assert "a worker ended with status 2; its words stand above" in said and "images: no such folder" in said
+    assert (
+        "a worker process ended with status 2; its message is printed above" in said
+        and "images: no such folder" in said
+    )
 
 
 def test_no_folder_for_the_json(tmp_path):

@@ -142,7 +142,7 @@ def draw_features(path, name, img_id):
 
     panel(-1, 0.5, image.squeeze(), "the image", "#222222", cmap="gray")
     for j, probability in heads.items():
-        panel(-1, j + 0.5, probability, f"L{j}: probability", colour(j), cmap="gray", vmin=0, vmax=1)
+        panel(-1, j + 0.5, probability.numpy(), f"L{j}: probability", colour(j), cmap="gray", vmin=0, vmax=1)
     for (i, j), x in features.items():
         words = f"$X^{{{i},{j}}}$  {x.shape[2]} x {x.shape[3]}"
         panel(i, j, telling(x[0], heads[DEPTH]), words, colour(i + j), cmap="gray")

@@ -3,7 +3,7 @@
 step() is what is timed; about is a dict for the row, such as the precision and the GFLOP of a step. WORKERS names the
 functions. Each runs in a process of its own and imports only what it needs, so that its memory is its own:
 
-    python -m tools.workers '{"kind": "train", "plain": true, "device": "cpu", "dataset": "dsb2018_96"}'
+    echo step | python -m tools.workers '{"kind": "inference", "plain": true, "level": 1, "device": "cpu"}'
 
 "plain" in a task selects our own code with every fast setting switched off.
 """

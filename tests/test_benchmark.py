@@ -1,14 +1,16 @@
-"""benchmark.py runs what it measures, here little of it: the form of the answer counts, and what follows from it."""
+"""tools/benchmark.py: real workers on little data, the steps that they time, and the table by hand."""
 
 import json
 import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_script
 
+import archs
 from common.images import write_png
-from tools import benchmark
+from tools import benchmark, steps, workers
 
 
 def test_the_transfer_rows(tmp_path):
@@ -22,6 +24,32 @@ def test_the_transfer_rows(tmp_path):
     result = run_script("tools.benchmark", "--only", "transfer", "--rounds", 1, "--data_dir", "pictures", cwd=tmp_path)
     rows = re.findall(r"^\| transfer, an epoch, (.*?) \| [\d.]+ m?s \| ([\d.]+) \|", result.stdout, re.MULTILINE)
     assert [name for name, _ in rows][0] == "plain tutorial loop" and len(rows) == 4 and float(rows[0][1]) == 1
+
+
+def test_no_pictures_for_the_transfer_rows(tmp_path):
+    said = run_script("tools.benchmark", "--only", "transfer", "--data_dir", "gone", cwd=tmp_path, ok=False).stderr
+    assert "--data_dir gone: no such folder" in said
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
+@pytest.mark.parametrize(("kind", "learns"), [("train", True), ("evaluate", False)])
+def test_a_training_step_learns_and_a_validation_step_does_not(monkeypatch, one_thread, kind, learns, plain):
+    monkeypatch.setattr(archs, "upsample", archs.upsample)  # the plain way replaces it
+    monkeypatch.setattr(steps, "BATCH", 2)
+    monkeypatch.setattr(steps, "SIDE", 32)
+    built, build = [], steps.build_run
+    monkeypatch.setattr(steps, "build_run", lambda task: built.append(build(task)) or built[0])
+    step, about = steps.WORKERS[kind]({"plain": plain, "device": "cpu", "dataset": "any"})
+    [(run, config)] = built
+    before = [parameter.clone() for parameter in run.model.parameters()]
+    assert step() is None
+    changed = [not torch.equal(*pair) for pair in zip(before, run.model.parameters(), strict=True)]
+    assert all(changed) if learns else not any(changed)
+    assert run.scheduler.last_epoch == (2 if learns else 0)  # the first step counted the GFLOP
+    assert about["gflop"] > 0 and about["precision"] == config["amp"]
+    assert (archs.upsample is archs.interpolate) == plain
+    if plain:
+        assert run.amp is None and not config["channels_last"]
 
 
 def test_on_generated_data_without_any(tmp_path):
@@ -61,7 +89,7 @@ def test_the_network_rows(tmp_path):
     assert all(0 < row["of_limit"] < 1.5 for row in rows.values() if "of_limit" in row)
 
 
-def test_medians_in_turns_without_the_warm_up(capsys):
+def test_medians_in_turns_without_the_warm_up():
     times = {"a": iter([90.0, 1.0, 5.0, 2.0]), "b": iter([80.0, 4.0, 3.0, 9.0])}
     order = []
 
@@ -69,8 +97,8 @@ def test_medians_in_turns_without_the_warm_up(capsys):
         order.append(name)
         return next(times[name])
 
-    steps = {name: lambda name=name: step(name) for name in times}
-    assert benchmark.in_turns(steps, 3) == {"a": 2.0, "b": 4.0}
+    calls = {name: lambda name=name: step(name) for name in times}
+    assert workers.in_turns(calls, 3) == {"a": 2.0, "b": 4.0}
     assert order == ["a", "b"] * 4
 
 
@@ -96,7 +124,8 @@ def test_fractions_and_the_table_by_hand():
 def test_a_worker_that_fails_ends_in_one_line(tmp_path):
     (tmp_path / "inputs" / "empty").mkdir(parents=True)
     said = run_script("tools.benchmark", "--only", "loading", "--dataset", "empty", cwd=tmp_path, ok=False).stderr
-    assert "a worker ended with status 2; its words stand above" in said and "images: no such folder" in said
+    assert "images: no such folder" in said
+    assert "a worker process ended with status 2; its message is printed above" in said
 
 
 def test_no_folder_for_the_json(tmp_path):

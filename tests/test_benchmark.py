@@ -6,13 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_script, write_data_set
 
 import archs
 from common.images import write_png
 from tools import benchmark, steps, workers
 
 
+@pytest.mark.slow
 def test_the_transfer_rows(tmp_path):
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("val", 2)):
@@ -26,9 +27,11 @@ def test_the_transfer_rows(tmp_path):
     assert [name for name, _ in rows][0] == "plain tutorial loop" and len(rows) == 4 and float(rows[0][1]) == 1
 
 
-def test_no_pictures_for_the_transfer_rows(tmp_path):
-    said = run_script("tools.benchmark", "--only", "transfer", "--data_dir", "gone", cwd=tmp_path, ok=False).stderr
-    assert "--data_dir gone: no such folder" in said
+@pytest.mark.parametrize("name", ["transfer", "loading", "preprocess"])
+def test_rows_without_their_data(tmp_path, name):
+    places = ("--data_dir", "gone", "--dataset", "gone", "--raw", "gone")
+    said = run_script("tools.benchmark", "--only", name, *places, cwd=tmp_path, ok=False).stderr
+    assert f"gone: no such file or folder; the {name} rows time what is in it" in said
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
@@ -52,29 +55,28 @@ def test_a_training_step_learns_and_a_validation_step_does_not(monkeypatch, one_
         assert run.amp is None and not config["channels_last"]
 
 
-def test_on_generated_data_without_any(tmp_path):
-    """Real workers: loading and preprocessing where there is neither a data set nor raw data."""
-    options = ("--only", "loading", "preprocess", "--rounds", 1, "--threads", 1, "--json", "rows.json")
-    said = run_script("tools.benchmark", *options, cwd=tmp_path).stdout
-    assert "96 generated images (inputs/dsb2018_96 is not there)" in said and "medians of 1 rounds" in said
+def test_loading_and_preprocessing(tmp_path):
+    """Real workers; the transfer rows are left out with a note, since their data are missing."""
+    write_data_set(tmp_path / "inputs" / "tiny", count=10)
+    for k in range(2):
+        for part in ("images", "masks"):
+            (tmp_path / "raw" / f"id{k}" / part).mkdir(parents=True)
+            write_png(tmp_path / "raw" / f"id{k}" / part / "a.png", np.full((20, 20), 255, np.uint8))
+    options = ("--only", "loading", "preprocess", "transfer", "--rounds", 1, "--threads", 1, "--json", "rows.json")
+    options += ("--dataset", "tiny", "--raw", "raw")
+    result = run_script("tools.benchmark", *options, cwd=tmp_path)
+    assert "no transfer rows: inputs/hymenoptera_data does not exist" in result.stderr
+    assert "medians of 1 rounds" in result.stdout
     written = json.loads((tmp_path / "rows.json").read_text())
     rows = {row["what"]: row for row in written["rows"]}
-    assert list(rows) == [
-        "an epoch's batches, plain",
-        "an epoch's batches",
-        "preprocessing 48 images, one thread",
-        "preprocessing 48 images",
-    ]
-    assert rows["an epoch's batches"]["images"] == 76  # 96 less a fifth
+    plain = {"an epoch's batches": "an epoch's batches, plain", "preprocessing": "preprocessing, one thread"}
+    assert set(rows) == {*plain, *plain.values()}
+    assert rows["an epoch's batches"]["images"] == 8 and rows["preprocessing"]["images"] == 2
     for name, row in rows.items():
-        assert row["seconds"] > 0 and row["bytes"] > 10e6 and f"| {name} |" in said
-        assert row["of_plain"] == pytest.approx(row["seconds"] / rows[row_of_plain(name)]["seconds"])
+        assert row["seconds"] > 0 and row["bytes"] > 10e6 and f"| {name} |" in result.stdout
+        assert row["of_plain"] == pytest.approx(row["seconds"] / rows[plain.get(name, name)]["seconds"])
     assert {"torch", "numpy"} <= written["versions"].keys() and written["threads"] == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json"]  # nothing else is left behind
-
-
-def row_of_plain(name):
-    return "an epoch's batches, plain" if "epoch" in name else "preprocessing 48 images, one thread"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "raw", "rows.json"]  # nothing is left behind
 
 
 @pytest.mark.slow

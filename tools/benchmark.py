@@ -24,14 +24,12 @@ from pathlib import Path
 
 from common.cli import Parser, number, parse_options, run_script
 from common.files import atomic_path
-from tools.steps import BATCH, RAW, SIDE
+from tools.steps import BATCH, SIDE
 from tools.workers import in_turns, workers
 
 LEVELS = (4, 3, 2, 1)
-GENERATED = 96  # images, where there is no data set
-PACKAGES = ("torch", "numpy", "opencv-python-headless", "albumentations", "onnxruntime", "openvino")
+PACKAGES = ("torch", "numpy", "opencv-python-headless", "albumentations", "onnxruntime")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 NAMES = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of the values of --amp
 
 
@@ -42,9 +40,9 @@ def build_parser():
     a("--rounds", type=number(int, 1), default=5, help="how often each step is timed")
     a("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a machine that others use too")
     a("--threads", type=number(int, 1, 1024), default=default_threads(), help="threads per process")
-    a("--dataset", default="dsb2018_96", help="loading: a folder of inputs/; generated images if it does not exist")
-    raw = "preprocess: a folder or zip of raw images; generated images if it does not exist"
-    a("--raw", default="inputs/data-science-bowl-2018/stage1_train", help=raw)
+    a("--dataset", default="dsb2018_96", help="loading: a folder of inputs/")
+    raw = "inputs/data-science-bowl-2018/stage1_train.zip"
+    a("--raw", default=raw, help="preprocess: a folder or zip of raw images")
     a("--data_dir", default="inputs/hymenoptera_data", help="transfer: a folder with {train,val}/<class>/")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     a("--json", type=Path, metavar="FILE", help="also write the rows to this file")
@@ -116,35 +114,31 @@ def inference(options, found):
     for level in LEVELS:
         tasks[f"inference L{level}"] = {"kind": "inference", "plain": False, "level": level}
     with tempfile.TemporaryDirectory() as folder:
-        if all(is_installed(package) for package in ONNX_PACKAGES):
+        if all(importlib.util.find_spec(package) for package in ONNX_PACKAGES):
             with workers(options, {"files": {"kind": "write_onnx", "folder": folder}}):
                 pass  # they are written once the worker is ready
-            for runtime, name in RUNTIMES.items():
-                for precision in ("float32", "int8"):
-                    if is_installed(runtime):
-                        file = str(Path(folder) / f"{precision}.onnx")
-                        task = {"kind": "onnx", "runtime": runtime, "file": file}
-                        tasks[f"inference L4, {name}, {precision}"] = task
+            for kind in ("float32", "int8"):
+                file = str(Path(folder) / f"{kind}.onnx")
+                tasks[f"inference L4, ONNX Runtime, {kind}"] = {"kind": "onnx", "file": file}
         return measured(options, tasks, plain)
 
 
-def is_installed(package):
-    return importlib.util.find_spec(package) is not None
+def has_data(path, name, options):
+    """Whether the data of the rows `name` are there; FileNotFoundError when these rows alone were asked for."""
+    if Path(path).exists():
+        return True
+    if options.only == [name]:
+        raise FileNotFoundError(f"{path}: no such file or folder; the {name} rows time what is in it")
+    print(f"no {name} rows: {path} does not exist", file=sys.stderr)
+    return False
 
 
 def loading(options, found):
-    with tempfile.TemporaryDirectory() as folder:
-        data = {"dataset": options.dataset}
-        if not Path(found["data"]).is_dir():
-            write_data_set(Path(folder) / "inputs" / "generated")
-            data = {"dataset": "generated", "place": folder}
-            found["data"] = f"{GENERATED} generated images ({found['data']} is not there)"
-        plain = "an epoch's batches, plain"
-        tasks = {
-            plain: {"kind": "loading", "plain": True, **data},
-            "an epoch's batches": {"kind": "loading", "plain": False, **data},
-        }
-        rows = measured(options, tasks, plain)
+    if not has_data(Path("inputs") / options.dataset, "loading", options):
+        return []
+    plain = "an epoch's batches, plain"
+    tasks = {plain: {"kind": "loading", "plain": True}, "an epoch's batches": {"kind": "loading", "plain": False}}
+    rows = measured(options, tasks, plain)
     if "training_step" in found:  # loader processes work beside the training, which then waits for less
         _, line = rows
         training_seconds = math.ceil(line["images"] / BATCH) * found["training_step"]
@@ -152,51 +146,20 @@ def loading(options, found):
     return rows
 
 
-def write_data_set(folder):
-    """GENERATED images and masks, as preprocess_dsb2018.py --demo would write them."""
-    import preprocess_dsb2018 as script
-
-    folder.mkdir(parents=True)
-    seeds = {f"demo_{seed:03d}": seed for seed in range(GENERATED)}
-    script.convert(folder, list(seeds), lambda img_id: script.load_demo(seeds[img_id], 256), SIDE, os.cpu_count())
-
-
 def preprocess(options, found):
-    with tempfile.TemporaryDirectory() as folder:
-        raw = options.raw
-        if not Path(raw).exists():
-            write_raw(Path(folder))
-            raw = folder
-        plain = f"preprocessing {RAW} images, one thread"
-        tasks = {
-            plain: {"kind": "preprocess", "plain": True, "raw": raw},
-            f"preprocessing {RAW} images": {"kind": "preprocess", "plain": False, "raw": raw},
-        }
-        return measured(options, tasks, plain)
-
-
-def write_raw(folder):
-    """RAW generated pictures laid out as stage1_train: a folder per image, a mask file per nucleus."""
-    import numpy as np
-
-    from common.images import write_png
-    from common.synthetic import nuclei
-
-    for seed in range(RAW):
-        image, labels = nuclei(seed)
-        for part in ("images", "masks"):
-            (folder / f"raw{seed}" / part).mkdir(parents=True)
-        write_png(folder / f"raw{seed}" / "images" / f"raw{seed}.png", image)
-        for k in range(1, labels.max() + 1):
-            write_png(folder / f"raw{seed}" / "masks" / f"{k}.png", (labels == k).astype(np.uint8) * 255)
+    if not has_data(options.raw, "preprocess", options):
+        return []
+    plain = "preprocessing, one thread"
+    tasks = {
+        plain: {"kind": "preprocess", "plain": True, "raw": options.raw},
+        "preprocessing": {"kind": "preprocess", "plain": False, "raw": options.raw},
+    }
+    return measured(options, tasks, plain)
 
 
 def transfer(options, found):
     """An epoch, training and validation, of the loop that tutorials show and of transfer_resnet18.py's three ways."""
-    if not Path(options.data_dir).is_dir():
-        if options.only == ["transfer"]:
-            raise FileNotFoundError(f"--data_dir {options.data_dir}: no such folder; its pictures are what is timed")
-        print(f"no transfer rows: {options.data_dir} is not there", file=sys.stderr)
+    if not has_data(options.data_dir, "transfer", options):
         return []
     ours = {"kind": "transfer", "data_dir": options.data_dir}
     plain = "transfer, an epoch, plain tutorial loop"
@@ -269,13 +232,15 @@ def notes(line):
         parts.append(f"{line['gflop']:.1f} GFLOP")
     if "of_limit" in line:
         parts.append(f"{line['of_limit']:.0%} of the limit in {NAMES[line['precision']]}")
+    if "images" in line:
+        parts.append(f"{line['images']} images")
     if "share_of_epoch" in line:
         parts.append(f"{line['share_of_epoch']:.1%} of a training epoch")
     return ", ".join(parts)
 
 
-def about_machine(options, data):
-    """Where and with what this was measured. data: what the loading rows read."""
+def about_machine(options):
+    """Where and with what this was measured."""
     from common.devices import device_name, pick_device, versions
 
     return {
@@ -285,7 +250,7 @@ def about_machine(options, data):
         "rounds": options.rounds,
         "clock": options.clock,
         "batch": f"{BATCH} x {SIDE} x {SIDE}",
-        "data": data,
+        "data": f"inputs/{options.dataset}",
         "versions": versions(PACKAGES),
     }
 
@@ -302,12 +267,12 @@ def main():
     options, _ = parse_options(build_parser)
     if options.json and not options.json.parent.is_dir():
         raise FileNotFoundError(f"{options.json.parent}: no such folder to write {options.json.name} in")
-    rows, found = [], {"data": f"inputs/{options.dataset}"}
+    rows, found = [], {}
     for name, benchmark in BENCHMARKS.items():
         if not options.only or name in options.only:
             rows += benchmark(options, found)
     add_fractions(rows, found.get("limits", {}))
-    about = about_machine(options, found["data"])
+    about = about_machine(options)
     print_table(rows, about)
     if options.json:
         with atomic_path(options.json) as temporary:

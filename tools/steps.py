@@ -18,7 +18,7 @@ from pathlib import Path
 from common.cli import parse_options
 
 BATCH, SIDE = 16, 96  # images of a batch, and pixels of their side
-RAW = 48  # raw images that preprocessing is timed on
+RAW = 48  # raw images that preprocessing is timed on, at most
 
 # ---------------------------------------------------------------- what they share
 
@@ -152,22 +152,11 @@ def write_onnx(task):
 
 
 def onnx_step(task):
-    """The file task["file"] in ONNX Runtime or OpenVINO on the CPU: uint8 images to probabilities, without PyTorch."""
+    """The file task["file"] in ONNX Runtime on the CPU: uint8 images to probabilities, without PyTorch."""
     import numpy as np
-
-    images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
-    if task["runtime"] == "openvino":
-        import openvino
-
-        settings = {"INFERENCE_NUM_THREADS": task["threads"], "PERFORMANCE_HINT": "LATENCY"}
-        compiled = openvino.Core().compile_model(task["file"], "CPU", settings)
-
-        def step():
-            compiled([images])
-
-        return step, {}
     import onnxruntime
 
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = task["threads"]
     session = onnxruntime.InferenceSession(task["file"], settings, providers=["CPUExecutionProvider"])
@@ -202,7 +191,7 @@ def loading_epoch(task):
 
 
 def preprocess_images(task):
-    """48 raw images with their instance masks to squares on disk; the plain way uses one thread."""
+    """Raw images with their instance masks to squares on disk; the plain way uses one thread."""
     import cv2
 
     import preprocess_dsb2018 as script

@@ -28,8 +28,8 @@ from tools.steps import WORKERS
 class Worker:
     """A process that does a step of one of steps.WORKERS whenever it is called.
 
-    task: "kind", the name in WORKERS; optionally "place", the folder to run in; and what that worker reads. Device,
-    threads, clock and data set come from the options of benchmark.py. Attributes: about, what the worker says of its
+    task: "kind", the name in WORKERS, and what that worker reads. Device, threads, clock and data set come from the
+    options of benchmark.py. Attributes: about, what the worker says of its
     step once it is ready, and result, what its last step returned.
     """
 
@@ -41,7 +41,6 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tools.workers", json.dumps(task)],
             env={**os.environ, **settings},
-            cwd=task.get("place"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -35,7 +35,7 @@ MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
 
 def build_parser():
     parser = Parser(description=__doc__)
-    natural, positive, seed = number(int, 1), number(float, 0), number(int, 0, 2**32 - 1)
+    natural, positive, seed = number(int, 1), number(float, 0), number(int, *BOUNDS["seed"])
     a = parser.add_argument_group("run").add_argument
     a("--name", help="models/<name>; default: <dataset>_<arch>_wDS or _woDS")
     a("--config", help="YAML file of options; the command line takes precedence")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from archs import ARCHS, DEPTH, EightWays, NestedUNet, UNet, as_heads, build_model, probabilities, upsample
+from archs import ARCHS, DEPTH, NestedUNet, UNet, as_heads, build_model, probabilities, upsample
 from utils import count_params
 
 VARIANTS = [("UNet", False), ("NestedUNet", False), ("NestedUNet", True)]
@@ -464,26 +464,3 @@ def test_checkpointing_changes_no_result_and_keeps_fewer_bytes(arch, deep):
     for (name, a), b in zip(usual.named_buffers(), checkpointed.buffers(), strict=True):
         assert torch.equal(a, b), name
     assert kept["checkpointed"] < 0.9 * kept["usual"]
-
-
-@pytest.mark.parametrize("size", [(32, 32), (32, 48)], ids=str)
-def test_eight_ways_by_hand(size):
-    """Each view is made pixel by pixel: one of eight maps of (row, column) to (row, column)."""
-    model = settle(model_of("NestedUNet", True))
-    images, (height, width) = torch.randn(2, 3, *size), size
-    total = [torch.zeros(2, 1, *size) for _ in range(4)]
-    for transposed in (False, True):
-        for down in (False, True):
-            for right in (False, True):
-                rows = torch.arange(height).flip(0) if down else torch.arange(height)
-                columns = torch.arange(width).flip(0) if right else torch.arange(width)
-                view = images[:, :, rows][..., columns]
-                view = view.transpose(2, 3) if transposed else view
-                for head, logits in zip(total, model(view), strict=True):
-                    found = torch.sigmoid(logits)
-                    found = found.transpose(2, 3) if transposed else found
-                    head += found[:, :, rows][..., columns] / 8  # a reversal undoes itself
-    wrapped = EightWays(model).eval()
-    assert wrapped.head_names == model.head_names
-    for logits, expected in zip(wrapped(images), total, strict=True):
-        torch.testing.assert_close(torch.sigmoid(logits), expected, rtol=1e-4, atol=1e-5)

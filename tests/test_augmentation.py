@@ -10,7 +10,8 @@ import torch
 from test_dataset import open_dataset, write
 
 from augmentation import AUGMENTATIONS, augmentation, paste
-from dataset import make_loader, set_epoch
+from common.loaders import set_epoch
+from dataset import make_loader
 
 USUAL = "flips,mild"
 

@@ -1,17 +1,23 @@
 """levels.py: memory counted by hand, levels chosen by hand, and `val.py --level` and `--levels` as a user runs them."""
 
 import math
+import shutil
+from pathlib import Path
 
 import cv2
 import pandas as pd
 import pytest
 import torch
-from conftest import run_script, write_data_set
+from conftest import call, write_data_set
 
+import train
+import val
 from archs import NestedUNet
 from levels import PAPER, PeakMemory, draw, measure, rows_of_levels, sufficient, with_text
-from metrics import PixelCounts
+from metrics import count_pixels
 from utils import count_params
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_peak_memory_by_hand():
@@ -50,9 +56,7 @@ def table_of(hits):
     masks[..., :100] = 1
     found = torch.zeros_like(masks)
     found[..., :hits] = 1
-    counts = PixelCounts((0.5,))
-    counts.update(found, masks)
-    return counts.table()
+    return count_pixels(found, masks, thresholds=(0.5,)).numpy()
 
 
 COSTS = {f"L{k}": {"parameters": 10**k, "ms": 1.0 * k, "megabytes": 2.0 * k} for k in (1, 2, 3, 4)}
@@ -80,7 +84,7 @@ def test_the_picture(tmp_path):
     assert picture.shape == (432, 1080, 3) and picture.std() > 10
 
 
-# ---------------------------------------------------------------- as a user runs it
+# ---------------------------------------------------------------- val.py --level and --levels
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +92,25 @@ def runs(tmp_path_factory):
     """A folder with two tiny runs, `deep` and `plain`."""
     folder = tmp_path_factory.mktemp("levels")
     write_data_set(folder / "inputs" / "tiny")
-    for name, deep in (("deep", True), ("plain", False)):
-        options = ("--width", 2, "--input_w", 32, "--input_h", 32, "--epochs", 1, "--deep_supervision", deep)
-        run_script("train.py", "--dataset", "tiny", "--name", name, *options, cwd=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, deep in (("deep", True), ("plain", False)):
+            options = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 1 --device cpu"
+            call(patch, train, options, "--name", name, "--deep_supervision", deep)
     return folder
+
+
+@pytest.fixture
+def go(runs, monkeypatch, capsys):
+    """go(*options) runs val.main with them -> what it prints."""
+    monkeypatch.chdir(runs)
+
+    def run(*options):
+        capsys.readouterr()
+        call(monkeypatch, val, "--device cpu", *options)
+        return capsys.readouterr().out
+
+    return run
 
 
 def rows_below(stdout, title):
@@ -99,8 +118,8 @@ def rows_below(stdout, title):
     return [line.split() for line in stdout[stdout.index(f"\n{title}") :].split("\n\n")[0].strip().splitlines()[1:]]
 
 
-def test_val_levels(runs):
-    said = run_script("val.py", "--name", "deep", "--levels", "-b", 2, cwd=runs).stdout
+def test_val_levels(go):
+    said = go("--name deep --levels -b 2")
     assert "one batch of 2" in said and "is the smallest level within half a point" in said
     heading, *rows = rows_below(said, "levels: ")[:6]
     assert heading[:4] == ["level", "parameters", "ms/image", "peak"] and rows[1][-2:] == ["about", "92.3"]
@@ -108,32 +127,37 @@ def test_val_levels(runs):
     deep = NestedUNet(deep_supervision=True, width=2)
     counts = [*(count_params(deep.prune(level)) for level in (1, 2, 3, 4)), count_params(deep)]
     assert [int(row[1].replace(",", "")) for row in rows] == counts
-    assert cv2.imread(str(runs / "outputs/deep/levels.png")) is not None
-    page = (runs / "outputs/deep/report.html").read_text(encoding="utf-8")
+    assert cv2.imread("outputs/deep/levels.png") is not None
+    page = Path("outputs/deep/report.html").read_text(encoding="utf-8")
     assert "Levels" in page and "about 92.3" in page
 
 
-def test_val_level_judges_the_pruned_model(runs):
+def test_val_level_judges_the_pruned_model(go):
     found = {}
     for level, head in (("2", "L2"), ("mean", "mean"), (None, "L4")):
-        said = run_script("val.py", "--name", "deep", *(("--level", level) if level else ()), cwd=runs).stdout
+        said = go("--name deep", f"--level {level}" if level else "")
         found[level] = {row[0]: row[1:] for row in rows_below(said, "best epoch")[1:]}
-        kept = pd.read_csv(runs / "outputs/deep/metrics.csv")
+        kept = pd.read_csv("outputs/deep/metrics.csv")
         assert math.isclose(kept["iou"].mean(), float(found[level][head][2]), abs_tol=1e-4)
     assert list(found["2"]) == ["L2"] and list(found[None]) == ["L1", "L2", "L3", "L4", "mean"] == list(found["mean"])
     assert found["2"]["L2"] == found[None]["L2"] and found["mean"] == found[None]
 
 
-@pytest.mark.parametrize("options", [("--level", "2"), ("--levels",)])
-def test_without_deep_supervision_there_are_no_levels(runs, options):
-    said = run_script("val.py", "--name", "plain", *options, cwd=runs, ok=False).stderr
-    assert "trained without --deep_supervision True" in said
-    assert not list((runs / "outputs").glob("plain/*.png"))
+@pytest.mark.parametrize("options", ["--level 2", "--levels"])
+def test_without_deep_supervision_there_are_no_levels(go, options):
+    with pytest.raises(ValueError, match="trained without --deep_supervision True"):
+        go("--name plain", options)
+    assert not Path("outputs/plain").exists()
 
 
-def test_level_4_needs_no_deep_supervision(runs):
-    assert "\nL4 " in run_script("val.py", "--name", "plain", "--level", "4", cwd=runs).stdout
+def test_level_4_needs_no_deep_supervision(go):
+    assert "\nL4 " in go("--name plain --level 4")
+    shutil.rmtree("outputs/plain")
 
 
-def test_one_level_or_all_of_them(runs):
-    run_script("val.py", "--name", "deep", "--level", "2", "--levels", cwd=runs, ok=False)
+def test_one_level_or_all_of_them(go, capsys):
+    with pytest.raises(SystemExit):
+        go("--name deep --level 2 --levels")
+    assert "not allowed with argument --level" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--levels measures single passes; leave --tta out"):
+        go("--name deep --tta --levels")

@@ -9,8 +9,8 @@ import torch
 from metrics import (
     DEFINITIONS,
     THRESHOLDS,
-    PixelCounts,
     bootstrap_interval,
+    count_pixels,
     dice,
     dice_coef,
     iou,
@@ -34,10 +34,9 @@ def scores(images=37, classes=2, side=9, seed=0):
 
 
 def counted(probabilities, masks, batch_size=16, **options):
-    counts = PixelCounts(**options)
-    for start in range(0, len(masks), batch_size):
-        counts.update(probabilities[start : start + batch_size], masks[start : start + batch_size])
-    return counts.table()
+    """The table of all images, counted in batches."""
+    batches = zip(probabilities.split(batch_size), masks.split(batch_size), strict=True)
+    return np.concatenate([count_pixels(*batch, **options).numpy() for batch in batches])
 
 
 # ---------------------------------------------------------------- the table of definitions, a second time
@@ -143,18 +142,18 @@ def test_nothing_to_divide_is_1():
 
 
 def test_images_of_different_sizes_and_one_threshold():
-    counts = PixelCounts(thresholds=(0.5,))
-    counts.update(torch.ones(2, 1, 3, 3), torch.ones(2, 1, 3, 3))
-    counts.update(torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
-    assert counts.table()[:, 0, 0].tolist() == [[9, 9, 9, 9], [9, 9, 9, 9], [0, 2, 0, 2]]
-    figures = summarise(counts.table())
+    two = count_pixels(torch.ones(2, 1, 3, 3), torch.ones(2, 1, 3, 3), thresholds=(0.5,))
+    one = count_pixels(torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), thresholds=(0.5,))
+    table = torch.cat([two, one]).numpy()
+    assert table[:, 0, 0].tolist() == [[9, 9, 9, 9], [9, 9, 9, 9], [0, 2, 0, 2]]
+    figures = summarise(table)
     assert "miou_ten" not in figures and figures["iou"] == 18 / 20 and figures["iou_per_image"] == pytest.approx(2 / 3)
 
 
 def test_no_images_and_wrong_shapes():
-    assert PixelCounts().table().shape == (0, 1, 10, 4)
+    assert count_pixels(torch.zeros(0, 1, 2, 2), torch.zeros(0, 1, 2, 2)).shape == (0, 1, 10, 4)
     with pytest.raises(ValueError, match=r"\(1, 1, 2, 2\).*\(1, 2, 2\)"):
-        PixelCounts().update(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2))
+        count_pixels(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2))
 
 
 def test_a_count_of_more_pixels_than_32_bits_hold():

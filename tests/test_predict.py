@@ -1,59 +1,26 @@
-"""predict.py: every kind of file at its own size, tiles that leave no trace, tables counted by hand, bad inputs."""
+"""predict.py: every kind of file at its own size, tables counted by hand, bad inputs."""
 
 import csv
 import itertools
+import re
 import sys
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
 from conftest import run_script
 from PIL import Image
+from test_inference import by_hand, soft_picture, write_run
 
 import predict
-from archs import NestedUNet
 from common import report
-from common.files import save_checkpoint, write_yaml
 from common.images import squeeze
-from predict import OVERLAP, TILE, Picture, Results, eight_ways, find_files, output_names, predict_tiled, windows
+from predict import Picture, Results, output_names, predict_tiled
 
-MEAN, STD, SCALE = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], 0.5
-
-
-def write_run(folder, num_classes=1, input_channels=3, **settings):
-    """models/<name> as train.py leaves it, of a random network whose answers differ from pixel to pixel."""
-    torch.manual_seed(0)
-    model = NestedUNet(num_classes, input_channels, deep_supervision=True, width=2)
-    noise = torch.nn.functional.interpolate(torch.randn(4, input_channels, 8, 8), size=(48, 48), mode="bilinear")
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0  # the statistics are those of the noise
-    heads = model(noise)
-    for j, head in enumerate(heads, 1):
-        final = getattr(model, f"final{j}")
-        spread = head.detach().std((0, 2, 3))
-        final.weight.data *= 3 / spread[:, None, None, None]
-        final.bias.data = (final.bias.data - head.detach().mean((0, 2, 3))) * 3 / spread
-    folder.mkdir(parents=True)
-    save_checkpoint(folder / "model.pth", model.state_dict())
-    config = {"arch": "NestedUNet", "num_classes": num_classes, "input_channels": input_channels, "width": 2}
-    config |= {"dataset": "none", "img_ext": ".png", "mask_ext": ".png", "loss": "BCEDiceLoss", "seed": 0}
-    config |= {"deep_supervision": True, "input_h": 32, "input_w": 48, "scale": SCALE}
-    config |= {"mean": MEAN[:input_channels], "std": STD[:input_channels], **settings}
-    write_yaml(folder / "config.yml", {key: value for key, value in config.items() if value is not None})
-    return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small networks lose more than they gain by a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -69,12 +36,6 @@ def call(monkeypatch, *args, device=("--device", "cpu", "--amp", "off")):
     return predict.main()
 
 
-def soft_picture(height=70, width=90, seed=0):
-    """(height, width, 3) uint8 of smooth colours."""
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
 def read(path):
     array = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     assert array is not None, path
@@ -88,11 +49,8 @@ def rows(path):
 
 def expected(model, image, size):
     """The deepest head's probability, computed plainly: (H, W) of an RGB picture that the network sees at `size`."""
-    small = squeeze(image, size)
-    seen = (small.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(seen).permute(2, 0, 1)[None])[-1][0, 0]
-    return cv2.resize(torch.sigmoid(logits).numpy(), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    probability = by_hand(model, squeeze(image, size)[None])[-1][0, ..., 0]
+    return cv2.resize(probability, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 
 # ---------------------------------------------------------------- files in, files out
@@ -172,21 +130,6 @@ def test_several_classes(tmp_path, monkeypatch):
     assert not (out / "a_mask.png").exists() and (out / "a_overlay.png").exists()
 
 
-def test_levels(workplace):
-    _, model = workplace
-    image = soft_picture(32, 48)[None]
-    seen = (torch.from_numpy(image).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
-        STD
-    ).view(3, 1, 1)
-    with torch.no_grad():
-        heads = [torch.sigmoid(head)[0, 0].numpy() for head in model(seen)]
-    for level, head in [*zip("1234", heads, strict=True), ("mean", np.mean(heads, axis=0))]:
-        probability, config = predict.torch_probability(Namespace(name=None, level=level, device="cpu", amp="off"))
-        found = probability(image)
-        assert config["name"] == "tiny" and found.dtype == np.float32
-        np.testing.assert_allclose(found, head[None, ..., None], atol=1e-4)  # folded batch norms round differently
-
-
 def test_the_scale_is_the_runs_own_or_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = write_run(tmp_path / "models" / "old", scale=None)
@@ -257,82 +200,6 @@ def test_an_interrupted_run_keeps_its_tables(workplace, monkeypatch):
     assert [row["image"] for row in rows("outputs/tiny/predict/images.csv")] == ["a", "b"]
 
 
-# ---------------------------------------------------------------- tiles
-
-
-@pytest.mark.parametrize("overlap", [0, 16, 64])
-@pytest.mark.parametrize("length", [16, 64, 80, 96, 112, 256, 272, 1040])
-def test_weights_of_tiles_sum_to_one(length, overlap):
-    tile = 96
-    starts, weights = windows(length, tile, overlap)
-    total = np.zeros(length)
-    for start, weight in zip(starts, weights, strict=True):
-        assert start % 16 == 0 and len(weight) == min(tile, length)
-        total[start : start + len(weight)] += weight
-    np.testing.assert_allclose(total, 1, atol=1e-6)
-    assert starts[0] == 0 and starts[-1] + weights.shape[1] == length and weights.min() > 0
-    assert all(b - a <= tile - overlap for a, b in itertools.pairwise(starts))
-    if length <= tile:
-        np.testing.assert_array_equal(weights, 1)
-
-
-@pytest.mark.parametrize("height, width", [(1, 1), (40, 150), (64, 64), (131, 97), (300, 65)])
-def test_tiles_give_every_pixel_back(height, width):
-    images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
-    images[0, 0, 0], images[1, -1, -1] = (0, 255, 128), (255, 0, 1)
-    seen = []
-
-    def probability(batch):
-        seen.append(batch.shape)
-        return (batch / 255).astype(np.float32)
-
-    found = predict_tiled(probability, images, 3, (96, 80), 3)
-    assert found.dtype == np.uint16 and found.shape == (2, 3, height, width)
-    np.testing.assert_array_equal(found, images.transpose(0, 3, 1, 2).astype(np.uint16) * 257)  # 255 -> 65535
-    assert len({shape[1:] for shape in seen}) == 1 and max(shape[0] for shape in seen) <= 3
-    assert seen[0][1] <= 96 and seen[0][2] <= 80
-
-
-def test_one_tile_is_the_whole_picture(workplace):
-    probability, _ = predict.torch_probability(Namespace(name="tiny", level="4", device="cpu", amp="off"))
-    image = soft_picture(100, 70)[None]
-    whole, tiled = probability(image), predict_tiled(probability, image, 1, (TILE, TILE), 4)
-    np.testing.assert_allclose(tiled[0, 0] / 65535, whole[0, ..., 0], atol=1e-5)
-
-
-def test_no_seam():
-    """A filter that sees 33 pixels around, and false colours at the border of a tile as a network does."""
-
-    def probability(batch):
-        return np.stack([cv2.blur(i, (33, 33), borderType=cv2.BORDER_CONSTANT) for i in batch])[..., None] / np.float32(
-            255
-        )
-
-    images = np.stack([soft_picture(640, 480)[..., 0]] * 2)[..., None]
-    whole = predict_tiled(probability, images, 1, (2048, 2048), 1) / 65535
-    tiled = predict_tiled(probability, images, 1, (TILE, TILE), 4) / 65535
-    difference = np.abs(tiled - whole)[:, :, 16:-16, 16:-16]
-    assert OVERLAP == 64 and difference.max() < 0.02, difference.max()  # with a hard cut it is 0.5
-    steps = np.abs(np.diff(tiled - whole, axis=3))[:, :, :, 16:-16]
-    assert steps.max() < 0.005, steps.max()
-
-
-def test_tta_is_the_average_by_hand():
-    images = np.random.default_rng(0).integers(0, 256, (2, 6, 9, 3), np.uint8)
-
-    def probability(batch):  # of no symmetry
-        ramp = np.linspace(0, 1, batch.shape[1])[:, None] + np.linspace(0, 3, batch.shape[2]) ** 2
-        return (batch[..., :2] / 255 * ramp[..., None]).astype(np.float32)
-
-    turned = []
-    for flip_y, flip_x, transpose in itertools.product((1, -1), (1, -1), (False, True)):
-        seen = images[:, ::flip_y, ::flip_x]
-        found = probability(seen.swapaxes(1, 2)).swapaxes(1, 2) if transpose else probability(seen)
-        turned.append(found[:, ::flip_y, ::flip_x])
-    assert len({found.tobytes() for found in turned}) == 8
-    np.testing.assert_allclose(eight_ways(probability)(images), np.mean(turned, axis=0), rtol=1e-5)
-
-
 def test_tta_from_the_command_line(workplace, monkeypatch):
     _, model = workplace
     image = soft_picture(64, 96)
@@ -349,31 +216,6 @@ def test_tta_from_the_command_line(workplace, monkeypatch):
 
 
 # ---------------------------------------------------------------- files and names
-
-
-def test_find_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = ["b.png", "a.TIF", "sub/c.jpeg", "sub/d.txt", ".hidden.png", "out/e.png", "x[1].bmp", "x1.bmp"]
-    for name in names:
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).touch()
-    output = Path("out")
-
-    def found(*paths):
-        files, failed = find_files(paths, output)
-        return [path.as_posix() for path in files], [f"{path}: {reason}" for path, reason in failed]
-
-    assert found(".") == (["a.TIF", "b.png", "sub/c.jpeg", "x1.bmp", "x[1].bmp"], [])
-    assert found("sub/d.txt", "out/e.png") == (["sub/d.txt", "out/e.png"], [])  # named is named
-    assert found("b.png", "*.png", str(tmp_path / "b.png"), "sub/../b.png")[1] == []
-    assert len(found("b.png", "*.png", str(tmp_path / "b.png"), "sub/../b.png")[0]) == 1
-    assert found("x[1].bmp") == (["x[1].bmp"], []) and found("x[0-9].bmp") == (["x1.bmp"], [])
-    assert found("**/*.jpeg") == (["sub/c.jpeg"], []) and found("s*") == (["sub/c.jpeg"], [])
-    (tmp_path / "empty").mkdir()
-    assert found("empty", "nothing.png", "*.gif") == (
-        [],
-        ["empty: holds no picture", "nothing.png: no such file", "*.gif: no such file"],
-    )
 
 
 def test_output_names():
@@ -480,13 +322,11 @@ def png_that_claims(width, height):
     """A PNG of a few bytes whose header promises width x height pixels."""
     data = bytearray(cv2.imencode(".png", np.zeros((4, 4), np.uint8))[1].tobytes())
     data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    import zlib
-
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
 
 
-def test_bad_files_are_skipped_and_named(workplace):
+def test_bad_files_are_skipped_and_named(workplace, monkeypatch, capsys):
     folder, _ = workplace
     good = cv2.imencode(".png", soft_picture())[1].tobytes()
     files = {"good.png": good, "cut.png": good[: len(good) // 2], "text.png": b"hello", "empty.jpg": b""}
@@ -496,10 +336,10 @@ def test_bad_files_are_skipped_and_named(workplace):
         (folder / "in" / name).write_bytes(data)
     Image.fromarray(np.ones((9, 9), np.float32)).save(folder / "in" / "float.tif")
     (folder / "gone").mkdir()
-    said = run_script("predict.py", "in", "nowhere.png", "gone", cwd=folder, ok=None)
-    assert said.returncode == 1
-    assert said.stdout.strip().endswith("predict: 1 pictures, " + said.stdout.split("1 pictures, ")[1].strip())
-    complaints = [line.split(": ", 1)[1] for line in said.stderr.strip().split("\n") if line.startswith("predict.py: ")]
+    assert call(monkeypatch, "in", "nowhere.png", "gone") == 1
+    said = capsys.readouterr()
+    assert re.search(r"\noutputs/tiny/predict: 1 pictures, \d+ objects, 7 skipped\n$", said.out)
+    complaints = [line.split(": ", 1)[1] for line in said.err.strip().split("\n") if line.startswith("predict.py: ")]
     assert [line.split(": ")[0] for line in complaints] == [
         "skipped nowhere.png",
         "skipped gone",
@@ -510,15 +350,17 @@ def test_bad_files_are_skipped_and_named(workplace):
         "skipped in/text.png",
     ]
     assert "60000 x 60000 pixels are more than 400,000,000; --max_pixels raises the limit" in complaints[2]
-    assert "Traceback" not in said.stderr and (folder / "outputs/tiny/predict/good_mask.png").is_file()
+    assert (folder / "outputs/tiny/predict/good_mask.png").is_file()
 
 
-def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch):
+def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch, capsys):
     folder, _ = workplace
     cv2.imwrite("a.png", soft_picture())
     Path("text.png").write_text("hello")
     Path("empty").mkdir()
-    assert "required: PATH" in run_script("predict.py", cwd=folder, ok=False).stderr
+    with pytest.raises(SystemExit):
+        call(monkeypatch)
+    assert "required: PATH" in capsys.readouterr().err
     said = run_script("predict.py", "text.png", "nowhere.png", cwd=folder, ok=False)
     assert "nothing to predict; nowhere.png: no such file (and 1 more)" in said.stderr
     for args, expected_words in [
@@ -533,50 +375,3 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch):
         with pytest.raises((ValueError, OSError), match=expected_words):
             call(monkeypatch, *args, device=())
     assert not Path("outputs").exists()
-
-
-# ---------------------------------------------------------------- ONNX
-
-
-def write_onnx(path, **metadata):
-    """The mean of the channels over 255, in the shapes of export.py."""
-    onnx = pytest.importorskip("onnx")
-    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
-    constants = [onnx.numpy_helper.from_array(np.float32(255), "full")]
-    constants += [onnx.numpy_helper.from_array(np.int64([3]), "axes")]
-    nodes = [
-        node("Cast", ["images"], ["floats"], to=onnx.TensorProto.FLOAT),
-        node("ReduceMean", ["floats", "axes"], ["grey"], keepdims=1),
-        node("Div", ["grey", "full"], ["probabilities"]),
-    ]
-    images = value("images", onnx.TensorProto.UINT8, ["N", "H", "W", 3])
-    output = value("probabilities", onnx.TensorProto.FLOAT, ["N", "H", "W", 1])
-    graph = onnx.helper.make_graph(nodes, "grey", [images], [output], constants)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    onnx.helper.set_model_props(model, metadata)
-    onnx.save(model, str(path))
-
-
-def test_onnx_needs_no_torch(tmp_path):
-    pytest.importorskip("onnxruntime")
-    write_onnx(tmp_path / "grey.onnx", name="grey", input_h="32", input_w="48", scale="1.0", threshold="0.5")
-    image = soft_picture(40, 300)
-    cv2.imwrite(str(tmp_path / "a.png"), image)
-    (tmp_path / "blocked").mkdir()
-    (tmp_path / "blocked" / "torch.py").write_text("raise ImportError('no torch here')")
-    path = {"PYTHONPATH": str(tmp_path / "blocked")}
-    args = ("--onnx", "grey.onnx", "a.png", "--scale", "1", "--probability", "--tta")
-    run_script("predict.py", *args, cwd=tmp_path, env=path)
-    found = read(tmp_path / "outputs" / "grey" / "predict" / "a_probability.png") / 65535
-    np.testing.assert_allclose(found, image.mean(axis=2) / 255, atol=1e-4)
-    (tmp_path / "blocked" / "onnxruntime.py").write_text("raise ImportError('not installed')")
-    said = run_script("predict.py", "--onnx", "grey.onnx", "a.png", cwd=tmp_path, env=path, ok=False)
-    assert "pip install onnxruntime" in said.stderr
-
-
-def test_an_onnx_file_of_others(tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    monkeypatch.chdir(tmp_path)
-    write_onnx("grey.onnx", name="grey")
-    with pytest.raises(ValueError, match="no ONNX file of export.py"):
-        call(monkeypatch, "--onnx", "grey.onnx", "a.png", device=())

@@ -5,6 +5,7 @@ import torch
 import torchvision
 
 from classification.resnet18 import ResNet18, fill_body, grad_cam
+from common.files import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ def test_frozen_statistics_stay(reference):
         assert model.bn1.weight.grad is not None or freeze_bn
 
 
-@pytest.mark.parametrize("form", ["plain", "module", "half", "state_dict", "headless", "ours"])
-def test_bodies_are_taken_from_many_kinds_of_files(reference, form):
+@pytest.mark.parametrize("form", ["plain", "module", "half", "state_dict", "headless"])
+def test_bodies_are_taken_from_many_kinds_of_files(reference, form, tmp_path):
     state = dict(reference.state_dict())
     if form == "module":
         state = {f"module.{key}": value for key, value in state.items()}
@@ -49,7 +50,8 @@ def test_bodies_are_taken_from_many_kinds_of_files(reference, form):
     if form == "headless":
         state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     model = ResNet18(2)
-    fill_body(model, state, "x.pth")
+    torch.save(state, tmp_path / "x.pth")
+    fill_body(model, load_weights(tmp_path / "x.pth"), "x.pth")
     assert model.fc.weight.shape == (2, 512) and not model.fc.weight.any()
     tolerance = 1e-3 if form == "half" else 0
     for key, value in reference.state_dict().items():
@@ -61,14 +63,12 @@ def test_bodies_are_taken_from_many_kinds_of_files(reference, form):
 def test_something_else_is_refused(reference):
     state = dict(reference.state_dict())
     wrong = [
-        ([1, 2], "conv1.weight is missing, and 99 more"),
-        ({"a": torch.zeros(1)}, "conv1.weight is missing"),
+        ({"a": torch.zeros(1)}, "conv1.weight is missing and 100 more"),
         ({**state, "layer1.2.conv1.weight": torch.zeros(1)}, "layer1.2.conv1.weight is unknown"),
         (
             {**state, "conv1.weight": torch.zeros(64, 1, 7, 7)},
             r"conv1.weight is \(64, 1, 7, 7\) instead of \(64, 3, 7, 7\)",
         ),
-        ({**state, "bn1.bias": torch.full((64,), torch.nan)}, "bn1.bias is not finite"),
     ]
     for content, reason in wrong:
         with pytest.raises(ValueError, match=f"x.pth is no state_dict of a ResNet-18: {reason}"):

@@ -1,5 +1,7 @@
 """val.py: its figures against a slow count of the written masks, its files, and what becomes of bad input."""
 
+import contextlib
+import io
 import re
 import shutil
 from pathlib import Path
@@ -25,7 +27,7 @@ TRAIN += " --augment flips,mild --loss BCEDiceLoss"
 def place(tmp_path_factory, one_thread):
     """A folder with a deeply supervised run `two` of two classes and a run `one`, the newer; val.py was run on both.
 
-    The folder's attribute `said` is what val.py printed for `two`.
+    -> the folder, and what val.py printed for `two`.
     """
     folder = tmp_path_factory.mktemp("val")
     write_data_set(folder / "inputs" / "two", count=12, size=(47, 33), num_classes=2)
@@ -41,8 +43,9 @@ def place(tmp_path_factory, one_thread):
         patch.chdir(folder)
         call(patch, train, TRAIN, "--dataset two --num_classes 2 --deep_supervision True --name two")
         call(patch, train, TRAIN, "--dataset one --input_channels 1 --arch UNet --name one")
-    said = run_script("val.py", "--name", "two", "--amp", "off", "--device", "cpu", cwd=folder).stdout
-    return folder, said
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            call(patch, val, "--name two --amp off --device cpu")
+    return folder, said.getvalue()
 
 
 @pytest.fixture
@@ -208,7 +211,7 @@ def test_images_with_and_without_a_twin_are_scored_apart(go):
             return np.mean([overlap / (total - overlap) for overlap, total in parts])
 
         one, two = pooled([first]), pooled(others)
-        assert f"IoU of the 1 images with a look-alike in training {one:.4f}, of the 2 others {two:.4f}" in said
+        assert f"IoU {one:.4f} on the 1 images with a look-alike in training, {two:.4f} on the 2 others" in said
         path.write_text(yaml.safe_dump({**split, "twins": none}))
         assert "look-alike" not in go("--name two --amp off").out
     finally:
@@ -235,27 +238,13 @@ def test_bfloat16_and_float32_agree(go):
     assert np.mean([plane.mean() for plane, _ in pairs]) > 0.02 and np.mean([(a != b).mean() for a, b in pairs]) < 0.01
 
 
-@pytest.mark.parametrize(
-    "changed", ["arch: Foo", "width: x", "num_classes: 0", "mean: [1, 2]", "loss: Q", "input_w: 0"]
-)
-def test_refuses_a_spoilt_config(go, changed):
-    shutil.copytree("models/one", "models/spoilt")
-    try:
-        path = Path("models/spoilt/config.yml")
-        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | yaml.safe_load(changed)))
-        with pytest.raises(ValueError, match=changed.split(":")[0]):
-            go("--name spoilt")
-    finally:
-        shutil.rmtree("models/spoilt")
-    assert not Path("outputs/spoilt").exists()
-
-
 def test_refuses_spoilt_weights_and_what_is_not_there(go):
     shutil.copytree("models/one", "models/spoilt")
     try:
-        torch.save({"a": 1}, "models/spoilt/last.pth")
+        torch.save({"model": {"a": torch.zeros(1)}}, "models/spoilt/last.pth")
         with pytest.raises(ValueError, match=r"last\.pth does not hold the weights"):
             go("--name spoilt")
+        assert not Path("outputs/spoilt").exists()
         shutil.copy("models/two/model.pth", "models/spoilt/model.pth")
         with pytest.raises(ValueError, match=r"model\.pth does not hold the weights of the UNet"):
             go("--name spoilt")
@@ -263,7 +252,7 @@ def test_refuses_spoilt_weights_and_what_is_not_there(go):
         with pytest.raises(ValueError, match="is not a checkpoint"):
             go("--name spoilt")
         Path("models/spoilt/config.yml").write_text("a: 1")
-        with pytest.raises(ValueError, match="of no run of train.py"):
+        with pytest.raises(ValueError, match="is not of a run of train.py"):
             go("--name spoilt")
     finally:
         shutil.rmtree("models/spoilt")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from classification.scores import confusion_matrix, format_confusion, heat_overlay, notable, wilson
+from classification.scores import format_confusion, heat_overlay, notable, print_scores, wilson
 
 
 @pytest.mark.parametrize(
@@ -15,10 +15,23 @@ def test_wilson_interval(correct, total, low, high):
     assert wilson(total - correct, total) == pytest.approx((1 - high, 1 - low), abs=1e-4)
 
 
-def test_confusion_matrix_counts_and_lines_up():
-    counts = confusion_matrix([0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 2, 0], 3)
-    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
-    lines = format_confusion(counts * 1000, ["ants", "bees", "a very long class name"]).split("\n")
+def test_accuracy_and_confusion_by_hand(capsys):
+    """Rows are labels; the fourth class is in no label and no answer, and has its row and column all the same."""
+    labels, answers = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 2, 2, 0])
+    rows = [{"epoch": epoch, "val_acc": acc} for epoch, acc in ((1, 0.5), (2, 4 / 6), (3, 4 / 6), (4, 0.5))]
+    headline, counts = print_scores(rows, np.eye(4)[answers], labels, ["a", "b", "c", "d"])
+    assert counts.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]]
+    low, high = (f"{100 * bound:.1f}" for bound in wilson(4, 6))
+    assert headline[0] == ("best epoch", "66.7 %", f"epoch 2; 95 % interval {low} to {high} %")
+    assert headline[1][:2] == ("last epoch", "50.0 %") and headline[2][:2] == ("pictures", 6)
+    said = capsys.readouterr().out
+    assert f"best accuracy 66.67 % (95 % interval {low} to {high} %) at epoch 2\n" in said
+    assert "last accuracy 50.00 %" in said and said.endswith(format_confusion(counts, ["a", "b", "c", "d"]) + "\n")
+
+
+def test_a_confusion_matrix_lines_up():
+    counts = np.array([[1000, 1000, 0], [0, 1000, 0], [1000, 0, 2000]])
+    lines = format_confusion(counts, ["ants", "bees", "a very long class name"]).split("\n")
     assert len(lines) == 4 and len(set(map(len, lines))) == 1
     assert lines[3].split() == ["a", "very", "long", "class", "name", "1000", "0", "2000"]
 

@@ -1,8 +1,8 @@
-# make demo    set up, then train and evaluate on generated nuclei, offline after the installation
-# make test    set up, then run the tests
-# make results-quick    the default recipe's row of docs/RESULTS.md, one seed: an hour of one core, or half of two; it goes on
-#                       where it was stopped; downloads the data
-# make test-slow        those that take long: fuzzing, kills at random moments, every value of every option
+# make demo             set up, then train and evaluate on generated nuclei; offline after the installation
+# make test             set up, then run the tests in parallel
+# make results-quick    one seed of the default recipe's row in docs/RESULTS.md: an hour on one core, half an hour on two;
+#                       downloads the data; continues where it was stopped
+# make test-slow        the tests that take long: fuzzing, kills at random moments, every value of every option
 # make test-versions    the tests with the lowest versions that requirements.txt admits, and with the newest
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,11 +29,12 @@ results-quick: $(VENV)/.ready
 	$(BIN)/python val.py --name default_s$(SEED)
 	$(BIN)/python -m tools.results default_s$(SEED)
 
+PYTEST := -m pytest -q -n auto --dist loadfile
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(PYTEST)
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python $(PYTEST) -m slow
 
 LOWEST_PYTHON ?= 3.10
 NEWEST_PYTHON ?= 3.13
@@ -41,14 +42,15 @@ test-versions: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --clear --python $(LOWEST_PYTHON) $(VENV)-lowest
 	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct -r requirements-dev.txt
-	$(VENV)-lowest/bin/python -m pytest -q
+	$(VENV)-lowest/bin/python $(PYTEST)
 	$(BIN)/uv venv --quiet --clear --python $(NEWEST_PYTHON) $(VENV)-newest
 	$(BIN)/uv pip install --quiet --python $(VENV)-newest/bin/python -r requirements-dev.txt
-	$(VENV)-newest/bin/python -m pytest -q
+	$(VENV)-newest/bin/python $(PYTEST)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

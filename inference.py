@@ -17,11 +17,12 @@ from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
 from common.runs import newest_run, run_folder
 
-BOUNDS = {  # of what a network may be asked to be: smallest and largest value
+BOUNDS = {  # smallest and largest value of train.py's options that a run's readers use
     "num_classes": (1, 100),
     "width": (1, 1024),
     "input_h": (1, 4096),
     "input_w": (1, 4096),
+    "seed": (0, 2**32 - 1),
 }
 INPUT_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 TEXTS = ("arch", "dataset", "img_ext", "mask_ext", "loss")  # values of config.yml that must be text
@@ -43,7 +44,7 @@ def read_config(folder):
         known = ", ".join(sorted(found.parent.name for found in folder.parent.glob("*/config.yml"))) or "none"
         raise FileNotFoundError(f"{path}: no such file; the runs are: {known}")
     config = read_yaml(path)
-    needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "seed", "mean", "std")
+    needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "mean", "std")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
     wrong = [key for key in TEXTS if not isinstance(config[key], str)]

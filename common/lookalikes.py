@@ -1,25 +1,28 @@
-"""Which images look alike: a validation image that has a twin in training is scored for its memory, not for its sight.
+"""Which images look alike: a validation image with a twin in training measures memory, not generalisation.
 
 sketches = Sketches(images)                        # (H, W, C) uint8 each
-split = grouped_split(ids, sketches, seed=41)      # {"train": ..., "val": ...}, whole groups of twins on one side
+split = grouped_split(ids, sketches, seed=41)      # {"train": ..., "val": ...}, groups of twins stay together
 
-Two images are twins when one of these holds. They are compared at 96 x 96 pixels and in whole numbers, whose sums do
-not depend on the order of adding, so that every machine finds the same:
+Two images are twins if one of the following holds. Images are compared at 96 x 96 pixels and in integers, so that the
+order of additions does not matter and every machine finds the same twins.
 
-identical   the same pixels, also flipped or turned.
-seam        the border of one goes on in the other, as in two crops cut side by side from one slide. A border is carried
-            on by half a pixel from its last two lines; the mismatch of two is their squared difference over the sum of
-            their variances. It must be below 0.15, and below 0.6 of that with any other image, seen from either side.
-alike       colour and texture: seven quantiles of each channel and the mean difference of pixels 1, 2, 4 and 8 apart,
-            each as 8 sqrt(value), differ by at most 25 in all.
+identical   The same pixels, also flipped or rotated.
+seam        The border of one continues in the other, as in two adjacent crops of one slide. Each border is extrapolated
+            by half a pixel from its last two lines. The mismatch of two borders is their squared difference divided by
+            the sum of their variances. It must be below 0.15, and below 0.6 times the mismatch with any other image,
+            seen from either side.
+alike       Similar colour and texture. The features are seven quantiles of each channel, and the mean difference of
+            pixels that are 1, 2, 4 and 8 apart, each as 8 sqrt(value). They differ by at most 25 in total.
 
-The thresholds were chosen on the 670 images of the 2018 Data Science Bowl (PYTHONPATH=. python tests/test_lookalikes.py
-stage1_train.zip prints these figures). Seams: at full size 530 pairs of borders fit (correlation above 0.8, difference
-below twice that of neighbouring lines); of 446 found in the 96 x 96 images 438 are among them, and of the 8 others 6
-come near. Alike: contact sheets of random pairs at every distance showed, up to 37, cells of one kind photographed
-alike and nothing else; from 48 on kinds mix. 25 is on the safe side, and at 37 the groups grow too large for a split.
-Only 1 of the 961 pairs has different sizes in the raw data, so that the size, which squares no longer show, need not be
-kept.
+The thresholds were chosen on the 670 images of the 2018 Data Science Bowl. To print the figures below:
+`PYTHONPATH=. python tests/test_lookalikes.py stage1_train.zip`.
+
+Seams: at full size, 530 pairs of borders match (correlation above 0.8, difference below twice that of neighbouring
+lines). Of the 446 seams found at 96 x 96, 438 are among them, and 6 of the other 8 come near.
+Alike: on contact sheets of random pairs at every distance, pairs up to 37 showed cells of one kind under the same
+imaging and nothing else; from 48 on, kinds mix. 25 is on the safe side, and at 37 the groups become too large for a
+split. Only 1 of the 961 pairs has different sizes in the raw data, so the size, which is lost when images are resized
+to squares, is not needed.
 """
 
 import hashlib
@@ -28,22 +31,25 @@ from collections import Counter
 
 import numpy as np
 
+from common.cli import listed
 from common.images import squeeze, to_channels
 
 SIDE = 96
-SEAM, SECOND, CONTRAST = 0.15, 0.6, 288  # mismatch; share of the second best; sum of squares of a border, 2 grey levels
-ALIKE = 25
+SEAM = 0.15  # largest mismatch of two borders
+SECOND = 0.6  # and its largest ratio to the second best mismatch
+CONTRAST = 288  # smallest sum of squares of a border about its mean: a standard deviation of about 2 grey levels
+ALIKE = 25  # largest sum of absolute differences of two looks
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)  # per cent
 STEPS = (1, 2, 4, 8)  # pixels
-BLOCK = 256  # rows of a table of all pairs that are in memory at once
-NAMED = 3
+BLOCK = 256  # rows of the table of all pairs that are in memory at once
+NAMED = 3  # ids in a message
 WAYS = {"identical": "the same pixels", "seam": "the next crop of a slide", "alike": "alike in colour and texture"}
 
 
 class Sketches:
-    """What is compared of each image, about 1.3 kB: digests (n), looks (n, 25) int16, borders (n, 4, 288) int8.
+    """What is compared, about 1.3 kB per image: digests (n), looks (n, 25) int16, borders (n, 4, 288) int8.
 
-    borders: right, left, bottom, top.
+    The order of the borders is right, left, bottom, top.
     """
 
     def __init__(self, images=()):
@@ -52,7 +58,7 @@ class Sketches:
             self.add(image)
 
     def add(self, image):
-        """image: (H, W, 1, 3 or 4) uint8; alpha says nothing."""
+        """image: (H, W, C) uint8 with 1, 3 or 4 channels. Alpha is ignored."""
         colour = to_channels(image if image.shape[2] > 1 else image[..., 0], 3)
         small = squeeze(colour, (SIDE, SIDE))
         self.digests.append(_digest(colour))
@@ -72,26 +78,34 @@ class Sketches:
 
 
 def _digest(image):
-    """The same bytes for an image and its flips and turns."""
+    """16 bytes that are the same for an image and its flips and rotations."""
     turned = [np.rot90(view, turns) for view in (image, image[:, ::-1]) for turns in range(4)]
     texts = (str(view.shape).encode() + np.ascontiguousarray(view).tobytes() for view in turned)
     return min(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
 
 
 def _look(small):
-    """(SIDE, SIDE, 3) uint8 -> (25,) int16: colour and texture. The root tells more of the dark, as the eye does."""
-    ranks, colour = [SIDE * SIDE * share // 100 for share in QUANTILES], []
+    """(SIDE, SIDE, 3) uint8 -> (25,) int16: colour and texture. The root weights dark values more, as the eye does."""
+    ranks = [SIDE * SIDE * share // 100 for share in QUANTILES]
+    colour = []
     for channel in small.reshape(-1, 3).T:
-        colour.append(np.searchsorted(np.bincount(channel, minlength=256).cumsum(), ranks, side="right"))
-    values, texture = small.astype(np.int16), []
+        cumulative = np.bincount(channel, minlength=256).cumsum()
+        colour.append(np.searchsorted(cumulative, ranks, side="right"))
+    values = small.astype(np.int16)
+    texture = []
     for step in STEPS:
-        down, right = np.abs(values[step:] - values[:-step]), np.abs(values[:, step:] - values[:, :-step])
-        texture.append(2 * (int(down.sum()) + int(right.sum())) / down.size)  # twice a sum of two means
-    return np.round(8 * np.sqrt(np.concatenate([*np.transpose(colour), texture]))).astype(np.int16)
+        down = np.abs(values[step:] - values[:-step])
+        right = np.abs(values[:, step:] - values[:, :-step])
+        texture.append(2 * (int(down.sum()) + int(right.sum())) / down.size)  # twice the sum of the two means
+    features = np.concatenate([*np.transpose(colour), texture])  # all channels of a quantile side by side
+    return np.round(8 * np.sqrt(features)).astype(np.int16)
 
 
 def _borders(small):
-    """(SIDE, SIDE, 3) uint8 -> (4, 3 * SIDE) int8, half the value: right, left, bottom, top, half a pixel outside."""
+    """(SIDE, SIDE, 3) uint8 -> (4, 3 * SIDE) int8: right, left, bottom, top, extrapolated outwards by half a pixel.
+
+    Values are halved and shifted by 64 to fit an int8.
+    """
     values = small.astype(np.int32)
     lines = (
         (values[:, -1], values[:, -2]),
@@ -99,26 +113,31 @@ def _borders(small):
         (values[-1], values[-2]),
         (values[0], values[1]),
     )
-    return np.array([np.clip((3 * last - inner) // 2, 0, 255).ravel() // 2 - 64 for last, inner in lines], np.int8)
+    borders = []
+    for last, inner in lines:
+        outside = np.clip((3 * last - inner) // 2, 0, 255)
+        borders.append(outside.ravel() // 2 - 64)
+    return np.array(borders, np.int8)
 
 
 # ---------------------------------------------------------------- pairs
 
 
 def seams(borders):
-    """Sketches.borders -> [(i, j), ...]: image j goes on where image i ends, to the right or below."""
-    return [pair for first in (0, 2) for pair in _matches(borders[:, first], borders[:, first + 1])]
+    """Sketches.borders -> [(i, j), ...]: image j continues where image i ends, to the right or below."""
+    right, left, bottom, top = (borders[:, side] for side in range(4))
+    return _matches(right, left) + _matches(bottom, top)
 
 
 def _matches(ends, starts):
-    """(n, 3 * SIDE) int8 twice -> pairs (i, j) whose end and start fit each other and no other as well.
+    """(n, 3 * SIDE) int8 twice -> pairs (i, j) whose end and start fit each other clearly better than any other.
 
-    Sums of products stay below 2^24, where float32 is exact in whatever order they are added.
+    Sums of products stay below 2^24, where float32 is exact whatever the order of additions.
     """
     count = len(ends)
     ends, starts = ends.astype(np.float32), starts.astype(np.float32)
     (square_e, spread_e), (square_s, spread_s) = _squares(ends), _squares(starts)
-    rows, columns = np.full((count, 2), np.inf), np.full((2, count), np.inf)  # the two smallest of each
+    rows, columns = np.full((count, 2), np.inf), np.full((2, count), np.inf)  # the two smallest mismatches
     partner = np.zeros(count, int)
     for first in range(0, count, BLOCK):
         block = slice(first, min(first + BLOCK, count))
@@ -137,14 +156,14 @@ def _matches(ends, starts):
 
 
 def _squares(lines):
-    """Sum of squares of each line, and that about the mean of each channel."""
+    """Sum of squares of each line, and sum of squares about the mean of each channel."""
     channels = lines.astype(np.float64).reshape(len(lines), SIDE, 3)
     squares = (channels**2).sum((1, 2))
     return squares, squares - (channels.sum(1) ** 2).sum(1) / SIDE
 
 
 def _distances(looks, others):
-    """(b, 25), (n, 25) int16 -> (b, n) int32, the sum of absolute differences."""
+    """(b, 25), (n, 25) int16 -> (b, n) int32: sums of absolute differences."""
     total = np.zeros((len(looks), len(others)), np.int32)
     for one, other in zip(looks.T, others.T, strict=True):
         total += np.abs(one[:, None] - other)
@@ -152,12 +171,13 @@ def _distances(looks, others):
 
 
 def twins(sketches, train, val):
-    """{"identical": {validation id: training id}, "seam": ..., "alike": ...}: a twin of each that has one, by id.
+    """Twins of validation images in training: {"identical": {validation id: training id}, "seam": ..., "alike": ...}.
 
-    sketches: of the training images and then the validation images; train, val: their ids. An image stands once, with
-    its most telling twin; of those that are alike the nearest.
+    sketches: those of the training images, then those of the validation images. train, val: their ids.
+    Each validation image appears at most once: identical comes before seam, seam before alike. Of several training
+    images that are alike, the nearest is its twin.
     """
-    found, first_val = {}, len(train)
+    found, first_val = {}, len(train)  # found: {position: (way, position of the twin)}; stronger ways replace weaker
     for first in range(first_val, len(sketches), BLOCK):
         distances = _distances(sketches.looks[first : first + BLOCK], sketches.looks[:first_val])
         for v, row in enumerate(distances, first):
@@ -172,14 +192,17 @@ def twins(sketches, train, val):
     for v, digest in enumerate(sketches.digests[first_val:], first_val):
         if digest in training:
             found[v] = "identical", training[digest]
-    return {how: {val[v - first_val]: train[t] for v, (way, t) in sorted(found.items()) if way == how} for how in WAYS}
+    by_way = {way: {} for way in WAYS}
+    for v, (way, t) in sorted(found.items()):
+        by_way[way][val[v - first_val]] = train[t]
+    return by_way
 
 
 # ---------------------------------------------------------------- groups and the split
 
 
 def groups(sketches):
-    """(n,) int: twins, and twins of twins, share the number of their first image."""
+    """(n,) int: twins, and twins of twins, have the same label, the index of their first image."""
     labels = np.arange(len(sketches))
 
     def join(members):
@@ -199,27 +222,28 @@ def groups(sketches):
 
 
 def kind_of(look):
-    """dark or bright, by the median, and grey or coloured, by how far the channels' quantiles lie apart."""
+    """Dark or bright by the median, and grey or coloured by the largest distance between the channels' quantiles."""
     quantiles = look[: 3 * len(QUANTILES)].reshape(-1, 3)
-    bright = quantiles[QUANTILES.index(50)].max() >= 80  # a value of 100
+    bright = quantiles[QUANTILES.index(50)].max() >= 80  # 8 sqrt(100)
     coloured = (quantiles.max(1) - quantiles.min(1)).max() >= 12
     return f"{'bright' if bright else 'dark'} {'coloured' if coloured else 'grey'}"
 
 
 def grouped_split(ids, sketches, seed):
-    """{"train": ids, "val": ids}, a fifth to validate, whole groups on one side, each kind on both where groups allow.
+    """{"train": ids, "val": ids}: a fifth for validation, no group split, each kind on both sides where groups allow.
 
-    ids: sorted, in the order of the sketches. The groups are drawn in an order that depends on the seed alone. Raises
-    ValueError when the groups are too large for a validation part between 10 and 30 %.
+    ids: sorted, in the order of the sketches. The seed alone determines the order in which groups are drawn.
+    Raises ValueError if the groups are too large for a validation part of 10 to 30 %.
     """
     labels, kinds = groups(sketches), [kind_of(look) for look in sketches.looks]
     members = {int(label): np.flatnonzero(labels == label).tolist() for label in np.unique(labels)}
     order = np.random.RandomState(seed).permutation(sorted(members)).tolist()
     of_kind = {kind: [label for label in order if kinds[label] == kind] for kind in sorted(set(kinds))}
-    size, held, chosen = {label: len(images) for label, images in members.items()}, Counter(), set()
+    size = {label: len(images) for label, images in members.items()}
+    held, chosen = Counter(), set()  # validation images of each kind, and their groups
 
     def take(kind, candidates, most, most_in_all):
-        """Hold those that fit: at most so many images of the kind, and so many in all."""
+        """Choose the groups that fit: at most so many images of the kind, and so many in total."""
         for label in candidates:
             fits = held[kind] + size[label] <= most and held.total() + size[label] <= most_in_all
             if fits and label not in chosen:
@@ -231,15 +255,15 @@ def grouped_split(ids, sketches, seed):
         take(kind, labels, count // 5, len(ids))
         if not held[kind]:
             take(kind, sorted(labels, key=size.get)[:1], count // 2, math.ceil(len(ids) / 5))
-    for kind, labels in of_kind.items():  # what is missing still
+    for kind, labels in of_kind.items():  # fill up to a fifth
         take(kind, labels, sum(size[label] for label in labels) // 2, math.ceil(len(ids) / 5))
     val = sorted(k for label in chosen for k in members[label])
     if not len(ids) / 10 <= len(val) <= len(ids) * 3 / 10:
         largest = max(map(len, members.values()))
         raise ValueError(
             f"--split grouped: {len(ids)} images fall into {len(members)} group(s) of look-alikes, the largest of "
-            f"{largest}; whole groups make {len(val)} images to validate, nowhere near a fifth; leave --split out, or "
-            "give a --split FILE with ids of your own under `train:` and `val:`"
+            f"{largest}; whole groups give {len(val)} validation images, too far from a fifth; leave --split out, or "
+            "give a --split FILE with your own ids under `train:` and `val:`"
         )
     train = sorted(set(range(len(ids))).difference(val))
     return {"train": [ids[k] for k in train], "val": [ids[k] for k in val]}
@@ -251,13 +275,12 @@ def about_groups(labels):
 
 
 def about_twins(found, validated):
-    """One line on what `twins` found among so many validation images."""
+    """One line on what `twins` found. validated: the number of validation images."""
     ids = [img_id for of_way in found.values() for img_id in of_way]
     if not ids:
         return "look-alikes: no validation image has a twin in training"
     counts = ", ".join(f"{len(found[way])} {words}" for way, words in WAYS.items() if found[way])
-    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
     return (
         f"look-alikes: {len(ids)} of {validated} validation images have a twin in training ({counts}), listed in "
-        f"split.yml: {', '.join(ids[:NAMED])}{more}; --split grouped would keep twins together"
+        f"split.yml: {listed(ids, NAMED)}; --split grouped keeps twins together"
     )

@@ -66,10 +66,11 @@ def write_start(config, folder, earlier, device, split=None):
 def only_trainer(folder, names):
     """A block in which only this process trains the run in `folder`; ValueError when another process does.
 
-    The lock is the system's (POSIX, on <folder>/.lock): it ends with its process, even on kill -9, and loader
-    processes do not inherit it, as they would inherit the lock of the filelock package. Where there are no such locks
-    (Windows, some network drives) none is taken. names: the run's files; what a killed process left of them half
-    written is removed. The folder is made, and removed again when nothing came into it.
+    The lock is the system's (POSIX lockf on <folder>/.lock). It ends with its process, even on kill -9, and forked
+    loader processes never inherit it; the filelock package before 3.30 uses flock, which they keep, and leaves its
+    file behind. Where there are no such locks (Windows, some network drives) none is taken. names: the run's files;
+    what a killed process left of them half written is removed. The folder is made, and removed again if nothing came
+    into it.
     """
     if not is_main():  # of torchrun's processes the main one writes, and holds the lock
         yield

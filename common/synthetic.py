@@ -1,18 +1,18 @@
-"""Generated pictures to try the scripts without a download: fields of nuclei, and ant-like or bee-like insects.
+"""Generated pictures for trying the scripts without a download: fields of nuclei, and insects like ants or bees.
 
-from synthetic import nuclei, two_classes
+from common.synthetic import nuclei, two_classes
 
 image, labels = nuclei(seed=7)               # (256, 256, 3) uint8 RGB, (256, 256) int32: 0 background, 1 ... n nuclei
 picture = two_classes(seed=7, label="bees")  # (160, 160, 3) uint8 RGB
 
-The same seed gives the same picture: every number comes from one PCG64 generator. Nothing here models biology; the
-pictures only have to be as varied, and about as hard, as the first look at the real ones suggests.
+The same seed gives the same picture, because every random number comes from a PCG64 generator with that seed. Nothing
+here models biology. The pictures only need to look about as varied and as difficult as the real ones.
 """
 
 import cv2
 import numpy as np
 
-STAINS = {  # RGB of the ground, of what lies on it, and of the nuclei
+STAINS = {  # RGB of the background, of the fibres on it, and of the nuclei
     "purple on white": ((236, 234, 233), (214, 203, 214), (104, 26, 140)),
     "purple on purple": ((190, 176, 222), (162, 138, 208), (76, 22, 176)),
     "purple on pink": ((243, 222, 236), (220, 140, 194), (98, 48, 134)),
@@ -24,7 +24,7 @@ def generator(seed):
 
 
 def clouds(rng, size, cell):
-    """(size, size) float32, smooth random values around 0 (sd about 0.5) that change over about `cell` pixels."""
+    """(size, size) float32: smooth random values around 0, with sd about 0.5, that vary over about `cell` pixels."""
     coarse = rng.standard_normal((int(size / cell) + 4,) * 2).astype(np.float32)
     side = int(coarse.shape[0] * cell)
     smooth = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
@@ -40,9 +40,9 @@ def to_uint8(picture):
 
 
 def nuclei(seed, size=256):
-    """One field of nuclei -> (size, size, 3) uint8 RGB, (size, size) int32 with a number for each nucleus, 0 elsewhere.
+    """One field of nuclei -> (size, size, 3) uint8 RGB, (size, size) int32 labels: 0 background, 1 ... n nuclei.
 
-    Three of four are fluorescence, grey on black; the others are stained tissue, purple on white or purple on purple.
+    Three of four fields are fluorescence, grey on black. The others are stained tissue, purple on a light background.
     """
     rng = generator(seed)
     kind = rng.choice(["fluorescence", *STAINS], p=[0.76, 0.08, 0.09, 0.07])
@@ -51,24 +51,28 @@ def nuclei(seed, size=256):
 
 
 def outline(rng, centre, radius, ragged):
-    """A wobbly ellipse as (48, 2) int32 corners in sixteenths of a pixel."""
+    """An irregular ellipse as (48, 2) int32 corners in sixteenths of a pixel."""
     angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     stretch = rng.uniform(1, 1.9)
-    wobble = 1 + sum(
-        rng.normal(0, ragged / wave) * np.cos(wave * angle + rng.uniform(0, 2 * np.pi)) for wave in (2, 3, 4, 5)
-    )
-    x, y = radius * stretch**0.5 * wobble * np.cos(angle), radius / stretch**0.5 * wobble * np.sin(angle)
+    waves = (rng.normal(0, ragged / wave) * np.cos(wave * angle + rng.uniform(0, 2 * np.pi)) for wave in (2, 3, 4, 5))
+    wobble = 1 + sum(waves)
+    x = radius * stretch**0.5 * wobble * np.cos(angle)
+    y = radius / stretch**0.5 * wobble * np.sin(angle)
     turn = rng.uniform(0, np.pi)
     corners = np.stack([x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)], 1) + centre
     return np.rint(corners * 16).astype(np.int32)
 
 
 def scatter(rng, size, stained):
-    """Nuclei of many sizes, alone, touching or overlapping -> (size, size) int32; later ones lie on earlier ones."""
+    """Nuclei of many sizes, alone, touching or overlapping -> (size, size) int32. Later ones cover earlier ones."""
     labels = np.zeros((size, size), np.int32)
-    typical = size / 256 * (rng.uniform(7, 12) if stained else rng.choice([6.5, 9, 13, 20]) * rng.uniform(0.85, 1.2))
-    covered = rng.uniform(0.12, 0.34) if stained else rng.uniform(0.04, 0.28)
-    company = rng.uniform(0.1, 0.65)  # how often a nucleus is put beside the one before it
+    if stained:
+        typical = size / 256 * rng.uniform(7, 12)  # radius in pixels
+        covered = rng.uniform(0.12, 0.34)  # fraction of the area
+    else:
+        typical = size / 256 * (rng.choice([6.5, 9, 13, 20]) * rng.uniform(0.85, 1.2))
+        covered = rng.uniform(0.04, 0.28)
+    company = rng.uniform(0.1, 0.65)  # how often a nucleus is placed beside an earlier one
     placed = []
     while len(placed) < max(2, covered * size**2 / (np.pi * typical**2)):
         radius = typical * np.exp(rng.normal(0, 0.2))
@@ -76,7 +80,8 @@ def scatter(rng, size, stained):
         if placed and rng.random() < company:
             near, near_radius = placed[rng.integers(len(placed))]
             angle = rng.uniform(0, 2 * np.pi)
-            centre = near + (near_radius + radius) * rng.uniform(0.75, 1.05) * np.array([np.cos(angle), np.sin(angle)])
+            distance = (near_radius + radius) * rng.uniform(0.75, 1.05)
+            centre = near + distance * np.array([np.cos(angle), np.sin(angle)])
         placed.append((centre, radius))
         shape = np.zeros((size, size), np.uint8)
         cv2.fillPoly(shape, [outline(rng, centre, radius, 0.10 if stained else 0.06)], 1, shift=4)
@@ -87,7 +92,7 @@ def scatter(rng, size, stained):
 
 
 def depth(labels):
-    """(H, W) float32: the distance in pixels of each pixel of a nucleus to that nucleus's edge, 0 outside."""
+    """(H, W) float32: for each pixel of a nucleus, its distance in pixels to the edge of that nucleus; 0 outside."""
     inside = labels > 0
     inside[:, 1:] &= labels[:, 1:] == labels[:, :-1]
     inside[1:] &= labels[1:] == labels[:-1]
@@ -95,7 +100,7 @@ def depth(labels):
 
 
 def fluorescence(rng, labels):
-    """Nuclei that glow on a dark, unevenly lit field, a little out of focus, with the camera's noise."""
+    """Bright nuclei on a dark, unevenly lit field, slightly out of focus, with camera noise."""
     size = labels.shape[0]
     unit = size / 256
     count = labels.max() + 1
@@ -116,7 +121,7 @@ def fluorescence(rng, labels):
 
 
 def tissue(rng, labels, stain):
-    """Stained nuclei, darker at the rim and mottled inside, on the ground of one of STAINS."""
+    """Stained nuclei, darker at the rim and mottled inside, on a background of one of STAINS."""
     size = labels.shape[0]
     unit = size / 256
     paper, fibre, ink = (np.array(colour) + rng.normal(0, 7, 3) for colour in STAINS[stain])
@@ -142,13 +147,13 @@ def tissue(rng, labels, stain):
 
 
 def ghosts(rng, size):
-    """(size, size) float32 from 0 to 1: cells without a nucleus in this plane, pale and out of focus."""
+    """(size, size) float32 in [0, 1]: cells whose nucleus lies outside the focal plane, pale and blurred."""
     pale = scatter(rng, size, stained=True) > 0
     return cv2.GaussianBlur(pale.astype(np.float32), (0, 0), rng.uniform(1.5, 4) * size / 256)
 
 
 def streaks(rng, size, unit):
-    """(size, size) float32 around 0: fibres that run in one direction."""
+    """(size, size) float32 around 0: fibres in one random direction."""
     field = clouds(rng, 2 * size, 3 * unit)
     field = cv2.GaussianBlur(field, (0, 0), sigmaX=14 * unit, sigmaY=1.8 * unit)
     turn = cv2.getRotationMatrix2D((size, size), rng.uniform(0, 180), 1)
@@ -159,127 +164,51 @@ def streaks(rng, size, unit):
 
 # ---------------------------------------------------------------- ants and bees
 
+GROUNDS = (  # two RGB colours each: leaves, earth, petals, stone, shade
+    ((58, 96, 38), (120, 150, 70)),
+    ((112, 88, 62), (176, 152, 118)),
+    ((196, 120, 150), (236, 214, 120)),
+    ((150, 150, 142), (205, 200, 190)),
+    ((40, 60, 36), (90, 120, 52)),
+)
+
+
+INSECTS = {  # head towards +x: centre, length and width of each ellipse in body lengths, RGB
+    "ants": (
+        (-0.32, 0.38, 0.25, (40, 26, 20)),
+        (-0.10, 0.10, 0.08, (50, 32, 24)),
+        (0.08, 0.30, 0.13, (56, 36, 26)),
+        (0.36, 0.22, 0.20, (48, 30, 22)),
+    ),
+    "bees": (
+        (-0.24, 0.58, 0.36, (214, 150, 40)),
+        (-0.44, 0.06, 0.20, (38, 28, 20)),
+        (-0.30, 0.06, 0.34, (38, 28, 20)),
+        (-0.16, 0.06, 0.34, (38, 28, 20)),
+        (0.14, 0.32, 0.32, (150, 106, 30)),
+        (0.38, 0.18, 0.24, (44, 34, 26)),
+    ),
+}
+
 
 def two_classes(seed, label, size=160):
-    """A picture for the transfer job's demo, `label` "ants" or "bees" -> (size, size, 3) uint8 RGB.
+    """A picture for the transfer job's demo, with label "ants" or "bees" -> (size, size, 3) uint8 RGB.
 
-    One insect, anywhere, of any direction and size, on leaves, earth or petals, with a shadow, blur and noise. Size,
-    brightness and background say nothing about the class; the body does.
+    It shows one insect of random position, direction and size on leaves, earth or petals, with blur and noise. Only the
+    body tells the class: size, brightness and background do not.
     """
     rng = generator([seed, 1])
-    canvas = 2 * size  # drawn twice as large, then averaged: that is what smooths the edges
-    picture = backdrop(rng, canvas)
-    body = canvas * rng.uniform(0.3, 0.52)
-    turn = rng.uniform(0, 2 * np.pi)
-    centre = rng.uniform(0.38, 0.62, 2) * canvas
-    parts = {"ants": ant, "bees": bee}[label](generator([seed, 2]))  # its own stream: all else stays the same
-    picture = paint(picture, parts, centre + 0.05 * body, body, turn, shadow=True)
-    picture = paint(picture, parts, centre, body, turn, shadow=False)
-    picture *= (1 + 0.12 * clouds(rng, canvas, canvas / 2))[..., None] * rng.uniform(0.75, 1.15)
-    picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
+    low, high = (np.array(colour) + rng.normal(0, 12, 3) for colour in GROUNDS[rng.integers(len(GROUNDS))])
+    mix = 0.5 + 0.4 * clouds(rng, size, size / 5) + 0.25 * clouds(rng, size, size / 16) + 0.15 * clouds(rng, size, 2)
+    picture = low + (high - low) * np.clip(mix, -0.2, 1.2)[..., None]
+    body, turn, centre = size * rng.uniform(0.35, 0.6), rng.uniform(0, 2 * np.pi), rng.uniform(0.38, 0.62, 2) * size
+    light, tint = rng.uniform(0.75, 1.15), rng.normal(0, 8, 3)
+    for along, length, width, colour in INSECTS[label]:
+        x, y = centre + along * body * np.array([np.cos(turn), np.sin(turn)])
+        cover = np.zeros((size, size), np.float32)
+        cv2.ellipse(cover, ((x, y), (length * body, width * body), np.degrees(turn)), 1, -1)
+        cover = cv2.GaussianBlur(cover, (0, 0), 0.012 * body)[..., None]
+        picture = picture * (1 - cover) + (np.array(colour) + tint) * cover
+    picture *= (1 + 0.12 * clouds(rng, size, size / 2))[..., None] * light
     picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 0.9) * size / 160)
     return to_uint8(picture + rng.normal(0, rng.uniform(2, 6), picture.shape))
-
-
-def backdrop(rng, size):
-    """(size, size, 3) float32: two colours of leaves, earth or petals, coarse and fine texture, blurred discs."""
-    grounds = [((58, 96, 38), (120, 150, 70)), ((112, 88, 62), (176, 152, 118)), ((196, 120, 150), (236, 214, 120))]
-    grounds += [((150, 150, 142), (205, 200, 190)), ((40, 60, 36), (90, 120, 52))]
-    low, high = (np.array(colour) + rng.normal(0, 12, 3) for colour in grounds[rng.integers(len(grounds))])
-    mix = 0.5 + 0.4 * clouds(rng, size, size / 5) + 0.25 * clouds(rng, size, size / 16) + 0.15 * clouds(rng, size, 4)
-    picture = (low + (high - low) * np.clip(mix, -0.2, 1.2)[..., None]).astype(np.float32)
-    for _ in range(rng.integers(0, 12)):
-        disc = np.zeros((size, size), np.float32)
-        cv2.circle(disc, tuple(map(int, rng.integers(0, size, 2))), int(size * rng.uniform(0.03, 0.14)), 1, -1)
-        disc = cv2.GaussianBlur(disc, (0, 0), size * rng.uniform(0.006, 0.03))[..., None] * rng.uniform(0.2, 0.6)
-        picture += (high + rng.normal(25, 25, 3) - picture) * disc.astype(np.float32)
-    return cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.8, 4))
-
-
-def ellipse(x, y, length, width, turn=0.0):
-    """Corners (40, 2) around (x, y); lengths in units of the body, angles in radians."""
-    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    along, across = length / 2 * np.cos(angle), width / 2 * np.sin(angle)
-    cos, sin = np.cos(turn), np.sin(turn)
-    return np.stack([x + along * cos - across * sin, y + along * sin + across * cos], 1)
-
-
-def limb(points, width):
-    """A bent leg or antenna as a list of thin quadrilaterals that follow `points`."""
-    points = np.asarray(points, float)
-    sections = []
-    for start, end in zip(points[:-1], points[1:], strict=True):
-        side = np.array([start[1] - end[1], end[0] - start[0]]) * width / 2 / np.linalg.norm(end - start)
-        sections.append(np.stack([start + side, end + side * 0.7, end - side * 0.7, start - side]))
-    return sections
-
-
-def ant(rng):
-    """(corners, RGB colour, opacity) of each part, head towards +x: thin waist, elbowed antennae, six long legs."""
-    colour = np.array([(34, 24, 20), (92, 40, 22), (58, 34, 24)][rng.integers(3)]) + rng.normal(0, 6, 3)
-    parts = []
-    for side in (-1, 1):
-        for root, knee, foot in ((0.14, 0.24, 0.42), (0.05, 0.02, 0.06), (-0.03, -0.2, -0.42)):
-            bend = rng.normal(0, 0.03, 2)
-            leg = [(root, 0), (knee + bend[0], side * 0.2), (foot + bend[1], side * rng.uniform(0.34, 0.46))]
-            parts += [(section, colour * 0.9, 1) for section in limb(leg, 0.026)]
-        feeler = [(0.42, side * 0.04), (0.5, side * rng.uniform(0.1, 0.16)), (0.68, side * rng.uniform(0.06, 0.2))]
-        parts += [(section, colour * 0.9, 1) for section in limb(feeler, 0.018)]
-    gaster = rng.uniform(0.34, 0.42)
-    parts.append((ellipse(-0.32, 0, gaster, gaster * 0.66), colour * 0.8, 1))
-    parts.append((ellipse(-0.1, 0, 0.09, 0.08), colour, 1))
-    parts.append((ellipse(0.08, 0, 0.3, 0.13), colour * 1.1, 1))
-    parts.append((ellipse(0.34, 0, 0.22, 0.2), colour, 1))
-    return parts
-
-
-def bee(rng):
-    """Like `ant`: a furry thorax, a striped abdomen, two pairs of clear wings, short legs and antennae."""
-    gold = np.array([(214, 150, 40), (196, 128, 52), (226, 176, 70)][rng.integers(3)]) + rng.normal(0, 8, 3)
-    black = np.array((38, 28, 20)) + rng.normal(0, 5, 3)
-    parts = []
-    for side in (-1, 1):
-        for root, foot in ((0.2, 0.34), (0.1, 0.1), (0.0, -0.16)):
-            leg = [(root, 0), ((root + foot) / 2, side * 0.2), (foot, side * rng.uniform(0.24, 0.32))]
-            parts += [(section, black, 1) for section in limb(leg, 0.036)]
-        feeler = [(0.42, side * 0.05), (0.54, side * rng.uniform(0.08, 0.16))]
-        parts += [(section, black, 1) for section in limb(feeler, 0.022)]
-    plump = rng.uniform(0.32, 0.4)
-    parts.append((ellipse(-0.24, 0, 0.58, plump), gold, 1))
-    for start in np.linspace(-0.48, -0.06, rng.integers(4, 6)):
-        reach = plump / 2 * np.sqrt(max(0, 1 - ((start + 0.24) / 0.29) ** 2))
-        if reach > 0.02:
-            parts.append((ellipse(start, 0, 0.062, 2 * reach), black, 0.95))
-    fur = ellipse(0.14, 0, 0.32, 0.32) + rng.normal(0, 0.012, (40, 2))
-    parts.append((fur, gold * 0.72, 1))
-    parts.append((ellipse(0.36, 0, 0.18, 0.24), black * 1.2, 1))
-    spread = rng.uniform(0.5, 1.2)
-    for side in (-1, 1):
-        parts.append((ellipse(-0.02, side * 0.26, 0.5, 0.17, -side * spread * 0.9), np.array((222, 224, 220)), 0.5))
-        parts.append((ellipse(-0.14, side * 0.2, 0.36, 0.13, -side * spread * 0.5), np.array((210, 212, 208)), 0.45))
-    return parts
-
-
-def paint(picture, parts, centre, body, turn, shadow):
-    """The parts drawn onto `picture`, each lit from the upper left; or, with shadow, only their soft shadow."""
-    size = picture.shape[0]
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    margin = int(0.1 * body) + 3  # how far the blur below reaches
-    dark = np.zeros((size, size), np.float32)
-    for corners, colour, opacity in parts:
-        corners = corners @ rotation.T * body * 1.15 + centre
-        left, top = np.clip(np.floor(corners.min(0)).astype(int) - margin, 0, size - 1)
-        right, bottom = np.clip(np.ceil(corners.max(0)).astype(int) + margin, 1, size)
-        box = slice(top, bottom), slice(left, right)
-        cover = np.zeros((bottom - top, right - left), np.float32)
-        cv2.fillPoly(cover, [np.rint((corners - (left, top)) * 16).astype(np.int32)], 1, shift=4)
-        if shadow:
-            dark[box] = np.maximum(dark[box], cover * opacity)
-            continue
-        inner = cv2.GaussianBlur(cover, (0, 0), body * 0.035)
-        light = np.clip(1 + 9 * (inner - np.roll(inner, (-2, -2), (0, 1))), 0.5, 1.9)
-        cover = (cover * opacity)[..., None]
-        picture[box] = picture[box] * (1 - cover) + colour * light[..., None] * cover
-    if shadow:
-        picture = picture * (1 - 0.5 * cv2.GaussianBlur(dark, (0, 0), body * 0.03))[..., None]
-    return picture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from common.cli import Parser, Stops, Terminated, in_one_line, number, parse_options
+from common.cli import Parser, Stops, Terminated, in_one_line, listed, number, parse_options
 from common.files import read_yaml
 from utils import str2bool
 
@@ -269,3 +269,9 @@ def test_a_signal_that_is_ignored_stays_ignored():
             stops.check()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_long_lists_are_counted():
+    assert listed([]) == "" and listed(["a"]) == "a"
+    assert listed(list("abcde")) == "a, b, c, d, e" and listed(list("abcdef")) == "a, b, c, d, e and 1 more"
+    assert listed(range(10), most=3) == "0, 1, 2 and 7 more"

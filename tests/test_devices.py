@@ -32,7 +32,7 @@ def test_a_named_device(monkeypatch):
     machine(monkeypatch, cuda=2, mps=True)
     for name in ("cpu", "cuda", "cuda:0", "cuda:1", "mps"):
         assert pick_device(name) == torch.device(name)
-    with pytest.raises(ValueError, match="--device cuda:2 is not there"):
+    with pytest.raises(ValueError, match="--device cuda:2 is not available"):
         pick_device("cuda:2")
 
 
@@ -46,7 +46,7 @@ def test_devices_that_do_not_exist(monkeypatch, name):
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
 def test_devices_that_are_not_there(monkeypatch, name):
     machine(monkeypatch)
-    with pytest.raises(ValueError, match=f"--device {name} is not there.*use --device auto or cpu"):
+    with pytest.raises(ValueError, match=f"--device {name} is not available.*use --device auto or cpu"):
         pick_device(name)
 
 
@@ -92,7 +92,7 @@ def test_environment_is_plain_and_says_what_ran(tmp_path):
 COUNT_FAULTS = """
 import resource
 import torch
-from devices import keep_memory
+from common.devices import keep_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import call, mounted, run_script, serving, trained
 
+import engine
 import predict
 import train
 import transfer_resnet18
@@ -119,7 +120,7 @@ def test_a_full_disk_while_an_epoch_is_kept(straight, place, monkeypatch, file):
             before.update(content(disk))
             fill(disk)
 
-        happened = at_call(monkeypatch, train, WRITERS[file], accident, is_rewrite(file))
+        happened = at_call(monkeypatch, engine, WRITERS[file], accident, is_rewrite(file))
         expected = f"No space left on device: 'models/run/{file}'; last whole epoch kept; go on with: .* --resume"
         refused(monkeypatch, train, TINY, "--name run", match=expected)
         (disk / "filler").unlink()
@@ -135,7 +136,7 @@ def test_a_full_disk_while_an_epoch_is_kept(straight, place, monkeypatch, file):
 
 def test_a_full_disk_while_the_curves_are_drawn(straight, place, monkeypatch):
     with mounted(place / "models", "size=3m") as disk:
-        at_call(monkeypatch, train, "plot_curves", lambda: fill(disk), lambda *_: True)
+        at_call(monkeypatch, engine, "plot_curves", lambda: fill(disk), lambda *_: True)
         refused(monkeypatch, train, TINY, "--name run", match="No space left on device: 'models/run/curves.png'$")
         assert same_run(disk / "run", straight / "models" / "run")
         (disk / "filler").unlink()
@@ -147,8 +148,8 @@ def test_the_curves_error_never_hides_another(place, monkeypatch):
     def no_curves(*args, **options):
         raise OSError("no curves")
 
-    monkeypatch.setattr(train, "plot_curves", no_curves)
-    at_call(monkeypatch, train, "set_epoch", lambda: (_ for _ in ()).throw(OSError("the first")), lambda _, n: n == 2)
+    monkeypatch.setattr(engine, "plot_curves", no_curves)
+    at_call(monkeypatch, engine, "set_epoch", lambda: (_ for _ in ()).throw(OSError("the first")), lambda _, n: n == 2)
     refused(monkeypatch, train, TINY, "--name run", match="^the first; last whole epoch kept")
 
 
@@ -159,7 +160,7 @@ def test_a_disk_that_becomes_read_only(straight, place, monkeypatch):
             subprocess.run(["mount", "--bind", disk, disk], check=True)
             subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
 
-        at_call(monkeypatch, train, "save_checkpoint", accident, is_rewrite("last.pth"))
+        at_call(monkeypatch, engine, "save_checkpoint", accident, is_rewrite("last.pth"))
         refused(
             monkeypatch, train, TINY, "--name run", match="Read-only file system: 'models/run/last.pth'; last whole"
         )
@@ -180,7 +181,7 @@ def test_a_full_disk_is_one_line_and_status_2(place):
 
 def test_the_run_is_deleted_while_it_trains(place, monkeypatch):
     accident = functools.partial(shutil.rmtree, place / "models" / "run")
-    at_call(monkeypatch, train, "save_checkpoint", accident, is_rewrite("last.pth"))
+    at_call(monkeypatch, engine, "save_checkpoint", accident, is_rewrite("last.pth"))
     refused(monkeypatch, train, TINY, "--name run", match="'models/run/last.pth'; models/run is gone$")
 
 
@@ -199,7 +200,7 @@ def test_data_that_vanish(straight, place, monkeypatch, damage, workers):
         elif damage == "all":
             shutil.rmtree(inputs)
 
-    at_call(monkeypatch, train, "set_epoch", accident, lambda _, epoch: epoch == 2)
+    at_call(monkeypatch, engine, "set_epoch", accident, lambda _, epoch: epoch == 2)
     what = {"image": "no image", "all": "no image", "truncated": "image unreadable", "mask": "no mask"}[damage]
     expected = rf"^inputs/tiny: img\d\d: {what}.*; last whole epoch kept; go on with"
     options = ("--name run --cache False --num_workers", workers)
@@ -217,7 +218,7 @@ def test_a_loader_process_that_dies(place, monkeypatch):
     def accident():
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
-    at_call(monkeypatch, train, "set_epoch", accident, lambda _, epoch: epoch == 2)
+    at_call(monkeypatch, engine, "set_epoch", accident, lambda _, epoch: epoch == 2)
     options = "--name run --cache False --num_workers 2"
     refused(monkeypatch, train, TINY, options, match="a loader process died.*last whole epoch kept.*--num_workers 0$")
 
@@ -246,7 +247,7 @@ def test_a_full_disk_in_the_transfer_job(place, monkeypatch):
             before.update(content(disk))
             fill(disk)
 
-        at_call(monkeypatch, script, "save_checkpoint", accident, is_rewrite("last.pth"))
+        at_call(monkeypatch, engine, "save_checkpoint", accident, is_rewrite("last.pth"))
         expected = "No space left on device: 'models/run/last.pth'; last whole epoch kept; go on with"
         refused(monkeypatch, script, options, "run", match=expected)
         (disk / "filler").unlink()

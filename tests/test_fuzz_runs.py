@@ -23,14 +23,17 @@ from conftest import REPOSITORY, call, run_script, write_data_set
 from fuzzing import Trap, broken, fuzz, judge
 
 import dataset
+import engine
 import export
 import train
 import transfer_resnet18
-import val
 from archs import build_model
 from classification import resnet18
 from common.cli import parse_options
-from common.files import load_checkpoint, read_yaml, write_yaml
+from common.files import load_checkpoint, load_weights, read_yaml, write_yaml
+from common.images import standardise
+from common.runs import run_folder
+from inference import load_trained, start_from
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +53,7 @@ def trained(tmp_path_factory, one_thread):
     write_data_set(folder / "inputs" / "tiny", count=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train, "plot_curves", lambda *args, **kwargs: None)
+        patch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
         call(patch, train, TINY, "--deep_supervision True")
     path = folder / "models" / "run" / "config.yml"
     path.write_text(path.read_text().replace("epochs: 1", "epochs: 2"))
@@ -61,7 +64,7 @@ def trained(tmp_path_factory, one_thread):
 def run(trained, sandbox, monkeypatch):
     """A fresh copy of it in the sandbox -> models/run."""
     shutil.copytree(trained, ".", dirs_exist_ok=True)
-    monkeypatch.setattr(train, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
     return Path("models/run")
 
 
@@ -166,7 +169,7 @@ def test_recipes(count, sandbox, capfd):
         Path("free/a.yml").write_text(text_of(mapping))
         options, given = parse_options(train.build_parser, ["--config", "free/a.yml"], train.read_recipe)
         config = train.new_config(options)
-        train.run_folder(config["name"])
+        run_folder(config["name"])
         with torch.device("meta"):
             build_model(config)
         dataset.check_places(config)
@@ -181,15 +184,15 @@ def test_configs_of_runs(count, run, sandbox, capfd):
 
     def read(mapping):
         (run / "config.yml").write_text(text_of(mapping))
-        model, config = val.load_trained("run", torch.device("cpu"))
+        model, config = load_trained("run", torch.device("cpu"))
         images = torch.zeros(1, config["input_channels"], 32, 32, dtype=torch.uint8)
         with torch.inference_mode():
-            heads = model(dataset.standardise(images, config["mean"], config["std"]))
+            heads = model(standardise(images, config["mean"], config["std"]))
         assert all(torch.isfinite(head).all() for head in heads)
         list(dataset.build_dataset(config, ["img00"])[0])
         export.images_of({**config, "name": "run"}, "val", 2)
 
-    fuzz("val.load_trained, config.yml", spoilt(whole, 2 * count, 14), read, sandbox, capfd)
+    fuzz("load_trained, config.yml", spoilt(whole, 2 * count, 14), read, sandbox, capfd)
     assert judge(read, whole) == "accepted"
     for key, value in (("dataset", "../../x"), ("img_ext", "/../a"), ("arch", "os.system"), ("width", 10**6)):
         assert judge(read, {**whole, key: value}) == "refused", key
@@ -268,13 +271,13 @@ def test_weights_of_runs(count, run, sandbox, capfd):
 
     def evaluate(found):
         torch.save(found, run / "model.pth")
-        model, _ = val.load_trained("run", torch.device("cpu"))
+        model, _ = load_trained("run", torch.device("cpu"))
         with torch.inference_mode():
             assert all(torch.isfinite(head).all() for head in model(torch.zeros(1, 3, 32, 32)))
 
     def start(found):
         torch.save(found, "free/a.pth")
-        train.start_from(build_model(config), {**config, "weights": "free/a.pth"})
+        start_from(build_model(config), {**config, "weights": "free/a.pth"})
 
     fuzz("val.py, model.pth", spoilt_state(state, count, 17), evaluate, sandbox, capfd)
     fuzz("train.py --weights", spoilt_state({"state_dict": state}, count, 18), start, sandbox, capfd)
@@ -340,7 +343,7 @@ def test_runs_of_the_transfer_job(count, transferred, sandbox, capfd, monkeypatc
     shutil.copytree(transferred / "inputs", "inputs")
     source, folder = transferred / "models" / "run", Path("models/run")
     whole = read_yaml(source / "config.yml")
-    monkeypatch.setattr(transfer_resnet18.report, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
     monkeypatch.setattr(transfer_resnet18, "conclude", lambda *args: None)
 
     def restored(mapping):
@@ -370,12 +373,12 @@ def test_checkpoints_of_the_transfer_job(count, transferred, sandbox, capfd, mon
 
     def weights(found):
         torch.save(found, "free/a.pth")
-        transfer_resnet18.load_weights(model, "free/a.pth")
+        resnet18.fill_body(model, load_weights("free/a.pth"), "free/a.pth")
 
     fuzz("transfer --weights", spoilt_state(state["model"], count // 3, 24), weights, sandbox, capfd)
     shutil.copytree(transferred / "inputs", "inputs")
     shutil.copytree(source, "models/run")
-    monkeypatch.setattr(transfer_resnet18.report, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
     monkeypatch.setattr(transfer_resnet18, "conclude", lambda *args: None)
     small = {key: value for key, value in state.items() if key != "model"}
 
@@ -407,7 +410,7 @@ def test_onnx_files(count, trained, sandbox, capfd):
     pytest.importorskip("onnxscript")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained)
-        model, config = val.load_trained("run", torch.device("cpu"), level="1")
+        model, config = load_trained("run", torch.device("cpu"), level="1")
     config["name"] = "run"
     about = {key: config[key] for key in export.IN_CONFIG if key in config}
     deployed = export.Deployed(model, config["mean"], config["std"])

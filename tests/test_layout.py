@@ -87,7 +87,7 @@ def test_files_open_with_what_they_are_for(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_only_define(name):
-    """At the top: a docstring, imports, constants, functions, classes; in a script answer_early and the call of main."""
+    """At the top: a docstring, imports, constants, functions, classes; a script also has answer_early and runs main."""
     docstring, *statements = parsed(name).body
     for node in statements:
         if ast.unparse(node) == "answer_early(__name__, build_parser)":

@@ -1,6 +1,6 @@
-"""lookalikes.py: who is whose twin, by hand and by slow loops, and splits that keep twins together.
+"""common/lookalikes.py: twins by hand and by slow loops, and splits that keep twins together.
 
-PYTHONPATH=. python tests/test_lookalikes.py stage1_train.zip prints the figures of its docstring and of the README.
+PYTHONPATH=. python tests/test_lookalikes.py stage1_train.zip      # the figures in its docstring
 """
 
 import sys
@@ -135,7 +135,7 @@ def test_the_most_telling_twin_is_named(slide):
     assert found == {"identical": {"same": "r"}, "seam": {}, "alike": {"near": "q"}}
     assert about_twins(found, 3) == (
         "look-alikes: 2 of 3 validation images have a twin in training (1 the same pixels, 1 alike in colour and "
-        "texture), listed in split.yml: same, near; --split grouped would keep twins together"
+        "texture), listed in split.yml: same, near; --split grouped keeps twins together"
     )
     many = {"identical": {}, "seam": {str(k): "t" for k in range(5)}, "alike": {}}
     assert "5 of 9" in about_twins(many, 9) and ": 0, 1, 2 and 2 more;" in about_twins(many, 9)

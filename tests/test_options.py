@@ -19,7 +19,11 @@ import pytest
 from conftest import write_data_set
 from fuzzing import judge
 
+import archs
+import engine
 import export
+import inference
+import losses
 import predict
 import preprocess_dsb2018
 import train
@@ -249,7 +253,7 @@ def furnished(tmp_path_factory, one_thread):
     (folder / "test.yml").write_text("train: [img00]\nval: [img01]\ntest: [img02]\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train, "plot_curves", lambda *args, **kwargs: None)
+        patch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
         expect("accepted", patch, train, BASE[train], "--name run --ema 0 --deep_supervision True")
     return folder
 
@@ -259,10 +263,8 @@ def here(furnished, tmp_path, monkeypatch):
     """A fresh copy of it, and drawing of curves, which no option changes, left out."""
     shutil.copytree(furnished, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(train, "plot_curves", lambda *args, **kwargs: None)
-    monkeypatch.setattr(transfer_resnet18.report, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
     monkeypatch.setattr(transfer_resnet18, "conclude", lambda *args, **kwargs: None)
-    monkeypatch.setattr(transfer_resnet18, "save_checkpoint", lambda *args, **kwargs: None)  # 135 MB each time
     return tmp_path / "here"
 
 
@@ -270,6 +272,8 @@ def run(patch, script, *words):
     """The verdict of fuzzing.judge on the script's main with these words."""
     for folder in ("models/new", "models/a_name-1", "inputs/new", "new") if script not in (val, predict) else ():
         shutil.rmtree(folder, ignore_errors=True)
+    if script is transfer_resnet18:
+        patch.setattr(engine, "save_checkpoint", lambda *args: None)  # 90 MB each time
     words = [word.removesuffix("_") if word.endswith("=_") else word for word in " ".join(words).split()]
     patch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
     return judge(script.main)
@@ -308,6 +312,26 @@ QUICK = [pytest.param(*case, id=name, marks=[pytest.mark.slow] * ((case[0].__nam
 @pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
 def test_the_table_knows_every_option(script):
     assert FLAGS[script].keys() == actions(script).keys(), "enter new options in FLAGS"
+
+
+def test_choices_are_the_names_in_the_registries():
+    """The parsers list them literally, so that --help does not import torch."""
+    of_train, of_transfer = actions(train), actions(transfer_resnet18)
+    for choices, registry in (
+        (of_train["arch"], archs.ARCHS),
+        (of_train["loss"], losses.LOSSES),
+        (of_train["optimizer"], engine.OPTIMIZERS),
+        (of_train["scheduler"], train.SCHEDULERS),
+        (of_transfer["scheduler"], transfer_resnet18.SCHEDULERS),
+    ):
+        assert sorted(choices.choices) == sorted(registry)
+    assert set(of_transfer["optimizer"].choices) <= engine.OPTIMIZERS.keys()
+
+
+def test_what_read_config_takes_is_what_the_parser_takes():
+    of_train = actions(train)
+    assert {key: (of_train[key].type.low, of_train[key].type.high) for key in inference.BOUNDS} == inference.BOUNDS
+    assert tuple(of_train["input_channels"].choices) == inference.INPUT_CHANNELS
 
 
 def furnish(flag, patch):
@@ -398,15 +422,6 @@ def test_other_combinations(script, words, expected, here, monkeypatch):
     expect(expected, monkeypatch, script, words)
 
 
-def test_a_config_holds_what_the_parser_takes():
-    """What val.py accepts in config.yml is what train.py's options can be."""
-    of_parser = actions(train)
-    for key, expected in val.NEEDED.items():
-        if isinstance(expected, range):
-            assert (of_parser[key].type.low, of_parser[key].type.high) == (expected[0], expected[-1]), key
-    assert tuple(of_parser["input_channels"].choices) == val.NEEDED["input_channels"]
-
-
 @pytest.mark.parametrize("scheduler", train.SCHEDULERS)
 @pytest.mark.parametrize(
     "optimizer", ["AdamW", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Adam", "SGD"))]
@@ -415,10 +430,10 @@ def test_every_optimizer_and_scheduler_resumes(optimizer, scheduler, here, monke
     """What is checked in last.pth lets everything pass that train.py writes."""
     momentum = 0 if scheduler == "ConstantLR" else 0.9
     words = f"{BASE[train]} --optimizer {optimizer} --scheduler {scheduler} --milestones 1 --momentum {momentum}"
-    monkeypatch.setattr(train.Run, "over", lambda self: "stopped" if self.epoch == 1 else None)
+    monkeypatch.setattr(engine.Run, "over", lambda self: "stopped" if self.epoch == 1 else None)
     expect("accepted", monkeypatch, train, words, "--epochs 2 --name resumed")
     monkeypatch.undo()
-    monkeypatch.setattr(train, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
     monkeypatch.chdir(here)
     expect("accepted", monkeypatch, train, "--name resumed --resume --device cpu")
     assert len(Path("models/resumed/log.csv").read_text().split()) == 3

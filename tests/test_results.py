@@ -67,6 +67,6 @@ def test_another_head_and_the_worst_images(place):
 def test_runs_of_other_images_are_no_row(place):
     run_script("train.py", *OPTIONS.split(), "--split_seed", 1, "--name", "other", cwd=place)
     refused = run_script("tools.results", "tiny_s0", "other", cwd=place, env=ENV, ok=False)
-    assert "have other validation images than one another" in refused.stderr
+    assert "differ in their validation images" in refused.stderr
     both = run_script("tools.results", "tiny_s0", "other", "--worst", "w.png", cwd=place, env=ENV, ok=False)
-    assert "--worst is of one run" in both.stderr and not (place / "w.png").exists()
+    assert "--worst draws one run, found 2" in both.stderr and not (place / "w.png").exists()

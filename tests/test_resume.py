@@ -22,6 +22,7 @@ import yaml
 from conftest import REPOSITORY, call, trained, write_data_set
 from torch import nn
 
+import engine
 import train
 import transfer_resnet18
 import val
@@ -85,7 +86,7 @@ def test_a_second_process_is_refused_and_a_killed_one_stands_in_nobodys_way(go, 
             assert process.poll() is None
             time.sleep(0.02)
         for how in ("--name busy --resume", f"{TINY} --name busy --overwrite", f"{TINY} --name busy"):
-            with pytest.raises(ValueError, match="another process is training models/busy right now; wait for its end"):
+            with pytest.raises(ValueError, match="is training models/busy right now; wait until it ends"):
                 go(how)
         transfer = "--demo --epochs 1 --name busy --overwrite"
         with pytest.raises(ValueError, match="another process is training models/busy"):
@@ -98,9 +99,9 @@ def test_a_second_process_is_refused_and_a_killed_one_stands_in_nobodys_way(go, 
     assert hidden("busy")  # the lock's file is there still, and its loader processes live on for seconds
     Path("models/busy/.last.pth.123.tmp").write_bytes(b"half of a check")
     before = len(lines("busy"))
-    monkeypatch.setattr(train.Run, "over", lambda run: "enough")
+    monkeypatch.setattr(engine.Run, "over", lambda run: "enough")
     go("--name busy --resume --num_workers 0")
-    assert "on which no result depends: num_workers 0 (run: 2)" in capsys.readouterr().out
+    assert "without effect on the result: num_workers 0 (run: 2)" in capsys.readouterr().out
     assert len(lines("busy")) >= before and hidden("busy") == []
 
 
@@ -121,7 +122,7 @@ def test_a_mistake_leaves_no_folder(go, place, monkeypatch):
 def test_a_signal_while_an_epoch_is_kept_waits_until_it_is(go, monkeypatch, capsys, file, number):
     """Between any two of the three files nothing is lost, and nothing half of an epoch is there."""
     name = "write_log" if file == "log.csv" else "save_checkpoint"
-    real = getattr(train, name)
+    real = getattr(engine, name)
 
     def disturbed(*arguments):
         if Path("models/stopped", file) in arguments:
@@ -129,7 +130,7 @@ def test_a_signal_while_an_epoch_is_kept_waits_until_it_is(go, monkeypatch, caps
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-        patch.setattr(train, name, disturbed)
+        patch.setattr(engine, name, disturbed)
         go(TINY, "--name stopped --overwrite")
     assert caught.type.__name__ == ("Terminated" if number == signal.SIGTERM else "KeyboardInterrupt")
     assert "last whole epoch kept; go on with: python train.py --name stopped --resume" in capsys.readouterr().out
@@ -142,16 +143,16 @@ def test_a_signal_while_an_epoch_is_kept_waits_until_it_is(go, monkeypatch, caps
 
 def stopped_in_step(monkeypatch, number, options):
     """A training that gets SIGTERM in the middle of its step `number` -> the steps that it began."""
-    real, steps = train.mean_over_heads, []
+    real, steps = engine.Run.learn, []
 
-    def disturbed(*arguments):
+    def disturbed(run, loss):
         steps.append(len(steps) + 1)
         if steps[-1] == number:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
+        real(run, loss)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "mean_over_heads", disturbed)
+        patch.setattr(engine.Run, "learn", disturbed)
         call(patch, train, options)
     return steps
 
@@ -169,7 +170,7 @@ def test_a_run_without_a_whole_epoch_is_started_again(go, monkeypatch, capsys):
     assert "no epoch was finished; go on with: python train.py --name first --resume" in capsys.readouterr().out
     Path("models/first/model.pth").write_bytes(b"as a kill between the two checkpoints leaves it")
     go("--name first --resume")
-    assert "has no whole epoch yet: starting with the first" in capsys.readouterr().out
+    assert "has no finished epoch yet: starting with the first" in capsys.readouterr().out
     assert same_run("straight", "first")
 
 
@@ -181,7 +182,7 @@ def test_a_run_of_a_gpu_goes_on_without_one_where_auto_says_so(go, capsys):
     with pytest.raises(ValueError, match="use --device auto or cpu"):
         go("--name gpu --resume")
     go("--name gpu --resume --device auto")
-    assert "on which no result depends: device cpu (run: cuda)" in capsys.readouterr().out
+    assert "without effect on the result: device cpu (run: cuda)" in capsys.readouterr().out
 
 
 def test_a_network_that_draws_random_numbers_is_resumed_alike(go, monkeypatch):
@@ -261,7 +262,7 @@ def digest(state):
 
 def best_weights(monkeypatch, script, options):
     """Runs the training in this process -> {digest of what became model.pth: epoch}."""
-    real, found = script.save_checkpoint, {}
+    real, found = engine.save_checkpoint, {}
 
     def noted(path, state):
         if path.name == "model.pth":
@@ -270,7 +271,7 @@ def best_weights(monkeypatch, script, options):
         real(path, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "save_checkpoint", noted)
+        patch.setattr(engine, "save_checkpoint", noted)
         call(patch, script, options, "--name straight --overwrite")
     return found
 

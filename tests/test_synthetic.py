@@ -1,4 +1,4 @@
-"""The generated pictures: the same for the same seed, labelled as drawn, and no easier than they look."""
+"""common/synthetic.py: the same seed gives the same picture, and the labels say where the nuclei are."""
 
 import numpy as np
 import pytest

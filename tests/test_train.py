@@ -21,8 +21,9 @@ import yaml
 from conftest import REPOSITORY, call, run_script, trained, write_data_set
 
 import train
-import val
 from common.cli import parse_options
+from inference import load_trained
+from losses import LOSSES
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 2 -b 4 --device cpu --amp off --ema 0.9"
 MODELS = Path("models")
@@ -249,20 +250,20 @@ def test_what_a_recipe_says_of_augmentation_and_loss_is_done(go):
 def test_the_validation_loss_weighs_the_heads_too(go):
     """A head without weight has no part in what a scheduler or a reader sees."""
     go(TINY, "--head_weights 0,0,0,1 --deep_supervision True --weight_decay 0 --epochs 1 --name weighed")
-    model, config = val.load_trained("weighed", torch.device("cpu"), "last")
+    model, config = load_trained("weighed", torch.device("cpu"), "last")
     dataset = train.build_dataset(config, yaml.safe_load((MODELS / "weighed" / "split.yml").read_text())["val"])
     images, masks = (
         torch.stack(part) for part in list(zip(*(dataset[k] for k in range(len(dataset))), strict=True))[:2]
     )
     with torch.no_grad():
-        expected = train.LOSSES[config["loss"]]()(model(images)[-1], masks).item()
+        expected = LOSSES[config["loss"]]()(model(images)[-1], masks).item()
     assert log("weighed").val_loss[0] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "options, match",
     [
-        ("--border_smoothing 0.5 --loss LovaszHingeLoss", "LovaszHingeLoss sees 0 and 1 alone"),
+        ("--border_smoothing 0.5 --loss LovaszHingeLoss", "LovaszHingeLoss sees only 0 and 1"),
         ("--scheduler CosineAnnealingLR --lr 1e-6", "--lr 1e-06 is below --min_lr 1e-05"),
     ],
 )
@@ -413,7 +414,7 @@ def test_starts_from_a_last_pth(go, ema):
     go(TINY, f"--epochs 1 --ema {ema} --overwrite --name first")
     go(TINY, "--epochs 1 --lr 0 --ema 0 --weight_decay 0 --overwrite --name second --weights models/first/last.pth")
     first, second = (
-        val.load_trained(name, torch.device("cpu"), "last")[0].state_dict() for name in ("first", "second")
+        load_trained(name, torch.device("cpu"), "last")[0].state_dict() for name in ("first", "second")
     )
     assert all(torch.equal(value, second[key]) for key, value in first.items() if key.endswith("weight"))
 
@@ -423,10 +424,10 @@ def test_refuses_weights_that_do_not_fit(go):
     refused(go, TINY, "--name", "no", "--weights", "base", "--arch", "UNet", match="does not fit")
     refused(go, TINY, "--name", "no", "--weights", "nope", match="--weights nope: no such file, and no run")
     torch.save([1, 2], "list.pth")
-    refused(go, TINY, "--name", "no", "--weights", "list.pth", match="does not fit")
+    refused(go, TINY, "--name", "no", "--weights", "list.pth", match="list.pth holds no weights")
     for data in (b"", b"garbage", pickle.dumps(Hostile(), 2), pickle.dumps(Hostile())):
         Path("bad.pth").write_bytes(data)
-        refused(go, TINY, "--name", "no", "--weights", "bad.pth", match="bad.pth is no checkpoint")
+        refused(go, TINY, "--name", "no", "--weights", "bad.pth", match="bad.pth is not a checkpoint")
     assert not Path("ran").exists() and not (MODELS / "no").exists()
 
 
@@ -465,7 +466,7 @@ def test_suspicious_data_are_trained_on_and_said(go, capsys):
         Path(f"inputs/odd/masks/0/{img_id}.png").write_bytes(flat_mask(0))
     go(TINY, "--dataset odd --epochs 1 --name odd")
     bodies, inverted, empty = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert bodies.endswith("warning: all 5 images of inputs/odd/images are black and white alone; are they masks?")
+    assert bodies.endswith("warning: all 5 images of inputs/odd/images are pure black and white; are they masks?")
     assert re.search(
         r"8\d\.\d% of the pixels of inputs/odd/masks/0 are foreground; are the masks inverted\?$", inverted
     )
@@ -558,7 +559,7 @@ def test_other_mistakes(go):
     refused(go, TINY, "--config", "nope.yml", match="nope.yml: no such file")
     refused(go, TINY, "--arch", "UNet", "--deep_supervision", "True", match="one head")
     if not torch.cuda.is_available():
-        refused(go, TINY, "--device", "cuda", match="--device cuda is not there")
+        refused(go, TINY, "--device", "cuda", match="--device cuda is not available")
     for text, match in (("- a\n", "found list"), ("nope: 1\n", "unknown options nope"), ("a: [", "readable YAML")):
         Path("bad.yml").write_text(text)
         refused(go, TINY, "--config", "bad.yml", match=match)

@@ -1,9 +1,10 @@
-"""The figures of HOW_IT_WORKS.md, drawn from the model itself: its nodes, and what a trained run sees in them.
+"""Draw the figures of the documentation from the model itself, a trained run, and logs of runs.
 
-And the generated picture that the README segments.
+python -m tools.figures --name run1 --image ID             # docs/nodes.png, features.png and picture.png
+python -m tools.figures --curves plain_s0 fast_s0 fast_s1  # docs/fast_and_plain.png
 
-python -m tools.figures --name run1 --image ID             # writes docs/nodes.png, features.png, picture.png
-python -m tools.figures --curves plain_s0 fast_s0 fast_s1  # writes docs/fast_and_plain.png, for the README
+nodes.png shows the nodes of U-Net++ and features.png what a trained run sees in them (HOW_IT_WORKS.md). picture.png is
+the generated picture that the README segments, fast_and_plain.png compares the logs of several runs (SPEED.md).
 """
 
 from pathlib import Path
@@ -16,13 +17,12 @@ from matplotlib.figure import Figure
 from archs import DEPTH, NestedUNet
 from common.cli import Parser, parse_options, run_script
 from common.files import read_yaml
-from common.images import decode, to_channels, write_png
+from common.images import read_picture, standardise, to_channels, write_png
 from common.report import BLUE, PALETTE
-from common.runs import newest_run
+from common.runs import newest_run, run_folder
 from common.synthetic import nuclei
-from dataset import standardise
+from inference import load_trained
 from utils import count_params
-from val import load_trained
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLOURS = [(150, 150, 150), PALETTE[6], PALETTE[1], PALETTE[2], BLUE]  # of the diagonals i + j = 0 ... 4
@@ -31,20 +31,20 @@ PICTURE = 13  # the seed of the README's picture to try
 
 
 def build_parser():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--name", help="models/<name>, trained with deep supervision; default: the newest run")
-    parser.add_argument("--image", help="an id of its data set; default: the first to validate")
-    parser.add_argument("--curves", nargs="+", metavar="NAME", help="draw these runs' logs, and nothing else")
+    parser.add_argument("--image", help="an id of its data set; default: its first validation image")
+    parser.add_argument("--curves", nargs="+", metavar="NAME", help="draw the logs of these runs, and nothing else")
     return parser
 
 
 def colour(level, light=0.0):
-    """Of a diagonal, mixed with white."""
+    """The RGB of a diagonal, in [0, 1], mixed with white: light 0 is the pure colour, 1 is white."""
     return tuple((1 - light) * channel / 255 + light for channel in COLOURS[level])
 
 
 def place(i, j):
-    """Where X^{i,j} stands: each row half a step to the right of the one above, as in the paper's figure."""
+    """The (x, y) of X^{i,j}: each row is half a step to the right of the one above, as in the paper's figure."""
     return 2.4 * j + 1.2 * i, -1.35 * i
 
 
@@ -55,7 +55,7 @@ def arrow(axis, start, end, **style):
 
 
 def draw_nodes(path):
-    """The nodes by level, their channels and sizes for an image of 96 x 96, and what each level keeps."""
+    """The nodes by level, with their channels and sizes for an image of 96 x 96, and what each level keeps."""
     model = NestedUNet(deep_supervision=True).eval()
     with torch.inference_mode():
         shapes = {node: tuple(x.shape[1:]) for node, x in model.forward_nodes(torch.zeros(1, 3, SIDE, SIDE)).items()}
@@ -108,19 +108,19 @@ def draw_nodes(path):
 
 
 def telling(features, probability):
-    """(channels, h, w), (H, W) -> (h, w): the channel that is most alike to the probability, or to its negative."""
+    """(channels, h, w), (H, W) -> (h, w): the channel whose correlation with the probability is strongest."""
     seen = torch.nn.functional.adaptive_avg_pool2d(probability[None], features.shape[1:]).flatten()
     both = torch.cat([seen[None], features.flatten(1)])
-    alike = torch.nan_to_num(torch.corrcoef(both)[0, 1:]).abs()  # a channel that is 0 everywhere is like nothing
+    alike = torch.nan_to_num(torch.corrcoef(both)[0, 1:]).abs()  # a constant channel has no correlation
     return features[alike.argmax()].numpy()
 
 
 def draw_features(path, name, img_id):
-    """One image, the heads' probabilities, and in each node the channel that is most alike to the last of them."""
+    """An image, the probabilities of the heads, and of each node the channel that resembles the deepest of them."""
     model, config = load_trained(name, torch.device("cpu"), level="mean")
-    img_id = img_id or read_yaml(Path("models") / name / "split.yml")["val"][0]
+    img_id = img_id or read_yaml(run_folder(name) / "split.yml")["val"][0]
     source = Path("inputs") / config["dataset"] / "images" / f"{img_id}{config['img_ext']}"
-    image = to_channels(decode(source.read_bytes()), config["input_channels"])
+    image = to_channels(read_picture(source), config["input_channels"])
     batch = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
     with torch.inference_mode():
         padded = model.pad(standardise(batch, config["mean"], config["std"]))
@@ -142,7 +142,7 @@ def draw_features(path, name, img_id):
 
     panel(-1, 0.5, image.squeeze(), "the image", "#222222", cmap="gray")
     for j, probability in heads.items():
-        panel(-1, j + 0.5, probability, f"L{j}: probability", colour(j), cmap="gray", vmin=0, vmax=1)
+        panel(-1, j + 0.5, probability.numpy(), f"L{j}: probability", colour(j), cmap="gray", vmin=0, vmax=1)
     for (i, j), x in features.items():
         words = f"$X^{{{i},{j}}}$  {x.shape[2]} x {x.shape[3]}"
         panel(i, j, telling(x[0], heads[DEPTH]), words, colour(i + j), cmap="gray")
@@ -150,11 +150,11 @@ def draw_features(path, name, img_id):
 
 
 def draw_curves(path, names):
-    """Training loss and validation IoU of each run's log.csv; the first, to compare with, is drawn broader."""
+    """Training loss and validation IoU from the log.csv of each run; the first, the reference, has a broader line."""
     figure = Figure(figsize=(8, 2.8), dpi=100, layout="constrained")
     axes = figure.subplots(1, 2)
     for k, name in enumerate(names):
-        log = pd.read_csv(Path("models") / name / "log.csv")
+        log = pd.read_csv(run_folder(name) / "log.csv")
         for axis, column in zip(axes, ("loss", "val_iou"), strict=True):
             axis.plot(log.epoch, log[column], color=colour(k), linewidth=1.5 if k else 4, marker="o", label=name)
     for axis, title in zip(axes, ("training loss", "validation IoU"), strict=True):

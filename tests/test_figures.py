@@ -1,0 +1,58 @@
+"""tools/figures.py: the figures of a tiny run, and the channel that it shows of a node."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import call, trained
+
+import train
+from common.synthetic import nuclei
+from tools import figures
+
+OPTIONS = "--name tiny --dataset tiny --width 4 --input_w 32 --input_h 32 --epochs 2 -b 4 --augment none"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with models/tiny, a run with four heads."""
+    return trained(tmp_path_factory.mktemp("figures"), train, OPTIONS, "--deep_supervision True")
+
+
+@pytest.fixture
+def docs(place, tmp_path, monkeypatch):
+    """An empty folder in which the figures are drawn, instead of the repository's docs/."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(figures, "DOCS", tmp_path)
+    return tmp_path
+
+
+def test_the_figures_of_the_newest_run(docs, monkeypatch):
+    call(monkeypatch, figures)
+    assert sorted(path.name for path in docs.iterdir()) == ["features.png", "nodes.png", "picture.png"]
+    assert cv2.imread(str(docs / "nodes.png")).shape == (660, 1000, 3)
+    assert cv2.imread(str(docs / "features.png")).shape == (960, 800, 3)
+    picture = cv2.imread(str(docs / "picture.png"))[..., ::-1]
+    assert np.array_equal(picture, nuclei(figures.PICTURE)[0])
+
+
+def test_the_image_is_shown_that_was_asked_for(docs, monkeypatch):
+    call(monkeypatch, figures, "--name tiny --image img00")
+    first = (docs / "features.png").read_bytes()
+    call(monkeypatch, figures, "--name tiny --image img01")
+    assert (docs / "features.png").read_bytes() != first
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        call(monkeypatch, figures, "--name tiny --image gone")
+
+
+def test_curves_of_two_runs(docs, monkeypatch):
+    call(monkeypatch, figures, "--curves tiny tiny")
+    assert [path.name for path in docs.iterdir()] == ["fast_and_plain.png"]
+    assert cv2.imread(str(docs / "fast_and_plain.png")).shape == (280, 800, 3)
+
+
+def test_the_channel_that_resembles_the_probability():
+    probability = torch.zeros(4, 4)
+    probability[:, 2:] = 1  # averaged to 2 x 2: [[0, 1], [0, 1]]
+    constant, weak, inverse = torch.ones(2, 2), torch.tensor([[0.0, 1], [1, 1]]), torch.tensor([[5.0, 3], [5, 3]])
+    assert np.array_equal(figures.telling(torch.stack([constant, weak, inverse]), probability), inverse.numpy())

@@ -1,0 +1,48 @@
+"""common/runs.py: the lock of a run belongs to its trainer alone, and ends with it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from common.runs import only_trainer
+
+TRAINER = """
+import os, sys, time
+from pathlib import Path
+from common.runs import only_trainer
+
+with only_trainer(Path(sys.argv[1]), ()):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork, and no lock, on this system")
+def test_a_forked_child_does_not_keep_the_lock_of_a_killed_trainer(tmp_path):
+    """Loader processes are forked, and outlive a trainer that is killed with -9 by some seconds."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", TRAINER, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as trainer:
+        child = int(trainer.stdout.readline())
+        try:
+            with pytest.raises(ValueError, match="another process is training"), only_trainer(folder, ()):
+                pytest.fail("two trainers at once")
+            trainer.kill()
+            trainer.wait()
+            os.kill(child, 0)  # the child is alive
+            with only_trainer(folder, ()):
+                assert (folder / ".lock").is_file()
+            os.kill(child, 0)
+        finally:
+            trainer.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    assert not (folder / ".lock").exists()

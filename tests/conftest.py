@@ -5,6 +5,7 @@ from conftest import run_script, write_data_set
 
 import contextlib
 import http.server
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -54,7 +55,11 @@ def run_script(script, *args, cwd, ok=True, env=None, timeout=300):
 def call(patch, script, *options):
     """script.main() with these options, in this process -> what it returns. `script` is the imported module."""
     patch.setattr(sys, "argv", [f"{script.__name__.rpartition('.')[2]}.py", *" ".join(map(str, options)).split()])
-    return script.main()
+    try:
+        return script.main()
+    finally:  # an error keeps its loader processes, and the garbage collector would wait five seconds for each
+        for process in multiprocessing.active_children():
+            process.terminate()
 
 
 def trained(folder, script, *options):

@@ -234,13 +234,13 @@ def test_a_full_disk_in_the_transfer_job(place, monkeypatch):
                 picture = np.full((40, 40, 3), 60 * index, np.uint8)
                 picture[..., k] = 255
                 cv2.imwrite(str(place / "pictures" / part / name / f"{index}.png"), picture)
-    options = "--data_dir pictures --weights none --img_size 32 -b 4 --device cpu --epochs 2 --name"
+    options = "--data_dir pictures --weights none --freeze --img_size 32 -b 4 --device cpu --epochs 2 --name"
     script = transfer_resnet18
     monkeypatch.setattr(script, "conclude", lambda *arguments: None)
     call(monkeypatch, script, options, "straight")
     shutil.move("models/straight", "straight")
     shutil.rmtree("models")
-    with mounted(place / "models", "size=250m") as disk:
+    with mounted(place / "models", "size=60m") as disk:
         before = {}
 
         def accident():

@@ -79,15 +79,15 @@ class Counting(Segmentation):
 
 
 def judged_unet(count, batch_size):
-    """-> what evaluate returned, and how many images this process had a part in."""
+    """-> what evaluate returned, and how many images this process scored."""
     model, task = small_unet()[0], Counting(BCEDiceLoss())
     loader = nuclei(count, batch_size, shuffle=False)
     with torch.no_grad():  # probabilities on both sides of the threshold
         images = torch.stack([loader.dataset[k][0] for k in range(3)])
         for _ in range(20):
             model(images)
-        for level, logits in enumerate(model.eval()(images), 1):
-            getattr(model, f"final{level}").bias -= logits.quantile(0.3)
+        logits = model.eval()(images)[-1]
+        model.final4.bias -= (logits.min() + logits.median()) / 2
     return engine.evaluate(model, loader, task, CPU), task.images
 
 

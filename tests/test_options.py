@@ -199,8 +199,15 @@ NEVER = {  # choices of the parser that cannot work here
     (train, "sync_bn", "True"), (transfer_resnet18, "sync_bn", "True"),
     (train, "nesterov", "True"), (train, "deep_supervision", "False"),
 }  # fmt: skip
-SLOW = {("train", "compile"), ("export", "level"), ("export", "output"), ("export", "name"), ("export", "overwrite")}
-SLOW |= {("predict", "onnx")} | {("benchmark", flag) for flag in FLAGS[benchmark]}
+SLOW = {
+    ("train", "compile"),
+    ("export", "level"),
+    ("export", "output"),
+    ("export", "name"),
+    ("export", "overwrite"),
+    ("export", "int8"),
+}
+SLOW |= {("export", "int8"), ("predict", "onnx")} | {("benchmark", flag) for flag in FLAGS[benchmark]}
 
 
 def actions(script):
@@ -401,7 +408,7 @@ OTHERS = [
     (train, BASE[train] + " --num_classes 5", "refused"),
     (val, "--name run --dataset one --device cpu", "accepted"),
     (val, "--name run --level 1 --levels", "refused"),
-    (predict, "inputs/tiny/images --name run --device cpu --tta --mode tile --scale 20 -b 1", "accepted"),
+    (predict, "inputs/tiny/images --name run --device cpu --tta --mode tile --scale 5 -b 1", "accepted"),
     (predict, "inputs/tiny/images --name run --device cpu --mode resize --scale 2", "refused"),
     (preprocess_dsb2018, "--demo --output inputs/new", "accepted"),
     (preprocess_dsb2018, "--demo --raw raw --output inputs/new", "refused"),

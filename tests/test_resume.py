@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,16 +76,27 @@ def hidden(name):
 # ---------------------------------------------------------------- one process a run
 
 
-def test_a_second_process_is_refused_and_a_killed_one_stands_in_nobodys_way(go, monkeypatch, capsys):
-    command = [sys.executable, REPOSITORY / "train.py", *TINY.split(), "--name", "busy", "--epochs", "5000"]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--num_workers", "2"], env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def started(name, *options):
+    """A process of its own that trains."""
+    command = [sys.executable, REPOSITORY / "train.py", *TINY.split(), "--name", name, *options]
+    settings = {key: value for key, value in os.environ.items() if key != "DEBUG"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_epochs(process, name, epochs):
+    log = Path("models", name, "log.csv")
+    while not log.is_file() or len(log.read_text().splitlines()) <= epochs:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_a_second_process_is_refused_and_a_killed_one_resumes_as_if_nothing_had_happened(go, monkeypatch, capsys):
+    long = "--epochs 8"
+    go(TINY, long, "--name long")
+    process = started("busy", *long.split(), "--num_workers", "2")
     try:
-        while not Path("models/busy/log.csv").is_file():
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_for_epochs(process, "busy", 2)
+        process.send_signal(signal.SIGSTOP)  # it keeps its lock
         for how in ("--name busy --resume", f"{TINY} --name busy --overwrite", f"{TINY} --name busy"):
             with pytest.raises(ValueError, match="is training models/busy right now; wait until it ends"):
                 go(how)
@@ -92,17 +104,20 @@ def test_a_second_process_is_refused_and_a_killed_one_stands_in_nobodys_way(go, 
         with pytest.raises(ValueError, match="another process is training models/busy"):
             call(monkeypatch, transfer_resnet18, transfer)
         call(monkeypatch, val, "--name busy --device cpu")  # reading is free
-        assert process.poll() is None
+        assert process.poll() is None and 2 < len(lines("busy")) < 9
     finally:
         process.kill()
-        process.wait()
-    assert hidden("busy")  # the lock's file is there still, and its loader processes live on for seconds
+        process.wait()  # not for its output, which its loader processes hold open
+    assert hidden("busy")  # the lock's file is still there, and the loader processes live on for seconds
     Path("models/busy/.last.pth.123.tmp").write_bytes(b"half of a check")
-    before = len(lines("busy"))
-    monkeypatch.setattr(engine.Run, "over", lambda run: "enough")
     go("--name busy --resume --num_workers 0")
     assert "without effect on the result: num_workers 0 (run: 2)" in capsys.readouterr().out
-    assert len(lines("busy")) >= before and hidden("busy") == []
+    assert same_run("long", "busy") and hidden("busy") == []
+    assert Path("models/long/model.pth").read_bytes() == Path("models/busy/model.pth").read_bytes()
+    before = {path: path.read_bytes() for path in Path("models/busy").iterdir()}
+    go("--name busy --resume --num_workers 0 --device auto --amp off")
+    assert "all 8 epochs are done" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in Path("models/busy").iterdir()} == before
 
 
 def test_a_mistake_leaves_no_folder(go, place, monkeypatch):
@@ -117,8 +132,18 @@ def test_a_mistake_leaves_no_folder(go, place, monkeypatch):
 # ---------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("file", ["model.pth", "last.pth", "log.csv"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_control_c_keeps_the_last_epoch_and_says_how_to_go_on():
+    process = started("held", "--epochs", "5000", "--num_workers", "2")
+    wait_for_epochs(process, "held", 1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err.strip() == "train.py: stopped", out + err
+    assert out.rstrip().endswith("python train.py --name held --resume") and Path("models/held/last.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "number"), [("model.pth", signal.SIGTERM), ("last.pth", signal.SIGINT), ("log.csv", signal.SIGTERM)]
+)
 def test_a_signal_while_an_epoch_is_kept_waits_until_it_is(go, monkeypatch, capsys, file, number):
     """Between any two of the three files nothing is lost, and nothing half of an epoch is there."""
     name = "write_log" if file == "log.csv" else "save_checkpoint"
@@ -176,7 +201,7 @@ def test_a_run_without_a_whole_epoch_is_started_again(go, monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_run_of_a_gpu_goes_on_without_one_where_auto_says_so(go, capsys):
-    go(f"{TINY} --epochs 1 --name gpu")
+    shutil.copytree("models/straight", "models/gpu")
     path = Path("models/gpu/config.yml")
     path.write_text(path.read_text().replace("device: cpu\n", "device: cuda\n"))
     with pytest.raises(ValueError, match="use --device auto or cpu"):
@@ -195,16 +220,14 @@ def test_a_network_that_draws_random_numbers_is_resumed_alike(go, monkeypatch):
         return model
 
     monkeypatch.setattr(train, "build_model", with_dropout)
-    go(TINY, "--name dropout")
-    stopped_in_step(monkeypatch, 6, f"{TINY} --name dropped")
+    go(TINY, "--epochs 2 --name dropout")
+    stopped_in_step(monkeypatch, 4, f"{TINY} --epochs 2 --name dropped")
     torch.rand(7)
     go("--name dropped --resume")
-    assert same_run("dropout", "dropped") and lines("dropout") != lines("straight")
-
-
-def test_the_same_training_writes_the_same_bytes(go):
-    go(TINY, "--name again")
-    assert Path("models/again/model.pth").read_bytes() == Path("models/straight/model.pth").read_bytes()
+    assert same_run("dropout", "dropped")
+    model = with_dropout(yaml.safe_load(Path("models/dropout/config.yml").read_text())).train()
+    images = torch.rand(1, 3, 32, 32)
+    assert not torch.equal(model(images), model(images))
 
 
 # ---------------------------------------------------------------- the loop of kills

@@ -124,7 +124,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from archs import build_model
-from common.devices import keep_memory, pick_amp, pick_device, precision_name
+from common.devices import keep_memory, memory, pick_amp, pick_device, precision_name
 from common.distributed import is_main, processes, sync_batch_norm
 from common.files import read_yaml
 from common.lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
@@ -284,6 +284,18 @@ def suspicions(folder, found, found_val, count):
 # ---------------------------------------------------------------- building and training
 
 
+def check_memory(config, device):
+    """ValueError when the machine cannot hold the weights: better said now than when the memory is full."""
+    with torch.device("meta"):  # shapes without memory
+        weights = 4 * sum(value.numel() for value in build_model(config).state_dict().values())
+    needed = weights * (4 if device.type == "cpu" else 1)  # with their gradients and the optimizer's two averages
+    if needed > memory():
+        raise ValueError(
+            f"--width {config['width']}: weights, gradients and averages take {needed / 2**30:,.0f} GB, this machine "
+            f"has {memory() / 2**30:,.0f}; take a smaller one"
+        )
+
+
 def build_run(config, model, steps_per_epoch, device, folder=None):
     """The Run that a config describes, with `model` on the device; its folder keeps it."""
     model.to(device)
@@ -317,6 +329,7 @@ def prepare(config, folder, earlier, device, resume):
     keep_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one size: let cuDNN find its fastest convolutions
     seed_everything(config["seed"])
+    check_memory(config, device)
     model = build_model(config)
     if config["sync_bn"]:
         model = sync_batch_norm(model, device)

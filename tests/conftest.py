@@ -13,6 +13,8 @@ import sys
 import threading
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch starts: the tests run in several processes
+
 import cv2
 import numpy as np
 import pytest

@@ -189,7 +189,6 @@ FLAGS = {
         "dataset": ("tiny none", ""),  # the machine's limit needs none
         "raw": ("none", ""),
         "json": ("rows.json", "none/rows.json"),
-        "serve": ("", ""),  # between its own processes
         "data_dir": ("none", ""),  # only `transfer` needs it: test_benchmark.py
         "device": ("", "gpu"),
     },
@@ -207,7 +206,7 @@ SLOW = {
     ("export", "overwrite"),
     ("export", "int8"),
 }
-SLOW |= {("export", "int8"), ("predict", "onnx")} | {("benchmark", flag) for flag in FLAGS[benchmark]}
+SLOW |= {("export", "int8"), ("predict", "onnx")} | {("tools.benchmark", flag) for flag in FLAGS[benchmark]}
 
 
 def actions(script):

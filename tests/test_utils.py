@@ -1,14 +1,10 @@
 """utils.py, by hand; and the one seed that sets all random streams."""
 
 import argparse
-import random
 
-import numpy as np
 import pytest
-import torch
 from torch import nn
 
-from common.devices import seed_everything
 from utils import AverageMeter, count_params, str2bool
 
 
@@ -47,12 +43,3 @@ def test_count_params_counts_what_is_trained():
     assert count_params(model) == (12 + 4) + (4 + 4) + 8
     model[0].weight.requires_grad_(False)
     assert count_params(model) == 4 + 8 + 8
-
-
-def test_a_seed_sets_all_three_streams():
-    def draw(seed):
-        seed_everything(seed)
-        return random.random(), np.random.random(), torch.rand(1).item()
-
-    first, again, other = draw(5), draw(5), draw(6)
-    assert first == again and all(a != b for a, b in zip(first, other, strict=True))

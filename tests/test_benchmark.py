@@ -55,6 +55,7 @@ def test_a_training_step_learns_and_a_validation_step_does_not(monkeypatch, one_
         assert run.amp is None and not config["channels_last"]
 
 
+@pytest.mark.slow
 def test_loading_and_preprocessing(tmp_path):
     """Real workers; the transfer rows are left out with a note, since their data are missing."""
     write_data_set(tmp_path / "inputs" / "tiny", count=10)

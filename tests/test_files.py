@@ -163,7 +163,7 @@ def test_yaml_there_and_back(tmp_path):
         (b"a: b: c", "not a readable YAML"),
         (b"\xff\xfe\x00bad\x81", "not a readable YAML"),
         (b"!!python/object/apply:os.system ['touch pwned']", "not a readable YAML"),
-        (b"[" * 2000, "not a readable YAML"),
+        (b"[" * 1100, "not a readable YAML"),
         (b"- a\n- b\n", "expected `key: value` lines, found list"),
         (b"just text", "expected `key: value` lines, found str"),
         (b"", "expected `key: value` lines, found NoneType"),

@@ -47,17 +47,16 @@ def read_config(folder):
     needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "mean", "std")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
-    wrong = [key for key in TEXTS if not isinstance(config[key], str)]
-    wrong += [key for key, bounds in BOUNDS.items() if not is_within(config[key], bounds)]
-    if config["input_channels"] not in INPUT_CHANNELS:
-        wrong.append("input_channels")
-    if not isinstance(config["deep_supervision"], bool):
-        wrong.append("deep_supervision")
-    wrong += [key for key in ("mean", "std") if not wrong and not are_channels(config, key)]
-    if "level" in config and not is_within(config["level"], (1, 4) if config["deep_supervision"] is True else (4, 4)):
-        wrong.append("level")
-    if "scale" in config and not (_is_number(config["scale"]) and config["scale"] > 0):
-        wrong.append("scale")
+    levels = (1, 4) if config["deep_supervision"] is True else (4, 4)
+    scale = config.get("scale", 1)
+    fits = {key: isinstance(config[key], str) for key in TEXTS}
+    fits.update({key: is_within(config[key], bounds) for key, bounds in BOUNDS.items()})
+    fits["input_channels"] = config["input_channels"] in INPUT_CHANNELS
+    fits["deep_supervision"] = isinstance(config["deep_supervision"], bool)
+    fits.update({key: are_channels(config, key) for key in ("mean", "std")})
+    fits["level"] = "level" not in config or is_within(config["level"], levels)
+    fits["scale"] = _is_number(scale) and scale > 0
+    wrong = [key for key, fit in fits.items() if not fit]
     if wrong:
         found = ", ".join(f"{key} {config[key]!r}" for key in wrong)
         raise ValueError(f"{path} is damaged: {found} is nothing that train.py writes")

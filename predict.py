@@ -13,11 +13,8 @@ results of an earlier call are removed.
 
 --mode resize shows the network the whole picture at the trained size, as in training. --mode tile shows it overlapping
 tiles at the scale of the median training picture, or at --scale. The default, auto, resizes, but takes tiles where
-resizing would make things more than 5 times smaller or larger than in the median picture: on slides and thumbnails. On
-the 134 validation pictures of DSB2018 at their full size, 256 to 1024 pixels, a network trained at 96 pixels reached a
-pooled IoU of 0.823 by resizing and 0.821 in tiles, and 0.805 and 0.790 as the mean over pictures (95 % intervals of the
-differences: -0.014 to 0.008 and -0.030 to -0.003). Tiles won on fluorescence of 696 x 520 (0.838 against 0.823),
-resizing on smears of 1024 x 1024 (0.490 against 0.084), whose nuclei --mode tile shows 4 times as large as in training.
+resizing would make things more than 5 times smaller or larger than in the median picture: on slides and thumbnails.
+docs/RESULTS.md compares the two.
 
 Exit status: 0; 1 when some pictures could not be read and the others are done; 2 when nothing was done.
 """

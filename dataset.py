@@ -74,7 +74,7 @@ def check_split(content, source):
             if not is_plain_name(img_id):
                 raise ValueError(f"{source}: {img_id!r} cannot be the name of an image")
             if img_id in seen:
-                raise ValueError(f"{source}: {img_id} stands in {seen[img_id]} and again in {part}")
+                raise ValueError(f"{source}: {img_id} is in {seen[img_id]} and again in {part}")
             seen[img_id] = part
     return split
 

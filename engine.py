@@ -343,7 +343,7 @@ def fit(run, loader, val_loader, check_stop=no_check, compiled=False):
 def fit_and_keep(run, loader, val_loader, script, stops=None, compiled=False):
     """`fit` as a script runs it: signals wait for the end of a step, and it ends with curves.png in any case.
 
-    script: named in the command that goes on with a stopped run. stops: a common.cli.Stops, or None for a new one.
+    script: named in the command that continues a stopped run. stops: a common.cli.Stops, or None for a new one.
     """
 
     def draw_curves():

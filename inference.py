@@ -261,11 +261,11 @@ class OnnxPredictor:
             self.config["scale"] = float(about.get("scale") or 0)
             self.name = name or Path(about["name"]).name
         except Exception as error:  # ONNX Runtime's errors have no class in common
-            raise ValueError(f"{path} is no ONNX file of export.py ({type(error).__name__})") from None
+            raise ValueError(f"{path} is not an ONNX file of export.py ({type(error).__name__})") from None
         fits = all(is_within(self.config[key], BOUNDS[key]) for key in ("num_classes", "input_h", "input_w"))
         fits = fits and self.config["input_channels"] in INPUT_CHANNELS and 0 <= self.config["scale"] < 1e6
         if not fits or not is_plain_name(self.name):
-            raise ValueError(f"{path} is no ONNX file of export.py: {self.config}")
+            raise ValueError(f"{path} is not an ONNX file of export.py: {self.config}")
         self.about = f"{path}, {self.session.get_providers()[0]}"
 
     def __call__(self, images):

@@ -216,7 +216,7 @@ class Results:
 def build_predictor(options, given):
     """The network that answers; ValueError for options that do not go together."""
     if options.onnx and (unused := given & {"level", "amp"}):
-        raise ValueError(f"--{min(unused)} is no option of --onnx: export.py decided it when it wrote the file")
+        raise ValueError(f"--{min(unused)} is not an option of --onnx: export.py decided it when it wrote the file")
     if options.scale and options.mode == "resize":
         raise ValueError("--scale is an option of --mode tile; --mode resize has the trained size")
     if options.onnx:

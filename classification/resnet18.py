@@ -74,7 +74,7 @@ def fill_body(model, weights, source):
         if key in own and value.shape != own[key].shape
     ]
     if problems:
-        raise ValueError(f"{source} is no state_dict of a ResNet-18: {listed(problems, most=1)}")
+        raise ValueError(f"{source} is not a state_dict of a ResNet-18: {listed(problems, most=1)}")
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in weights.items()}, strict=False)
 
 

@@ -19,7 +19,7 @@ MAX_MESSAGE = 4000  # characters: a message may name some twenty ids
 
 def number(kind, low=-math.inf, high=math.inf):
     """An argparse type: an int or a float (`kind`) within [low, high]; NaN and infinity are refused."""
-    expected = "integer" if kind is int else "number"
+    expected = "an integer" if kind is int else "a number"
     if low > -math.inf:
         expected += f" from {low}"
     if high < math.inf:
@@ -31,7 +31,7 @@ def number(kind, low=-math.inf, high=math.inf):
         except (ValueError, OverflowError):
             value = math.nan
         if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text!r} is no {expected}")
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
         return value
 
     parse.kind, parse.low, parse.high = kind, low, high

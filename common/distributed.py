@@ -132,7 +132,7 @@ def gather(value):
 
 
 def check_same(values):
-    """ValueError in every process unless all have the same dict; also: nobody goes on before all have come here."""
+    """ValueError in every process unless all have the same dict; no process continues before all have called this."""
     for other, found in enumerate(gather(values)):
         if differing := ", ".join(key for key in values if found.get(key) != values[key]):
             raise ValueError(

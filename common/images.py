@@ -191,7 +191,7 @@ def read_thumbnail(path, shorter_side, max_pixels=MAX_PIXELS):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
     except Exception as error:  # decoders raise errors without a common class
-        raise ValueError(f"{path} is no readable picture ({str(error) or type(error).__name__})") from None
+        raise ValueError(f"{path} is not a readable picture ({str(error) or type(error).__name__})") from None
     size = _shrunk(image.size, shorter_side)
     return np.array(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
 

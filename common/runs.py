@@ -119,7 +119,7 @@ def _locked(folder):
 def keeping(folder, script, at_end):
     """A block whose training, when it is stopped by its user or by the system, says what is kept of it.
 
-    script: named in the command that goes on with the run. at_end() is called in any case (it draws the curves); its
+    script: named in the command that continues the run. at_end() is called in any case (it draws the curves); its
     own error never hides another one.
     """
     try:
@@ -127,8 +127,8 @@ def keeping(folder, script, at_end):
     except BaseException as error:
         with contextlib.suppress(Exception):
             at_end()
-        kept = "last whole epoch kept" if (folder / "last.pth").is_file() else "no epoch was finished"
-        kept = f"{kept}; go on with: python {script} --name {shlex.quote(folder.name)} --resume"
+        kept = "the last finished epoch is kept" if (folder / "last.pth").is_file() else "no epoch was finished"
+        kept = f"{kept}; continue with: python {script} --name {shlex.quote(folder.name)} --resume"
         if isinstance(error, KeyboardInterrupt):
             print(f"\n{kept}")
         elif isinstance(error, OSError):
@@ -176,7 +176,7 @@ def resolve_machine(config):
 
 
 def resumed(config, folder, options, given, free, leave_out):
-    """The config of the run in `folder`, to go on with; ValueError when an option was given that differs.
+    """The config of the run in `folder`, to continue it; ValueError when an option was given that differs.
 
     given: names of the options that the user gave; free: those that may differ, because no result depends on them;
     leave_out: those that config.yml does not keep. A run that was stopped in its first epoch has nothing but its
@@ -202,12 +202,12 @@ def resumed(config, folder, options, given, free, leave_out):
             refused.append(f"{key} {value} (run: {config[key]})")
     if refused:
         raise ValueError(
-            f"--resume goes on with the options of {folder}/config.yml, but these differ: {', '.join(refused)}; "
+            f"--resume keeps the options of {folder}/config.yml, but these differ: {', '.join(refused)}; "
             "leave them out, or start a new run under another --name"
         )
     if changed:
         said = ", ".join(f"{key} {value} (run: {config[key]})" for key, value in changed.items())
-        print(f"options that differ from those of {folder}, without effect on the result: {said}")
+        print(f"options that differ from {folder} and do not change the result: {said}")
     return {**config, **changed}
 
 

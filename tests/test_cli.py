@@ -38,20 +38,20 @@ def test_numbers_within_bounds(kind, bounds, text, value):
 @pytest.mark.parametrize(
     ("kind", "bounds", "text", "message"),
     [
-        (int, (1,), "0", "'0' is no integer from 1"),
-        (int, (1, 1024), "1025", "'1025' is no integer from 1 up to 1024"),
-        (int, (0, 2**32 - 1), "4294967296", "'4294967296' is no integer from 0 up to 4294967295"),
-        (int, (), "1.0", "'1.0' is no integer"),
-        (int, (), "", "'' is no integer"),
-        (int, (), "inf", "'inf' is no integer"),
-        (float, (0,), "-1e-9", "'-1e-9' is no number from 0"),
-        (float, (0, 0.999999), "1", "'1' is no number from 0 up to 0.999999"),
-        (float, (-math.inf, 3), "4", "'4' is no number up to 3"),
-        (float, (), "nan", "'nan' is no number"),
-        (float, (), "inf", "'inf' is no number"),
-        (float, (), "-inf", "'-inf' is no number"),
-        (float, (), "1e999", "'1e999' is no number"),
-        (float, (), "ten", "'ten' is no number"),
+        (int, (1,), "0", "expected an integer from 1, found '0'"),
+        (int, (1, 1024), "1025", "expected an integer from 1 up to 1024, found '1025'"),
+        (int, (0, 2**32 - 1), "4294967296", "expected an integer from 0 up to 4294967295, found '4294967296'"),
+        (int, (), "1.0", "expected an integer, found '1.0'"),
+        (int, (), "", "expected an integer, found ''"),
+        (int, (), "inf", "expected an integer, found 'inf'"),
+        (float, (0,), "-1e-9", "expected a number from 0, found '-1e-9'"),
+        (float, (0, 0.999999), "1", "expected a number from 0 up to 0.999999, found '1'"),
+        (float, (-math.inf, 3), "4", "expected a number up to 3, found '4'"),
+        (float, (), "nan", "expected a number, found 'nan'"),
+        (float, (), "inf", "expected a number, found 'inf'"),
+        (float, (), "-inf", "expected a number, found '-inf'"),
+        (float, (), "1e999", "expected a number, found '1e999'"),
+        (float, (), "ten", "expected a number, found 'ten'"),
     ],
 )
 def test_numbers_that_are_refused(kind, bounds, text, message):
@@ -83,10 +83,10 @@ def options_of(*argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--lr", "fast"], "argument --lr/--learning_rate: 'fast' is no number from 0"),
+        (["--lr", "fast"], "argument --lr/--learning_rate: expected a number from 0, found 'fast'"),
         (["--batch", "4"], "unrecognized arguments: --batch 4"),  # no abbreviations
         (["--learning", "1"], "unrecognized arguments: --learning 1"),
-        (["-b", "0"], "argument -b/--batch_size: '0' is no integer from 1"),
+        (["-b", "0"], "argument -b/--batch_size: expected an integer from 1, found '0'"),
         (["--amp", "on"], "argument --amp: invalid choice: 'on'"),
         (["--nesterov", "maybe"], "argument --nesterov: 'maybe' is neither True nor False"),
         (["--lr"], "argument --lr/--learning_rate: expected one argument"),
@@ -127,9 +127,9 @@ def test_default_then_file_then_command_line(tmp_path):
 def test_values_of_the_file_are_checked_by_their_option(tmp_path, capsys):
     config = tmp_path / "my.yml"
     for line, message in (
-        ("batch_size: 0", "argument -b/--batch_size: '0' is no integer from 1"),
-        ("batch_size: 4.5", "argument -b/--batch_size: '4.5' is no integer from 1"),
-        ("lr: .nan", "argument --lr/--learning_rate: 'nan' is no number from 0"),
+        ("batch_size: 0", "argument -b/--batch_size: expected an integer from 1, found '0'"),
+        ("batch_size: 4.5", "argument -b/--batch_size: expected an integer from 1, found '4.5'"),
+        ("lr: .nan", "argument --lr/--learning_rate: expected a number from 0, found 'nan'"),
         ("nesterov: 7", "argument --nesterov: '7' is neither True nor False"),
         ("overwrite: true", "argument --overwrite: ignored explicit argument 'True'"),  # for the command line only
     ):

@@ -85,9 +85,9 @@ def test_a_split_of_ones_own():
         ({"train": ["a"], "val": "b"}, "`val` must be a list"),
         ({"train": ["a", 17], "val": ["b"]}, "`train` must be a list of texts.*quotes"),
         ({"train": {"a": 1}, "val": ["b"]}, "`train` must be a list"),
-        ({"train": ["a", "b"], "val": ["b"]}, "b stands in train and again in val"),
-        ({"train": ["a", "a"], "val": ["b"]}, "a stands in train and again in train"),
-        ({"train": ["a"], "val": ["b"], "test": ["a"]}, "a stands in train and again in test"),
+        ({"train": ["a", "b"], "val": ["b"]}, "b is in train and again in val"),
+        ({"train": ["a", "a"], "val": ["b"]}, "a is in train and again in train"),
+        ({"train": ["a"], "val": ["b"], "test": ["a"]}, "a is in train and again in test"),
     ],
 )
 def test_splits_that_are_refused(content, message):

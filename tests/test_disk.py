@@ -121,7 +121,7 @@ def test_a_full_disk_while_an_epoch_is_kept(straight, place, monkeypatch, file):
             fill(disk)
 
         happened = at_call(monkeypatch, engine, WRITERS[file], accident, is_rewrite(file))
-        expected = f"No space left on device: 'models/run/{file}'; last whole epoch kept; go on with: .* --resume"
+        expected = f"No space left on device: 'models/run/{file}'; the last finished epoch is kept; continue with: .*"
         refused(monkeypatch, train, TINY, "--name run", match=expected)
         (disk / "filler").unlink()
         after = content(disk)
@@ -150,7 +150,7 @@ def test_the_curves_error_never_hides_another(place, monkeypatch):
 
     monkeypatch.setattr(engine, "plot_curves", no_curves)
     at_call(monkeypatch, engine, "set_epoch", lambda: (_ for _ in ()).throw(OSError("the first")), lambda _, n: n == 2)
-    refused(monkeypatch, train, TINY, "--name run", match="^the first; last whole epoch kept")
+    refused(monkeypatch, train, TINY, "--name run", match="^the first; the last finished epoch is kept")
 
 
 def test_a_disk_that_becomes_read_only(straight, place, monkeypatch):
@@ -162,7 +162,11 @@ def test_a_disk_that_becomes_read_only(straight, place, monkeypatch):
 
         at_call(monkeypatch, engine, "save_checkpoint", accident, is_rewrite("last.pth"))
         refused(
-            monkeypatch, train, TINY, "--name run", match="Read-only file system: 'models/run/last.pth'; last whole"
+            monkeypatch,
+            train,
+            TINY,
+            "--name run",
+            match="Read-only file system: 'models/run/last.pth'; the last finished",
         )
         refused(monkeypatch, train, "--name run --resume", match="Read-only file system: 'models/run/.lock'")
         refused(monkeypatch, train, TINY, "--name other", match="Read-only file system: 'models/other'")
@@ -202,7 +206,7 @@ def test_data_that_vanish(straight, place, monkeypatch, damage, workers):
 
     at_call(monkeypatch, engine, "set_epoch", accident, lambda _, epoch: epoch == 2)
     what = {"image": "no image", "all": "no image", "truncated": "image unreadable", "mask": "no mask"}[damage]
-    expected = rf"^inputs/tiny: img\d\d: {what}.*; last whole epoch kept; go on with"
+    expected = rf"^inputs/tiny: img\d\d: {what}.*; the last finished epoch is kept; continue with"
     options = ("--name run --cache False --num_workers", workers)
     refused(monkeypatch, train, TINY, *options, match=expected)
     if damage == "all":
@@ -220,7 +224,8 @@ def test_a_loader_process_that_dies(place, monkeypatch):
 
     at_call(monkeypatch, engine, "set_epoch", accident, lambda _, epoch: epoch == 2)
     options = "--name run --cache False --num_workers 2"
-    refused(monkeypatch, train, TINY, options, match="a loader process died.*last whole epoch kept.*--num_workers 0$")
+    match = "a loader process died.*the last finished epoch is kept.*--num_workers 0$"
+    refused(monkeypatch, train, TINY, options, match=match)
 
 
 # ---------------------------------------------------------------- the other scripts
@@ -248,7 +253,7 @@ def test_a_full_disk_in_the_transfer_job(place, monkeypatch):
             fill(disk)
 
         at_call(monkeypatch, engine, "save_checkpoint", accident, is_rewrite("last.pth"))
-        expected = "No space left on device: 'models/run/last.pth'; last whole epoch kept; go on with"
+        expected = "No space left on device: 'models/run/last.pth'; the last finished epoch is kept; continue with"
         refused(monkeypatch, script, options, "run", match=expected)
         (disk / "filler").unlink()
         after = content(disk)

@@ -92,7 +92,7 @@ def test_unreadable_pictures_are_named_together(tree):
     whole = (tree / "train" / "ants" / "1.jpg").read_bytes()
     (tree / "train" / "ants" / "8.jpg").write_bytes(whole[: len(whole) // 2])
     samples = folders.list_pictures(tree)[1]["train"]
-    expected = r"8.jpg is no readable picture .*, .*9.jpg is no readable picture .*; repair or remove them"
+    expected = r"8.jpg is not a readable picture .*, .*9.jpg is not a readable picture .*; repair or remove them"
     with pytest.raises(ValueError, match=expected) as caught:
         folders.Pictures(samples, 32)
     assert "\n" not in str(caught.value)

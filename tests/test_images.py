@@ -248,7 +248,7 @@ def test_thumbnails_of_damaged_files(tmp_path):
     path = tmp_path / "a.jpg"
     for data in (b"", b"<html>404</html>", file_of(noise(80, 90, 3), "JPEG")[:900]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=f"{path} is no readable picture") as caught:
+        with pytest.raises(ValueError, match=f"{path} is not a readable picture") as caught:
             read_thumbnail(path, 20)
         assert "\n" not in str(caught.value)
 

@@ -75,14 +75,14 @@ def test_without_onnx_runtime_it_says_what_to_install(monkeypatch):
 def test_onnx_files_of_others_are_refused(tmp_path, about):
     pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
     write_onnx(tmp_path / "grey.onnx", **(about if about == {"name": "grey"} else ABOUT | about))
-    with pytest.raises(ValueError, match="grey.onnx is no ONNX file of export.py"):
+    with pytest.raises(ValueError, match="grey.onnx is not an ONNX file of export.py"):
         OnnxPredictor(tmp_path / "grey.onnx")
 
 
 def test_what_is_no_onnx_file(tmp_path):
     pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
     (tmp_path / "a.onnx").write_text("hello")
-    with pytest.raises(ValueError, match="a.onnx is no ONNX file of export.py"):
+    with pytest.raises(ValueError, match="a.onnx is not an ONNX file of export.py"):
         OnnxPredictor(tmp_path / "a.onnx")
     with pytest.raises(FileNotFoundError):
         OnnxPredictor(tmp_path / "nothing.onnx")

@@ -368,9 +368,9 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch, capsys):
         (["a.png", "--name", "other"], "the runs are: tiny"),
         (["a.png", "--max_pixels", "6299"], "90 x 70 pixels are more than 6,299"),
         (["a.png", "--mode", "resize", "--scale", "0.5"], "--scale is an option of --mode tile"),
-        (["a.png", "--onnx", "x.onnx", "--level", "2"], "--level is no option of --onnx"),
+        (["a.png", "--onnx", "x.onnx", "--level", "2"], "--level is not an option of --onnx"),
         (["a.png", "--onnx", "x.onnx"], "x.onnx"),
-        (["a.png", "--onnx", "a.png"], "a.png is no ONNX file of export.py"),
+        (["a.png", "--onnx", "a.png"], "a.png is not an ONNX file of export.py"),
     ]:
         with pytest.raises((ValueError, OSError), match=expected_words):
             call(monkeypatch, *args, device=())

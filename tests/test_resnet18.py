@@ -71,7 +71,7 @@ def test_something_else_is_refused(reference):
         ),
     ]
     for content, reason in wrong:
-        with pytest.raises(ValueError, match=f"x.pth is no state_dict of a ResNet-18: {reason}"):
+        with pytest.raises(ValueError, match=f"x.pth is not a state_dict of a ResNet-18: {reason}"):
             fill_body(ResNet18(2), content, "x.pth")
 
 

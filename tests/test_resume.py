@@ -111,7 +111,7 @@ def test_a_second_process_is_refused_and_a_killed_one_resumes_as_if_nothing_had_
     assert hidden("busy")  # the lock's file is still there, and the loader processes live on for seconds
     Path("models/busy/.last.pth.123.tmp").write_bytes(b"half of a check")
     go("--name busy --resume --num_workers 0")
-    assert "without effect on the result: num_workers 0 (run: 2)" in capsys.readouterr().out
+    assert "do not change the result: num_workers 0 (run: 2)" in capsys.readouterr().out
     assert same_run("long", "busy") and hidden("busy") == []
     assert Path("models/long/model.pth").read_bytes() == Path("models/busy/model.pth").read_bytes()
     before = {path: path.read_bytes() for path in Path("models/busy").iterdir()}
@@ -158,7 +158,10 @@ def test_a_signal_while_an_epoch_is_kept_waits_until_it_is(go, monkeypatch, caps
         patch.setattr(engine, name, disturbed)
         go(TINY, "--name stopped --overwrite")
     assert caught.type.__name__ == ("Terminated" if number == signal.SIGTERM else "KeyboardInterrupt")
-    assert "last whole epoch kept; go on with: python train.py --name stopped --resume" in capsys.readouterr().out
+    assert (
+        "the last finished epoch is kept; continue with: python train.py --name stopped --resume"
+        in capsys.readouterr().out
+    )
     last = load_checkpoint("models/stopped/last.pth")
     assert lines("stopped") == lines("straight")[:2] and len(last["rows"]) == 1 and last["best_epoch"] == 1
     assert Path("models/stopped/curves.png").is_file() and hidden("stopped") == []
@@ -192,7 +195,7 @@ def test_a_signal_in_a_step_ends_the_training_after_it(monkeypatch):
 
 def test_a_run_without_a_whole_epoch_is_started_again(go, monkeypatch, capsys):
     assert stopped_in_step(monkeypatch, 2, f"{TINY} --name first") == [1, 2]
-    assert "no epoch was finished; go on with: python train.py --name first --resume" in capsys.readouterr().out
+    assert "no epoch was finished; continue with: python train.py --name first --resume" in capsys.readouterr().out
     Path("models/first/model.pth").write_bytes(b"as a kill between the two checkpoints leaves it")
     go("--name first --resume")
     assert "has no finished epoch yet: starting with the first" in capsys.readouterr().out
@@ -207,7 +210,7 @@ def test_a_run_of_a_gpu_goes_on_without_one_where_auto_says_so(go, capsys):
     with pytest.raises(ValueError, match="use --device auto or cpu"):
         go("--name gpu --resume")
     go("--name gpu --resume --device auto")
-    assert "without effect on the result: device cpu (run: cuda)" in capsys.readouterr().out
+    assert "do not change the result: device cpu (run: cuda)" in capsys.readouterr().out
 
 
 def test_a_network_that_draws_random_numbers_is_resumed_alike(go, monkeypatch):

@@ -465,7 +465,7 @@ def flat_mask(value):
 def test_splits_of_ones_own(go):
     ids = [f"img{k:02d}" for k in range(9)]
     for content, match in (
-        ({"train": ids[:5], "val": ids[4:6]}, "img04 stands in train and again in val"),
+        ({"train": ids[:5], "val": ids[4:6]}, "img04 is in train and again in val"),
         ({"train": ids[:5], "val": ["nobody"]}, "nobody"),
         ({"train": ids[:5]}, "expected the lists"),
         ({"train": [1, 2], "val": [3]}, "list of texts"),

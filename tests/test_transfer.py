@@ -182,7 +182,9 @@ def test_resuming_gives_the_same_bits(extra, monkeypatch, capsys):
         patch.setattr(engine, "train_one_epoch", interrupted)
         run(*SMALL, "--epochs", 3, *extra, "--overwrite")
     last_line = capsys.readouterr().out.rstrip().split("\n")[-1]
-    assert last_line == "last whole epoch kept; go on with: python transfer_resnet18.py --name run --resume"
+    assert (
+        last_line == "the last finished epoch is kept; continue with: python transfer_resnet18.py --name run --resume"
+    )
     assert [row["epoch"] for row in read_log()] == ["1", "2"]
 
     torch.manual_seed(12345)
@@ -299,7 +301,7 @@ def test_wrong_weight_files_are_one_line():
     torch.save({"conv1.weight": torch.full((2,), torch.nan)}, "nan.pth")
     assert "nan.pth holds weights that are not finite: conv1.weight" in refused(*SMALL, "--weights", "nan.pth")
     torch.save({"a": torch.zeros(2)}, "other.pth")
-    assert "other.pth is no state_dict of a ResNet-18" in refused(*SMALL, "--weights", "other.pth")
+    assert "other.pth is not a state_dict of a ResNet-18" in refused(*SMALL, "--weights", "other.pth")
     assert "absent.pth: no such file" in refused(*SMALL, "--weights", "absent.pth")
     assert not Path("models/run").exists()
 
@@ -390,7 +392,7 @@ def test_a_stopped_run_says_how_to_go_on():
             break
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
-    assert output.rstrip().endswith("go on with: python transfer_resnet18.py --name run --resume")
+    assert output.rstrip().endswith("continue with: python transfer_resnet18.py --name run --resume")
     assert errors.strip() == "transfer_resnet18.py: stopped"
     rows = torch.load("models/run/last.pth", weights_only=True)["rows"]
     assert len(rows) >= 2 and not list(Path("models/run").glob(".*"))

@@ -18,7 +18,7 @@ DEFINITIONS = {
     "dice": "pooled Dice: 2 intersection / (predicted + true) of the same sums",
     "iou_per_image": "mean of the images' IoU; an image with no foreground in either mask scores 1",
     "dice_per_image": "mean of the images' Dice; an image with no foreground in either mask scores 1",
-    "iou_per_batch": "IoU pooled within batches of 16 images in split order, averaged by batch size (pytorch-nested-unet)",
+    "iou_per_batch": "IoU within batches of 16 images in split order, averaged by batch size (pytorch-nested-unet)",
     "miou": "two-class mIoU: mean of background and foreground IoU, pooled, threshold 0.5",
     "miou_ten": "ten-threshold mIoU: two-class mIoU averaged over 0.5, 0.55 ... 0.95 (the U-Net++ authors' Keras code)",
 }

@@ -29,7 +29,7 @@ results-quick: $(VENV)/.ready
 	$(BIN)/python val.py --name default_s$(SEED)
 	$(BIN)/python -m tools.results default_s$(SEED)
 
-PYTEST := -m pytest -q -n auto --dist loadfile
+PYTEST := -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.ready
 	$(BIN)/python $(PYTEST)
 

@@ -1,28 +1,93 @@
 """tools/benchmark.py: real workers on little data, the steps that they time, and the table by hand."""
 
+import contextlib
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, write_data_set
+from conftest import call, run_script, write_data_set
 
 import archs
 from common.images import write_png
 from tools import benchmark, steps, workers
 
 
-@pytest.mark.slow
-def test_the_transfer_rows(tmp_path):
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a data set, raw images and pictures of two classes, the smallest that the rows can be timed on."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", 4), ("val", 2)):
+    write_data_set(tmp_path / "inputs" / "tiny", count=10)
+    for k in range(2):
+        for part in ("images", "masks"):
+            (tmp_path / "raw" / f"id{k}" / part).mkdir(parents=True)
+            write_png(tmp_path / "raw" / f"id{k}" / part / "a.png", np.full((20, 20), 255, np.uint8))
+    for part, count in (("train", 2), ("val", 1)):
         for label in ("ants", "bees"):
             folder = tmp_path / "pictures" / part / label
             folder.mkdir(parents=True)
             for k in range(count):
                 write_png(folder / f"{k}.png", rng.integers(0, 256, (64, 64, 3), np.uint8))
-    result = run_script("tools.benchmark", "--only", "transfer", "--rounds", 1, "--data_dir", "pictures", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+PLACES = ("--dataset", "tiny", "--raw", "raw", "--data_dir", "pictures", "--rounds", 1, "--threads", 1)
+
+
+class Here:
+    """A workers.Worker in this process."""
+
+    def __init__(self, options, task):
+        task = {"device": "cpu", "threads": 1, "clock": options.clock, "dataset": options.dataset, **task}
+        self.step, self.about = steps.WORKERS[task["kind"]](task)
+
+    def __call__(self):
+        started = time.perf_counter()
+        self.result = self.step()
+        return time.perf_counter() - started
+
+    def close(self):
+        return 2**20
+
+
+def test_every_row(place, monkeypatch, capsys, one_thread):
+    """All steps in this process, on small batches, and their table."""
+    monkeypatch.setattr(archs, "upsample", archs.upsample)  # the plain way replaces it
+    monkeypatch.setattr("common.devices.keep_memory", lambda: None)
+    monkeypatch.setattr(benchmark, "ONNX_PACKAGES", ("not_installed",))
+    for module in (steps, benchmark):
+        monkeypatch.setattr(module, "BATCH", 2)
+        monkeypatch.setattr(module, "SIDE", 32)
+
+    def workers_here(options, tasks):
+        return contextlib.nullcontext({name: Here(options, task) for name, task in tasks.items()})
+
+    monkeypatch.setattr(benchmark, "workers", workers_here)
+    call(monkeypatch, benchmark, *PLACES, "--json rows.json")
+    printed = capsys.readouterr().out
+    rows = {row["what"]: row for row in json.loads((place / "rows.json").read_text())["rows"]}
+    assert all(f"| {name} |" in printed for name in rows)
+    plain = {
+        "training step": "training step, plain",
+        "validation step": "training step, plain",
+        "inference L1": "inference L4, plain",
+        "an epoch's batches": "an epoch's batches, plain",
+        "preprocessing": "preprocessing, one thread",
+        "transfer, an epoch, head learns (--freeze)": "transfer, an epoch, plain tutorial loop",
+    }
+    for name, other in plain.items():
+        assert rows[name]["of_plain"] == pytest.approx(rows[name]["seconds"] / rows[other]["seconds"])
+    assert rows["an epoch's batches"]["images"] == 8 and rows["preprocessing"]["images"] == 2
+    assert rows["matrix product 2048 x 2048, float32"]["gflop_per_second"] > 0
+    assert rows["training step"]["of_limit"] > 0 and rows["training step"]["gflop"] > rows["inference L4"]["gflop"]
+
+
+@pytest.mark.slow
+def test_the_transfer_rows(place):
+    result = run_script("tools.benchmark", "--only", "transfer", *PLACES, cwd=place)
     rows = re.findall(r"^\| transfer, an epoch, (.*?) \| [\d.]+ m?s \| ([\d.]+) \|", result.stdout, re.MULTILINE)
     assert [name for name, _ in rows][0] == "plain tutorial loop" and len(rows) == 4 and float(rows[0][1]) == 1
 
@@ -56,19 +121,13 @@ def test_a_training_step_learns_and_a_validation_step_does_not(monkeypatch, one_
 
 
 @pytest.mark.slow
-def test_loading_and_preprocessing(tmp_path):
+def test_loading_and_preprocessing(place):
     """Real workers; the transfer rows are left out with a note, since their data are missing."""
-    write_data_set(tmp_path / "inputs" / "tiny", count=10)
-    for k in range(2):
-        for part in ("images", "masks"):
-            (tmp_path / "raw" / f"id{k}" / part).mkdir(parents=True)
-            write_png(tmp_path / "raw" / f"id{k}" / part / "a.png", np.full((20, 20), 255, np.uint8))
-    options = ("--only", "loading", "preprocess", "transfer", "--rounds", 1, "--threads", 1, "--json", "rows.json")
-    options += ("--dataset", "tiny", "--raw", "raw")
-    result = run_script("tools.benchmark", *options, cwd=tmp_path)
-    assert "no transfer rows: inputs/hymenoptera_data does not exist" in result.stderr
+    options = ("--only", "loading", "preprocess", "transfer", *PLACES, "--data_dir", "gone", "--json", "rows.json")
+    result = run_script("tools.benchmark", *options, cwd=place)
+    assert "no transfer rows: gone does not exist" in result.stderr
     assert "medians of 1 rounds" in result.stdout
-    written = json.loads((tmp_path / "rows.json").read_text())
+    written = json.loads((place / "rows.json").read_text())
     rows = {row["what"]: row for row in written["rows"]}
     plain = {"an epoch's batches": "an epoch's batches, plain", "preprocessing": "preprocessing, one thread"}
     assert set(rows) == {*plain, *plain.values()}
@@ -77,14 +136,14 @@ def test_loading_and_preprocessing(tmp_path):
         assert row["seconds"] > 0 and row["bytes"] > 10e6 and f"| {name} |" in result.stdout
         assert row["of_plain"] == pytest.approx(row["seconds"] / rows[plain.get(name, name)]["seconds"])
     assert {"torch", "numpy"} <= written["versions"].keys() and written["threads"] == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "raw", "rows.json"]  # nothing is left behind
+    assert sorted(path.name for path in place.iterdir()) == ["inputs", "pictures", "raw", "rows.json"]
 
 
 @pytest.mark.slow
 def test_the_network_rows(tmp_path):
     options = ("--only", "limit", "training", "inference", "--rounds", 1, "--threads", 1, "--json", "rows.json")
     run_script("tools.benchmark", *options, cwd=tmp_path, timeout=900)
-    rows = {row["what"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    rows = {row["what"]: row for row in json.loads((place / "rows.json").read_text())["rows"]}
     arithmetic = {4: 9.70, 3: 5.71, 2: 2.90, 1: 1.12}
     for level, gflop in arithmetic.items():
         assert rows[f"inference L{level}"]["gflop"] / benchmark.BATCH == pytest.approx(gflop, abs=0.01)

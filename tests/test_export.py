@@ -48,7 +48,7 @@ def by_hand(model, images, mean, std):
     [
         (lambda: NestedUNet(2, 3, deep_supervision=True, width=2), 3, 2),
         pytest.param(lambda: NestedUNet(1, 1, width=4, deep_supervision=True).prune(2), 1, 1, marks=pytest.mark.slow),
-        (lambda: UNet(1, 4, width=2), 4, 1),
+        pytest.param(lambda: UNet(1, 4, width=2), 4, 1, marks=pytest.mark.slow),
     ],
     ids=["mean of heads", "pruned, grey", "UNet, RGBA"],
 )

@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import report
-from common.cli import Parser, add_machine_options, number, parse_options, run_script
+from common.cli import Parser, add_machine_options, listed, number, parse_options, run_script
 from common.files import atomic_path
 from common.images import MAX_PIXELS, check_pixels, find_pictures, read_picture, squeeze, to_channels, write_png
 from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
@@ -245,9 +245,8 @@ def main():
                 results.add(picture, probabilities)
 
     if not results.images:
-        (path, reason), others = failed[0], len(failed) - 1
-        more = f" (and {others} more)" if others else ""
-        raise ValueError(f"nothing to predict; {path}: {reason}{more}")
+        reasons = [f"{path}: {reason}" for path, reason in failed]
+        raise ValueError(f"nothing to predict; {listed(reasons, most=1)}")
     for path, reason in failed:
         print(f"predict.py: skipped {path}: {reason}", file=sys.stderr)
     print(f"{output}: {len(results.images)} pictures, {len(results.objects)} objects, {len(failed)} skipped")

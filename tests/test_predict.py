@@ -362,7 +362,7 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch, capsys):
         call(monkeypatch)
     assert "required: PATH" in capsys.readouterr().err
     said = run_script("predict.py", "text.png", "nowhere.png", cwd=folder, ok=False)
-    assert "nothing to predict; nowhere.png: no such file (and 1 more)" in said.stderr
+    assert "nothing to predict; nowhere.png: no such file and 1 more" in said.stderr
     for args, expected_words in [
         (["empty"], "nothing to predict; empty: holds no picture"),
         (["a.png", "--name", "other"], "the runs are: tiny"),

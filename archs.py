@@ -20,7 +20,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 DEPTH = 4  # downsamplings, as in both papers
-DEEPEST = f"L{DEPTH}"  # the name of the head of X^{0,4}
 interpolate = functools.partial(F.interpolate, scale_factor=2, mode="bilinear", align_corners=True)
 
 

@@ -8,6 +8,7 @@ val.py, predict.py, export.py and notebooks share it. torch is imported inside t
 ONNX file can be used without PyTorch.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +173,6 @@ def eight_ways(function, images, axes):
 
     images: an array or tensor whose height and width are `axes`; what function returns has them in the same places.
     """
-    import sys
-
     library = np if isinstance(images, np.ndarray) else sys.modules["torch"]
     total = 0
     for turns in range(4):

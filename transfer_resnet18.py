@@ -307,14 +307,13 @@ def build_model(config, classes, folder):
     """The network with the weights to start from; `folder` is that of the run to resume, or None."""
     seed_everything(config["seed"])
     model = ResNet18(len(classes), config["freeze_bn"] or config["freeze"], config["mirror"])
-    path = None
     if folder and (folder / "last.pth").is_file():
         path = folder / "model.pth"  # a frozen body is in no last.pth
+        fill_body(model, load_weights(path), path)
     elif config["weights"] != "none" and is_main():  # the other processes get them from this one
         path = imagenet_file() if config["weights"] == "imagenet" else Path(config["weights"])
-        print(f"weights of {path}; the head is new")
-    if path:
         fill_body(model, load_weights(path), path)
+        print(f"weights of {path}; the head is new")
     return model
 
 

@@ -64,6 +64,12 @@ FLAGS = {
         "early_stopping": ("-1 0 1 1000", "x 0.5"),
         "arch": ("", "Transformer"),
         "deep_supervision": ("", "maybe"),
+        "encoder": ("none efficientnet_lite0", "resnet_18 hf-hub:timm/resnet18 vit_tiny_patch16_224 ../x _"),
+        "stem": ("", "quarter"),
+        "encoder_weights": ("none auto", "models/run none.pth inputs/tiny/images/img00.png"),
+        "encoder_lr": ("0 1e-12 1e-3", "-1 inf 1e30"),
+        "encoder_freeze": ("0 1 1000", "-1 1.5"),
+        "encoder_freeze_bn": ("", "2"),
         "input_channels": ("", "0 2 5"),
         "num_classes": ("1", "0 5 100 101"),  # the data set has one class
         "width": ("1 3", "0 1024 1025"),  # 1024: more memory than a machine has
@@ -287,7 +293,11 @@ def run(patch, script, *words):
 
 def words_of(script, flag, value):
     words = BASE[script].replace(*(("--amp off", "") if flag == "onnx" else ("", "")))  # which export.py decided
+    if flag == "encoder":
+        words += " --encoder_weights none" if value != "none" else ""
     words += " --deep_supervision True" * (flag == "head_weights")
+    if flag == "stem" or flag.startswith("encoder_"):
+        words += " --encoder efficientnet_lite0 --encoder_weights none"
     if flag == "paths":
         return f"{value} {words.split(' ', 1)[1]}"
     return f"{words} --{flag}" if value == "!" else f"{words} --{flag}={value}"

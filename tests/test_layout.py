@@ -20,7 +20,7 @@ MODULES = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
 HOUSE = (
     {"utils"},
     {name for name in MODULES if name.startswith("common.")},
-    {"archs", "losses", "metrics", "augmentation"},
+    {"archs", "losses", "metrics", "instances", "augmentation"},
     {"dataset", *(name for name in MODULES if name.startswith("classification."))},
     {"engine"},
     {"inference", "levels"},
@@ -28,7 +28,12 @@ HOUSE = (
     {name for name in MODULES if name.startswith("tools.")},
 )
 NEIGHBOURS = {"common", "classification", "tools"}  # rows whose modules may import one another; no circle, see below
-LIBRARIES = {"archs": {"torch"}, "losses": {"torch"}, "metrics": {"numpy", "torch"}}
+LIBRARIES = {
+    "archs": {"torch"},
+    "losses": {"torch"},
+    "metrics": {"numpy", "torch"},
+    "instances": {"numpy", "scipy", "skimage"},
+}
 
 
 def parsed(name):

@@ -21,7 +21,7 @@ REACH = (2000, 300, 1)  # smallest area of the nuclei that reach 3, 2 and 1 pixe
 DEFAULTS = {  # of `nuclei`; keys of config.yml
     "mask_threshold": 0.5,
     "contact_threshold": 0.3,
-    "distance_threshold": 0.1,
+    "distance_threshold": 0.2,
     "seed_threshold": 0.5,
     "smallest": 20,
 }

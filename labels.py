@@ -12,11 +12,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common.images import MAX_PIXELS, UNREADABLE, open_picture, quieten_opencv, read_header, upright, write_png
+from common.images import MAX_PIXELS, open_picture, quieten_opencv, read_header, upright, write_png
 from instances import sequential
 
 EXTENSIONS = (".png", ".tif", ".tiff")
 MAX_OBJECTS = np.iinfo(np.uint16).max  # in a file of 16 bits
+UNREADABLE = "unreadable: no whole PNG or TIFF of 8, 16 or 32 bits"
 EXPECTED = "expected one channel of whole numbers of 8, 16 or 32 bits"
 
 
@@ -61,14 +62,18 @@ def _decode(file, max_pixels):
     """An open label file -> (H, W) of whole numbers, upright. ValueError says what is wrong with it."""
     orientation = read_header(file, max_pixels)
     file.seek(0)
-    with open_picture(file) as picture:
-        if (pages := getattr(picture, "n_frames", 1)) > 1:
-            raise ValueError(f"{pages} pages, expected one")
-        file.seek(0)
-        quieten_opencv()
-        array = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
-        if array is None and picture.mode == "I":  # OpenCV before 5.0 knows no unsigned numbers of 32 bits
-            array = np.asarray(picture)
+    quieten_opencv()
+    try:
+        with open_picture(file) as picture:
+            pages = getattr(picture, "n_frames", 1)
+            file.seek(0)
+            array = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+            if array is None and picture.mode == "I":  # OpenCV before 5.0 knows no unsigned numbers of 32 bits
+                array = np.asarray(picture)
+    except Exception:  # damaged files raise errors without a common class
+        raise ValueError(UNREADABLE) from None
+    if pages > 1:
+        raise ValueError(f"{pages} pages, expected one")
     if array is None:
         raise ValueError(UNREADABLE)
     if array.ndim == 3 or array.dtype.kind == "f":

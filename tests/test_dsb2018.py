@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import call, run_script
+from fuzzing import broken, fuzz
 
 import preprocess_dsb2018 as preprocess
 from dsb2018 import find_samples, read_solution
@@ -251,3 +252,14 @@ def test_tables_that_are_wrong(tmp_path, text, message):
 def test_mistakes_end_in_one_line(here, options, message):
     result = run_script("preprocess_dsb2018.py", *options.split(), cwd=here, ok=False)
     assert message in result.stderr.strip().split("\n")[-1] and not (here / "inputs").exists()
+
+
+def test_tables_broken_at_random(count, here, sandbox, capfd):
+    bases = {"solution": (here / "solution.csv").read_bytes()}
+
+    def call(data):
+        Path("free/s.csv").write_bytes(data)
+        for img_id, truth in read_solution(Path("free/s.csv")).items():
+            truth.number_runs(BOXES.get(img_id, ((4, 4),))[0])
+
+    fuzz("dsb2018.read_solution", [*bases.items(), *broken(bases, 2 * count, 9)], call, sandbox, capfd)

@@ -159,7 +159,7 @@ def test_every_threshold_does_what_its_name_says():
 
     assert found() == "111112222"  # at the highest contact; the pixel itself goes to either side
     assert found(mask_threshold=0.7) == "000000000"
-    assert found(contact_threshold=1) in ("111111222", "111111122")  # where the distance is below 0.1
+    assert found(contact_threshold=1) in ("111111222", "111111122")  # where the distance is too small
     assert found(contact_threshold=1, distance_threshold=0) == "111111111"
     assert found(seed_threshold=0.5) == "111111111"  # the second seed does not reach it
     assert found(seed_threshold=0.9) == "111111111"  # none does: the whole part is one nucleus

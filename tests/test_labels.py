@@ -3,10 +3,13 @@
 python -m pytest -q tests/test_labels.py
 """
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 import tifffile
+from fuzzing import broken, fuzz, judge
 
 from common.images import MAX_PIXELS
 from labels import find_labels, read_labels, write_labels
@@ -111,3 +114,23 @@ def test_one_file_for_each_id(tmp_path):
     saved(tmp_path / "a.b.png", LABELS.astype(np.uint8))
     with pytest.raises(ValueError, match=r"several label files, \.png and \.tiff"):
         find_labels(tmp_path, "a.b")
+
+
+def test_files_broken_at_random(count, sandbox, capfd):
+    bases = {}
+    for name, options in (
+        ("a.png", {}),
+        ("a.tif", {}),
+        ("z.tif", {"compression": "zlib"}),
+        ("b.tif", {"tile": (16, 16)}),
+    ):
+        array = np.random.default_rng(0).integers(0, 9, (20, 30)).astype(np.uint16)
+        bases[name] = saved(sandbox / name, array, **options).read_bytes()
+
+    def call(data):
+        Path("free/a.tif").write_bytes(data)
+        labels = read_labels("free/a.tif", max_pixels=2**20)
+        assert labels.dtype == np.int32 and labels.min() >= 0 and labels.max() <= labels.size
+
+    fuzz("labels.read_labels", [*bases.items(), *broken(bases, 2 * count, 8)], call, sandbox, capfd)
+    assert all(judge(call, data) == "accepted" for data in bases.values())

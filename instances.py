@@ -34,12 +34,11 @@ DEFINITIONS = {
     "thresholds, then over images; an image without true nuclei scores 1 if none is predicted, else 0",
     "ap": "TP / (TP + FP + FN) of an image at each of these thresholds, mean over images",
     "ap50": "the first of these, at IoU > 0.5",
-    "f1": "2 TP / (2 TP + FP + FN) at IoU > 0.5, from the nuclei of all images together",
-    "pq": "panoptic quality: sum of the IoU of matched nuclei / (TP + FP / 2 + FN / 2), IoU > 0.5, all images together",
+    "f1": "2 TP / (2 TP + FP + FN) at IoU > 0.5, of all images together; 1 without any nuclei",
+    "pq": "panoptic quality: sum of the IoU of matched nuclei / (TP + FP / 2 + FN / 2), of all images together",
     "predicted": "number of predicted nuclei",
     "true": "number of true nuclei",
-    "count_error": "|predicted - true| / true nuclei of an image, median over the images that have nuclei",
-    "count_bias": "predicted / true nuclei of all images together, minus 1",
+    "count_error": "|predicted - true| / true nuclei of an image (of one at least), median over images",
     "merges": "predicted nuclei that cover more than half of each of two or more true nuclei",
     "splits": "true nuclei that contain more than half of each of two or more predicted nuclei",
     "missed": "true nuclei that are not found at IoU > 0.5 and are in no merge or split",
@@ -217,30 +216,32 @@ def judge(predicted, true):
     predicted nucleus that covers more than half of two or more true ones, and these true ones; SPLIT are a true nucleus
     that contains more than half of two or more predicted ones, and these predicted ones. The rest is FALSE or MISSED.
     """
-    found = match(predicted, true)
-    matched = (
-        20 * found.intersection[:, None] > TWENTIETHS * found.union[:, None]
-    )  # (pairs, 10), each nucleus at most once
-    tp, n, m = matched.sum(0), (found.predicted_areas[1:] > 0).sum(), (found.true_areas[1:] > 0).sum()
-    swallowed = 2 * found.intersection > found.true_areas[found.true]
-    swallowing = np.bincount(found.predicted[swallowed], minlength=len(found.predicted_areas)) > 1
-    inside = 2 * found.intersection > found.predicted_areas[found.predicted]
-    holding = np.bincount(found.true[inside], minlength=len(found.true_areas)) > 1
-    merged, split = swallowed & swallowing[found.predicted], inside & holding[found.true]
+    pairs = match(predicted, true)
+    matched = 20 * pairs.intersection[:, None] > TWENTIETHS * pairs.union[:, None]  # (pairs, 10)
+    found = matched[:, 0]  # above 0.5, a nucleus is in one pair at most
+    covered = 2 * pairs.intersection > pairs.true_areas[pairs.true]
+    inside = 2 * pairs.intersection > pairs.predicted_areas[pairs.predicted]
+    merging = np.bincount(pairs.predicted[covered], minlength=len(pairs.predicted_areas)) > 1  # of each predicted label
+    splitting = np.bincount(pairs.true[inside], minlength=len(pairs.true_areas)) > 1  # of each true label
+    merged, split = covered & merging[pairs.predicted], inside & splitting[pairs.true]
 
-    kinds = []
-    for own_areas, labels, otherwise in (
-        (found.predicted_areas, found.predicted, FALSE),
-        (found.true_areas, found.true, MISSED),
-    ):
+    def kinds(own_areas, labels, otherwise):
         kind = np.where(own_areas > 0, otherwise, NONE).astype(np.uint8)
         kind[0] = NONE
-        for pairs, name in ((split, SPLIT), (merged, MERGED), (matched[:, 0], FOUND)):  # the last one stays
-            kind[labels[pairs]] = name
-        kinds.append(kind)
-    iou = found.intersection / found.union
-    counts = np.stack([tp, n - tp, m - tp], axis=1)
-    return Result(counts, float(iou[matched[:, 0]].sum()), int(swallowing.sum()), int(holding.sum()), *kinds)
+        kind[labels[split]] = SPLIT
+        kind[labels[merged]] = MERGED
+        kind[labels[found]] = FOUND
+        return kind
+
+    tp, count, true_count = matched.sum(0), (pairs.predicted_areas[1:] > 0).sum(), (pairs.true_areas[1:] > 0).sum()
+    return Result(
+        counts=np.stack([tp, count - tp, true_count - tp], axis=1),
+        matched_iou=float((pairs.intersection[found] / pairs.union[found]).sum()),
+        merges=int(merging.sum()),
+        splits=int(splitting.sum()),
+        predicted_kinds=kinds(pairs.predicted_areas, pairs.predicted, FALSE),
+        true_kinds=kinds(pairs.true_areas, pairs.true, MISSED),
+    )
 
 
 # ---------------------------------------------------------------- scores of many images
@@ -262,19 +263,16 @@ def summarise(results):
     table = np.array([result.counts for result in results])  # (images, 10, 3)
     tp, fp, fn = (int(count) for count in table[:, 0].sum(0))
     predicted, true = table[:, 0, :2].sum(-1), table[:, 0, ::2].sum(-1)  # nuclei of each image
-    has_nuclei = true > 0
-    errors = np.abs(predicted - true)[has_nuclei] / true[has_nuclei]
-    ap = precision(table).mean(0)
+    ap, nothing = precision(table).mean(0), tp + fp + fn == 0
     return {
         "official": float(ap.mean()),
         "ap": ap.tolist(),
         "ap50": float(ap[0]),
-        "f1": 2 * tp / max(2 * tp + fp + fn, 1),
-        "pq": sum(result.matched_iou for result in results) / max(tp + (fp + fn) / 2, 1),
+        "f1": 1.0 if nothing else 2 * tp / (2 * tp + fp + fn),
+        "pq": 1.0 if nothing else sum(result.matched_iou for result in results) / (tp + (fp + fn) / 2),
         "predicted": tp + fp,
         "true": tp + fn,
-        "count_error": float(np.median(errors)) if errors.size else 0.0,
-        "count_bias": (tp + fp) / max(tp + fn, 1) - 1,
+        "count_error": float(np.median(np.abs(predicted - true) / np.maximum(true, 1))),
         "merges": sum(result.merges for result in results),
         "splits": sum(result.splits for result in results),
         "missed": sum(int((result.true_kinds == MISSED).sum()) for result in results),

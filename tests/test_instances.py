@@ -314,8 +314,7 @@ def test_summary_by_hand():
         "pq": (1 + 0.8 + 1) / (3 + 3),
         "predicted": 6,
         "true": 6,
-        "count_error": 0.0,  # 0, 0 and 1; the last image has none
-        "count_bias": 0.0,
+        "count_error": 0.5,  # 0, 0, 2 / 2 and 2 / 1
         "merges": 0,
         "splits": 0,
         "missed": 3,
@@ -324,6 +323,8 @@ def test_summary_by_hand():
     assert found == {name: value if name == "ap" else pytest.approx(value) for name, value in expected.items()}
     assert found["official"] == pytest.approx(official_scores(results).mean())
     assert found.keys() == DEFINITIONS.keys()
+    nothing = summarise([judge(EMPTY, EMPTY)])
+    assert [nothing[name] for name in ("official", "f1", "pq", "count_error", "true")] == [1, 1, 1, 0, 0]
 
 
 def test_bootstrap():

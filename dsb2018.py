@@ -256,7 +256,9 @@ def read_solution(path):
                 truth.runs.append(runs)
                 truth.sizes.add((int(size[0]), int(size[1])))
                 truth.ignored |= row.get("Usage") == "Ignored"
-    except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text; expected a table with the columns {', '.join(COLUMNS)}") from None
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: {error}") from None
     if not truths:
         raise ValueError(f"{path}: no rows below the names of the columns")

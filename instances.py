@@ -51,9 +51,12 @@ DEFINITIONS = {
 
 def sequential(labels):
     """Label map of any integers >= 0 -> (H, W) int32 with the numbers 0 ... n in the same order and none missing."""
-    values, inverse = np.unique(labels, return_inverse=True)
-    first = 0 if len(values) and values[0] == 0 else 1
-    return (inverse.reshape(labels.shape) + first).astype(np.int32)
+    if labels.max(initial=0) > labels.size:  # a table with a row for each number would outgrow the picture
+        values, inverse = np.unique(labels, return_inverse=True)
+        labels = inverse.reshape(labels.shape) + int(values[0] > 0)
+    present = areas(labels) > 0
+    present[0] = False
+    return np.cumsum(present, dtype=np.int32)[labels]
 
 
 def areas(labels):

@@ -67,8 +67,9 @@ def build_parser():
     a = parser.add_argument
     a("--url", default=URL, help="where --download finds it (default: %(default)s)")
     a("--fixes", type=Path, help="corrected masks, a folder or zip of <id>/masks/*.png and dropped.txt")
-    a("--solution", type=Path, help="stage1_solution.csv: the nuclei as run lengths, with --raw stage1_test; --native")
-    a("--native", action="store_true", help="keep the sizes of the images, and write labels/: each nucleus its number")
+    runs = "stage1_solution.csv, the run lengths for --raw stage1_test; implies --native unless --img_size is given"
+    a("--solution", type=Path, help=runs)
+    a("--native", action="store_true", help="keep the size of each image, and write labels/, which numbers the nuclei")
     a("--img_size", type=number(int, 8, 4096), default=96, help="side of the squares in pixels (default: %(default)s)")
     folders = "inputs/dsb2018, dsb2018_test or demo, then _<img_size> unless --native"
     a("--output", type=Path, help=f"folder to write (default: {folders})")

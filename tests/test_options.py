@@ -145,6 +145,9 @@ FLAGS = {
         "download": ("", ""),  # test_preprocess.py
         "demo": ("", ""),  # in test_other_combinations, without --raw
         "url": ("", "http://127.0.0.1:1/x"),  # not without --download
+        "fixes": ("raw", "none recipe.yml models inputs/tiny"),
+        "solution": ("", "none recipe.yml models"),  # test_dsb2018.py
+        "native": ("", "!"),  # not with --img_size
         "img_size": ("8 17 96 97", "7 4097"),
         "output": ("new/folder", "models recipe.yml"),
         "overwrite": ("!", ""),
@@ -420,6 +423,9 @@ OTHERS = [
     (predict, "inputs/tiny/images --name run --device cpu --tta --mode tile --scale 5 -b 1", "accepted"),
     (predict, "inputs/tiny/images --name run --device cpu --mode resize --scale 2", "refused"),
     (preprocess_dsb2018, "--demo --output inputs/new", "accepted"),
+    (preprocess_dsb2018, "--demo --native --output inputs/new", "accepted"),
+    (preprocess_dsb2018, "--demo --fixes raw --output inputs/new", "refused"),
+    (preprocess_dsb2018, "--solution recipe.yml --output inputs/new", "refused"),  # without --raw
     (preprocess_dsb2018, "--demo --raw raw --output inputs/new", "refused"),
     (preprocess_dsb2018, "--raw raw --output inputs/tiny --overwrite", "refused"),  # not made by it
     (transfer_resnet18, BASE[transfer_resnet18] + " -b 1", "refused"),  # batch norm sees one value a channel

@@ -206,18 +206,19 @@ def preprocess_images(task):
     """Raw images with their instance masks to squares on disk; the plain way uses one thread."""
     import cv2
 
-    import preprocess_dsb2018 as script
+    from dsb2018 import find_samples
+    from preprocess_dsb2018 import convert
 
     cv2.setNumThreads(1)
-    samples, read = script.find_samples(Path(task["raw"]))
-    ids = list(samples)[:RAW]
+    samples = find_samples(Path(task["raw"]))
+    loads = {img_id: samples[img_id].load for img_id in list(samples)[:RAW]}
     threads = 1 if task["plain"] else os.cpu_count()
 
     def step():
         with tempfile.TemporaryDirectory() as folder:
-            script.convert(Path(folder), ids, lambda img_id: script.load_raw(samples[img_id], read), SIDE, threads)
+            convert(Path(folder), loads, SIDE, threads)
 
-    return step, {"images": len(ids)}
+    return step, {"images": len(loads)}
 
 
 # ---------------------------------------------------------------- transfer learning

@@ -28,7 +28,7 @@ from common.images import decode, foreground, squeeze, squeeze_mask, standardise
 from common.loaders import SharedBatches, WholeBatches, build_loader
 
 ABOUT = ("sizes", "fingerprint")  # the results of Dataset.check that split.yml keeps for each part
-GROUPED = "grouped"  # the value of --split that is not a file of ids
+GROUPED, RANDOM = "grouped", "random"  # the values of --split that are no file of ids
 NAMED_AT_MOST = 20  # ids per kind of problem in a message; the others are only counted
 
 
@@ -123,10 +123,24 @@ class Item(NamedTuple):
     """The files of one id, decoded, before augmentation."""
 
     image: np.ndarray  # (H, W, C) uint8
-    mask: np.ndarray  # (H, W, num_classes) uint8 of 0 and 1
+    mask: np.ndarray  # (H, W, num_classes) uint8 of 0 and 1; in crops.py labels, (H, W, 1)
     digest: bytes  # of the id and the bytes of its files
     size: tuple  # (height, width) in the file
     two_valued: bool  # is the image black and white, like a mask?
+
+
+def read_file(path, what, digest, problems):
+    """What `decode` makes of a file, or None and a line more in problems; its bytes go into the digest."""
+    if not path.is_file():
+        problems.append(f"no {what} ({path.parent})")
+        return None
+    data = path.read_bytes()
+    digest.update(data)
+    try:
+        return decode(data)
+    except ValueError as error:
+        problems.append(f"{what} {error} ({path.parent})")
+        return None
 
 
 def is_two_valued(array):
@@ -153,7 +167,7 @@ class Statistics:
         self.pixels += len(values)
         self.total = self.total + values.sum(0)
         self.squares = self.squares + (values**2).sum(0)
-        self.covered = self.covered + item.mask.sum((0, 1), dtype=np.int64)
+        self.covered = self.covered + np.count_nonzero(item.mask, axis=(0, 1))
 
     def summary(self):
         mean = self.total / self.pixels
@@ -238,7 +252,10 @@ class Dataset(torch.utils.data.Dataset):
 
     def augmented(self, index, stream):
         """The item after the transform, which draws from a numpy Generator: image (H, W, C) and mask, uint8."""
-        image, mask = self.arrays(index)
+        return self.transformed(*self.arrays(index), stream)
+
+    def transformed(self, image, mask, stream):
+        """What the transform makes of image (H, W, C) and mask (H, W[, K]), which moves with the image."""
         if self.transform is None:
             return image, mask
         self.transform.set_random_state(stream, random.Random(int(stream.integers(2**62))))
@@ -279,9 +296,10 @@ class Dataset(torch.utils.data.Dataset):
                     problems.setdefault(problem, []).append(img_id)
                 continue
             statistics.add(item)
+            self.note(item)
             if each:
                 each(item.image)
-            needed = (item.image.nbytes + item.mask.nbytes) * len(self)
+            needed = (item.image.nbytes + item.mask.nbytes) * len(self.img_ids)
             if needed < room:
                 kept.append((item.image, item.mask))
             else:
@@ -293,6 +311,9 @@ class Dataset(torch.utils.data.Dataset):
         self._cache = kept
         return {**statistics.summary(), "bytes": needed, "cached": bool(kept)}
 
+    def note(self, item):
+        """check calls it with every Item, in order, for a subclass that needs to know more."""
+
     def _read_all(self):
         """Yields (id, Item or the ValueError of _read). Reads at most 64 ids ahead: decoded images are large."""
 
@@ -303,31 +324,18 @@ class Dataset(torch.utils.data.Dataset):
                 return error
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV decodes without holding Python's global lock
-            for start in range(0, len(self), 64):
+            for start in range(0, len(self.img_ids), 64):
                 ids = self.img_ids[start : start + 64]
                 yield from zip(ids, pool.map(read, ids), strict=True)
 
     def _read(self, img_id):
         """The Item of an id; raises a ValueError whose args are all the problems of its files."""
         digest, problems = hashlib.blake2b(img_id.encode(), digest_size=16), []
-
-        def content(path, what):
-            if not path.is_file():
-                problems.append(f"no {what} ({path.parent})")
-                return None
-            data = path.read_bytes()
-            digest.update(data)
-            try:
-                return decode(data)
-            except ValueError as error:
-                problems.append(f"{what} {error} ({path.parent})")
-                return None
-
-        image, masks = content(self.img_dir / f"{img_id}{self.img_ext}", "image"), []
+        image, masks = read_file(self.img_dir / f"{img_id}{self.img_ext}", "image", digest, problems), []
         two_valued = image is not None and is_two_valued(image)
         for k in range(self.num_classes):
             folder = self.mask_dir / str(k)
-            mask = content(folder / f"{img_id}{self.mask_ext}", "mask")
+            mask = read_file(folder / f"{img_id}{self.mask_ext}", "mask", digest, problems)
             if mask is None:
                 continue
             if image is not None and mask.shape[:2] != image.shape[:2]:

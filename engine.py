@@ -3,8 +3,8 @@
     run = Run(model, Segmentation(criterion), optimizer, scheduler, device, epochs=80, folder=Path("models/run1"))
     fit(run, loader, val_loader)
 
-train.py and transfer_resnet18.py build what a training is made of; this file loops over it. A task says what differs
-between the jobs: how a batch is laid out, what its loss is, and what is counted to score it.
+train.py and transfer_resnet18.py build what a training is made of; this file loops over it. A task (tasks.py) says what
+differs between the jobs: how a batch is laid out, what its loss is, and what is counted to score it.
 """
 
 import copy
@@ -14,20 +14,18 @@ import time
 
 import numpy as np
 import torch
+from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from archs import as_heads
 from common.cli import Stops
-from common.devices import precision, to_device
+from common.devices import precision
 from common.distributed import copy_main, gather, is_main, parallel, world_size
 from common.files import load_checkpoint, save_checkpoint
 from common.loaders import set_epoch, with_shares
 from common.report import plot_curves
 from common.runs import keeping, write_log
-from losses import mean_over_heads, smooth_borders
-from metrics import count_pixels, summarise
 from utils import AverageMeter
 
 OPTIMIZERS = {  # each takes parameters, or groups of them with learning rates of their own, and the config
@@ -41,6 +39,24 @@ OPTIMIZERS = {  # each takes parameters, or groups of them with learning rates o
         weight_decay=c["weight_decay"],
     ),
 }
+SCHEDULERS = {  # of train.py; steps: batches per epoch
+    "ConstantLR": lambda o, c, steps: lr_scheduler.ConstantLR(o, factor=1.0),
+    "CosineAnnealingLR": lambda o, c, steps: lr_scheduler.CosineAnnealingLR(o, c["epochs"], eta_min=c["min_lr"]),
+    "MultiStepLR": lambda o, c, steps: lr_scheduler.MultiStepLR(
+        o, [int(epoch) for epoch in c["milestones"].split(",")], gamma=c["gamma"]
+    ),
+    # one step per batch: up to lr over the first fifth, then down to almost nothing
+    "OneCycleLR": lambda o, c, steps: lr_scheduler.OneCycleLR(
+        o,
+        [group["lr"] for group in o.param_groups],
+        total_steps=max(10, c["epochs"] * steps),
+        pct_start=0.2,
+        cycle_momentum=False,
+    ),
+    "ReduceLROnPlateau": lambda o, c, steps: lr_scheduler.ReduceLROnPlateau(
+        o, factor=c["factor"], patience=c["patience"], min_lr=c["min_lr"]
+    ),
+}
 
 
 def seed_everything(seed):
@@ -48,64 +64,6 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-# ---------------------------------------------------------------- what differs between the jobs
-
-
-class Segmentation:
-    """Batches are images (N, C, H, W) float32, masks (N, K, H, W) of 0 and 1, and info. The score is pooled IoU.
-
-    criterion: one of losses.LOSSES, averaged over the heads with `head_weights`. border_smoothing softens the masks in
-    training. The score is that of the deepest head at a probability of 0.5.
-    """
-
-    score = "iou"
-
-    def __init__(self, criterion, head_weights=None, border_smoothing=0.0):
-        self.criterion, self.head_weights, self.border_smoothing = criterion, head_weights, border_smoothing
-
-    def to_device(self, batch, device, amp):
-        images, masks, _ = batch
-        return images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-
-    def loss(self, output, masks, training):
-        if training:
-            masks = smooth_borders(masks, self.border_smoothing)
-        return mean_over_heads(self.criterion, as_heads(output), masks, self.head_weights)
-
-    def count(self, output, masks, own):
-        """Pixel counts of the first `own` images together, (K, 1, 4); counts add up over batches and processes."""
-        probabilities = torch.sigmoid(as_heads(output)[-1][:own].float())
-        return count_pixels(probabilities, masks[:own], thresholds=(0.5,)).sum(0)
-
-    def score_of(self, counts):
-        return summarise(counts[None].numpy())["iou"]
-
-
-class Classification:
-    """Batches are images (N, 3, H, W), or features (N, D), and labels (N,) int64. The score is accuracy."""
-
-    score = "acc"
-
-    def __init__(self, criterion):
-        self.criterion = criterion
-
-    def to_device(self, batch, device, amp):
-        images, labels = batch
-        return to_device(images, device, amp), labels.to(device, non_blocking=True)
-
-    def loss(self, logits, labels, training):
-        return self.criterion(logits.float(), labels)
-
-    def count(self, logits, labels, own):
-        """(right, all) of the first `own` images; counts add up over batches and processes."""
-        right = (logits[:own].argmax(1) == labels[:own]).sum()
-        return torch.stack([right, torch.full_like(right, own)])
-
-    def score_of(self, counts):
-        right, total = counts.tolist()
-        return right / total
 
 
 # ---------------------------------------------------------------- one epoch
@@ -132,7 +90,7 @@ def train_one_epoch(run, loader, label="", check_stop=no_check):
             loss = run.task.loss(output, targets, training=True)
             run.learn(loss * (own * world_size() / total))
             with torch.no_grad():
-                counts = counts + run.task.count(output, targets, own)
+                counts = counts + run.task.count(output, targets, own, training=True)
             waiting.append((loss.detach() * (own / total), total))
             bar.update()
             if step % look_every == 0 or step == len(loader):
@@ -160,9 +118,9 @@ def evaluate(model, loader, task, device, amp=None, label="", check_stop=no_chec
         inputs, targets = task.to_device(batch, device, amp)
         with precision(device, amp):
             output = model(inputs)
-        losses.append(task.loss(output, targets, training=False) * len(targets))
-        counts = counts + task.count(output, targets, len(targets))
-        count += len(targets)
+        losses.append(task.loss(output, targets, training=False) * len(inputs))
+        counts = counts + task.count(output, targets, len(inputs), training=False)
+        count += len(inputs)
         check_stop()
     mine = (torch.stack(losses).tolist(), counts.cpu(), count) if losses else None  # more processes than batches
     losses, counts, sizes = zip(*[part for part in gather(mine) if part], strict=True)
@@ -176,7 +134,7 @@ def evaluate(model, loader, task, device, amp=None, label="", check_stop=no_chec
 class Run:
     """What a training is made of, how far it has come, and the folder that keeps it.
 
-    model: what learns, on `device`. task: Segmentation or Classification. scheduler: OneCycleLR is stepped after each
+    model: what learns, on `device`. task: one of tasks.py. scheduler: OneCycleLR is stepped after each
     batch, ReduceLROnPlateau after each epoch with the validation loss, any other after each epoch. amp: the autocast
     dtype or None. ema: decay of the averaged weights, which are then the ones validated and kept; 0 for none.
     early_stopping: epochs without a better validation score, negative for never. seed: the global stream is seeded

@@ -23,16 +23,18 @@ class BCEDiceLoss(nn.Module):
 
     soft Dice = (2 sum(p y) + smooth) / (sum(p) + sum(y) + smooth) with p the sigmoid of the logits, as in Milletari et
     al., V-Net, https://arxiv.org/abs/1606.04797 (with plain sums below the line); `smooth` defines an empty mask.
+    positive_weight: what the cross entropy of a foreground pixel counts, for rare ones.
     """
 
-    def __init__(self, bce_weight=0.5, smooth=1e-5):
+    def __init__(self, bce_weight=0.5, smooth=1e-5, positive_weight=1.0):
         super().__init__()
-        self.bce_weight, self.smooth = bce_weight, smooth
+        self.bce_weight, self.smooth, self.positive_weight = bce_weight, smooth, positive_weight
 
     def forward(self, logits, masks):
         logits = _at_least_float32(logits)
         masks = masks.to(logits.dtype)
-        bce = F.binary_cross_entropy_with_logits(logits, masks)
+        rare = None if self.positive_weight == 1 else logits.new_tensor(self.positive_weight)
+        bce = F.binary_cross_entropy_with_logits(logits, masks, pos_weight=rare)
         probabilities = torch.sigmoid(logits).flatten(2)  # (N, C, P)
         masks = masks.flatten(2)
         overlap = (probabilities * masks).sum(-1)  # (N, C)
@@ -87,6 +89,30 @@ LOSSES = {
     "LovaszHingeLoss": LovaszHingeLoss,
     "BCEWithLogitsLoss": nn.BCEWithLogitsLoss,
 }
+
+
+class MapsLoss(nn.Module):
+    """The loss of the three maps of individual nuclei, mask, contact and distance: the weighted mean of their losses.
+
+    mask_loss: a criterion for the mask. Contact, which few pixels are: binary cross entropy, in which they count
+    threefold, + (1 - soft Dice), whose smooth = 1 asks for nothing where there is no contact. Distance: binary cross
+    entropy, which is least where the probability equals the distance.
+    logits and maps: (N, 3, H, W), channels as in instances.MAPS, maps in [0, 1].
+    """
+
+    def __init__(self, mask_loss, weights=(1, 1, 1)):
+        super().__init__()
+        self.mask_loss, self.weights = mask_loss, weights
+        self.contact_loss = BCEDiceLoss(bce_weight=1.0, smooth=1.0, positive_weight=3.0)
+
+    def forward(self, logits, maps):
+        logits = _at_least_float32(logits)
+        parts = (
+            self.mask_loss(logits[:, :1], maps[:, :1]),
+            self.contact_loss(logits[:, 1:2], maps[:, 1:2]),
+            F.binary_cross_entropy_with_logits(logits[:, 2:], maps[:, 2:].to(logits.dtype)),
+        )
+        return sum(weight * part for weight, part in zip(self.weights, parts, strict=True)) / sum(self.weights)
 
 
 def mean_over_heads(criterion, heads, masks, weights=None):

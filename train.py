@@ -4,24 +4,25 @@ python train.py --arch NestedUNet --deep_supervision True --name run1
 python train.py --name run1 --resume                 # continue a stopped run
 torchrun --nproc_per_node=4 train.py --name run1     # on four GPUs, or in four processes
 python train.py --dataset my_cells --num_classes 2   # inputs/my_cells/{images,masks/0,masks/1}
+python train.py --config configs/nuclei.yml --name nuclei   # nuclei one by one: inputs/dsb2018/{images,labels}
 """
 
 import argparse
-import math
 import shlex
-import sys
 from pathlib import Path
 
-from augmentation import AUGMENTATIONS
+from augmentation import AUGMENTATIONS, OF_NUCLEI, WHOLE_IMAGES
 from common.cli import (
     Parser,
     add_machine_options,
     answer_early,
     auto_or_bool,
     check_config,
+    interval,
     number,
     parse_options,
     run_script,
+    weights,
 )
 from inference import BOUNDS, INPUT_CHANNELS
 from utils import str2bool
@@ -31,9 +32,10 @@ ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml
 FREE_ON_RESUME = {"name", "device", "num_workers", "cache", "checkpointing", *ABOUT_THE_COMMAND}  # no effect on results
 NO_OPTIONS = ("mean", "std", "scale", "environment", "level")  # what config.yml may keep beside the options
 ENCODER_OPTIONS = ("stem", "encoder_weights", "encoder_lr", "encoder_freeze", "encoder_freeze_bn")
-LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS)  # the config.yml of an older run lacks them
+NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance", "map_weights")
+NUCLEI_AUGMENT = "flips,copies,stain,light,noise,paste"  # with --target instances, unless --augment says otherwise
+LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS)  # the config.yml of an older run lacks them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
-MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
 
 
 def build_parser():
@@ -48,7 +50,10 @@ def build_parser():
     a("--seed", type=seed, default=0, help="of initial weights, order and augmentation")
     a("--epochs", type=number(int, 1, 100_000), default=80, help="passes over the training images")
     a("-b", "--batch_size", type=natural, default=16, help="global batch size, shared by torchrun's processes")
-    a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better val_iou; -1: never")
+    a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better score; -1: never")
+
+    targets = "masks: a class per pixel; instances: nuclei one by one, from labels/ (configs/nuclei.yml)"
+    a("--target", choices=("masks", "instances"), default="masks", help=targets)
 
     a = parser.add_argument_group("model").add_argument
     a("-a", "--arch", choices=("NestedUNet", "UNet"), default="NestedUNet", help="network; NestedUNet is U-Net++")
@@ -66,22 +71,48 @@ def build_parser():
     a("--num_classes", type=number(int, *BOUNDS["num_classes"]), default=1, help="folders masks/0, masks/1 ...")
     width = "filters of the first level, doubled four times; default: 32, or with --encoder those of its stages"
     a("--width", type=number(int, *BOUNDS["width"]), help=width)
-    a("--input_w", type=number(int, *BOUNDS["input_w"]), default=96, help="images are resized to this width")
-    a("--input_h", type=number(int, *BOUNDS["input_h"]), default=96, help="images are resized to this height")
+    a(
+        "--input_w",
+        type=number(int, *BOUNDS["input_w"]),
+        default=96,
+        help="images are resized, or cropped, to this width",
+    )
+    a(
+        "--input_h",
+        type=number(int, *BOUNDS["input_h"]),
+        default=96,
+        help="images are resized, or cropped, to this height",
+    )
 
     a = parser.add_argument_group("data").add_argument
     a("--dataset", default="dsb2018_96", help="a folder of inputs/")
     a("--img_ext", default=".png", help="ending of the images' file names")
     a("--mask_ext", default=".png", help="ending of the masks' file names")
-    a("--split", help="grouped: look-alikes on one side; or a split.yml of your own; default: a seeded 80/20 split")
-    a("--split_seed", type=seed, default=41, help="of the 80/20 split and of --split grouped")
-    parts = f"none, or some of {','.join(AUGMENTATIONS)}"
+    split = "random: 80/20; grouped: look-alikes on one side; or a split.yml; default: random, for instances grouped"
+    a("--split", help=split)
+    a("--split_seed", type=seed, default=41, help="of the random and the grouped split")
+    parts = f"none, or some of {','.join(AUGMENTATIONS)}; for instances by default {NUCLEI_AUGMENT}"
     a("--augment", type=augment, default="flips,mild,cutmix", help=parts)
+
+    a = parser.add_argument_group("individual nuclei (--target instances)").add_argument
+    a(
+        "--diameter",
+        type=number(float, 4, 256),
+        default=22,
+        help="to which a picture's median nucleus is scaled, pixels",
+    )
+    a("--scale_range", type=interval(0.1, 10), default="0.5,2", help="of the random factor of a crop's scale")
+    stretched = "percentiles of each picture that become black and white, or none"
+    a("--stretch", type=stretch, default="1,99.8", help=stretched)
+    a("--crops", type=number(int, 1, 10_000_000), help="random crops per epoch; default: as many as training pictures")
+    balance = "0: all pictures are drawn equally often; 1: all kinds of pictures (dark grey, coloured ...) are"
+    a("--kind_balance", type=number(float, 0, 1), default=0.5, help=balance)
+    a("--map_weights", type=weights(3), default="1,1,1", help="of the losses of mask, contact and distance")
 
     a = parser.add_argument_group("optimisation").add_argument
     losses = ("BCEDiceLoss", "BCELovaszLoss", "BCEWithLogitsLoss", "LovaszHingeLoss")
-    a("--loss", choices=losses, default="BCELovaszLoss", help="loss of each head")
-    a("--head_weights", type=head_weights, help="of the losses of L1 to L4, such as 1,2,3,4; default: equal")
+    a("--loss", choices=losses, default="BCELovaszLoss", help="loss of the masks of each head")
+    a("--head_weights", type=weights(4), help="of the losses of L1 to L4, such as 1,2,3,4; default: equal")
     a("--border_smoothing", type=number(float, 0, 0.5), default=0.0, help="soften the training masks at borders")
     a("--optimizer", choices=("Adam", "AdamW", "SGD"), default="AdamW", help="optimizer")
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="learning rate")
@@ -113,12 +144,9 @@ def augment(text):
     return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
 
 
-def head_weights(text):
-    """'1,2,3,4' or '[1, 2, 3, 4]' -> '1,2,3,4', numbers of at least 0, not all 0."""
-    weights = [number(float, 0, 1e6)(part) for part in str(text).strip("[] ").split(",")]
-    if len(weights) != 4 or not any(weights):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 4 numbers, not all of them 0")
-    return ",".join(f"{weight:g}" for weight in weights)
+def stretch(text):
+    """'1,99.8' or 'none'."""
+    return text if text == "none" else interval(0, 100)(text)
 
 
 def milestones(text):
@@ -132,13 +160,11 @@ def milestones(text):
 answer_early(__name__, build_parser)  # the imports below take seconds
 
 import torch
-from torch.optim import lr_scheduler
 
 from archs import WIDTH, build_model
 from common.devices import keep_memory, memory, pick_amp, pick_device, precision_name
 from common.distributed import is_main, processes, sync_batch_norm
 from common.files import read_yaml
-from common.lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
 from common.runs import (
     check_start,
     earlier_files,
@@ -149,32 +175,15 @@ from common.runs import (
     run_folder,
     write_start,
 )
-from dataset import ABOUT, GROUPED, build_dataset, check_split, list_ids, make_loader, split_ids
+from dataset import GROUPED, make_loader
 from encoders import convert_sync_batchnorm, load_encoder
-from engine import OPTIMIZERS, Run, Segmentation, fit_and_keep, seed_everything
+from engine import OPTIMIZERS, SCHEDULERS, Run, fit_and_keep, seed_everything
 from inference import read_config, start_from
-from losses import LOSSES
+from instances import DEFAULTS, MAPS
+from losses import LOSSES, MapsLoss
+from tasks import Instances, Segmentation
+from training_data import build_data, chosen_split
 from utils import count_params
-
-SCHEDULERS = {  # steps: batches per epoch
-    "ConstantLR": lambda o, c, steps: lr_scheduler.ConstantLR(o, factor=1.0),
-    "CosineAnnealingLR": lambda o, c, steps: lr_scheduler.CosineAnnealingLR(o, c["epochs"], eta_min=c["min_lr"]),
-    "MultiStepLR": lambda o, c, steps: lr_scheduler.MultiStepLR(
-        o, [int(epoch) for epoch in c["milestones"].split(",")], gamma=c["gamma"]
-    ),
-    # one step per batch: up to lr over the first fifth, then down to almost nothing
-    "OneCycleLR": lambda o, c, steps: lr_scheduler.OneCycleLR(
-        o,
-        [group["lr"] for group in o.param_groups],
-        total_steps=max(10, c["epochs"] * steps),
-        pct_start=0.2,
-        cycle_momentum=False,
-    ),
-    "ReduceLROnPlateau": lambda o, c, steps: lr_scheduler.ReduceLROnPlateau(
-        o, factor=c["factor"], patience=c["patience"], min_lr=c["min_lr"]
-    ),
-}
-
 
 # ---------------------------------------------------------------- options to a run's config
 
@@ -182,7 +191,7 @@ SCHEDULERS = {  # steps: batches per epoch
 def read_recipe(path):
     """A recipe, or the config.yml of another run, whose findings about its data and machine are not options."""
     recipe = read_yaml(path)
-    left_out = set(NO_OPTIONS)
+    left_out = {*NO_OPTIONS, *DEFAULTS}
     if "environment" in recipe:
         left_out |= {"device", "num_workers"}
     return {key: value for key, value in recipe.items() if key not in left_out}
@@ -200,14 +209,39 @@ def new_config(options):
         raise ValueError("--border_smoothing is for losses with a cross entropy; LovaszHingeLoss sees only 0 and 1")
     if config["scheduler"] in ("CosineAnnealingLR", "ReduceLROnPlateau") and config["lr"] < config["min_lr"]:
         raise ValueError(f"--lr {config['lr']:g} is below --min_lr {config['min_lr']:g}, to which it should fall")
-    return resolve_machine(config | encoder_config(config))
+    return resolve_machine(config | encoder_config(config) | target_config(config))
+
+
+def changed(config, keys):
+    """Those of the options `keys` that have another value than their default."""
+    defaults = build_parser().parse_args([])
+    return [key for key in keys if config[key] != getattr(defaults, key)]
+
+
+def target_config(config):
+    """What --target decides: num_classes, split, augment, thresholds; ValueError for options of the other target."""
+    of_nuclei = config["target"] == "instances"
+    if not of_nuclei and (given := changed(config, NUCLEI_OPTIONS)):
+        raise ValueError(f"--{given[0]} is for individual nuclei; give --target instances")
+    if of_nuclei and config["border_smoothing"]:
+        raise ValueError("--border_smoothing is for --target masks; leave it out")
+    if of_nuclei and config["num_classes"] not in (1, len(MAPS)):  # 3: the config.yml of another run
+        raise ValueError(f"--num_classes {config['num_classes']} is for --target masks; leave it out")
+    found = {}
+    if of_nuclei:
+        found = {"num_classes": len(MAPS), "split": config["split"] or GROUPED, **DEFAULTS}
+        if not changed(config, ["augment"]):
+            found["augment"] = NUCLEI_AUGMENT
+    foreign = WHOLE_IMAGES if of_nuclei else OF_NUCLEI
+    if wrong := [part for part in found.get("augment", config["augment"]).split(",") if part in foreign]:
+        raise ValueError(f"--augment {wrong[0]} does not go with --target {config['target']}; leave it out")
+    return found
 
 
 def encoder_config(config):
     """width and encoder_lr, resolved; ValueError when an encoder's options are given without one."""
     if config["encoder"] == "none":
-        defaults = build_parser().parse_args([])
-        if given := [key for key in ENCODER_OPTIONS if config[key] != getattr(defaults, key)]:
+        if given := changed(config, ENCODER_OPTIONS):
             raise ValueError(f"--{given[0]} needs an --encoder, such as --encoder efficientnet_lite0")
         return {"width": config["width"] or WIDTH}
     if config["encoder_lr"] is not None:
@@ -228,89 +262,6 @@ def resumed_config(options, given):
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
 
 
-# ---------------------------------------------------------------- data
-
-
-def chosen_split(config, folder):
-    """The ids of a resumed run's split.yml (in `folder`), of the user's --split file, or of a seeded 80/20 split."""
-    if folder or config["split"] not in (None, GROUPED):
-        path = folder / "split.yml" if folder else config["split"]
-        return check_split(read_yaml(path), path)
-    ids = list_ids(Path("inputs") / config["dataset"] / "images", config["img_ext"])
-    if not config["split"]:
-        return split_ids(ids, config["split_seed"])
-    sketches = Sketches()
-    build_dataset(config, ids).check(cache=False, each=sketches.add)
-    print(about_groups(groups(sketches)))
-    return grouped_split(ids, sketches, config["split_seed"])
-
-
-def build_data(config, split):
-    """-> training and validation Dataset, checked and cached, and what split.yml notes about them.
-
-    Adds what was found in the data to config: mean, std and, where dataset.yml tells it, scale (pixels of the input
-    per pixel of the raw image).
-    """
-    folder = Path("inputs") / config["dataset"]
-    train_set, val_set = build_dataset(config, split["train"], augment=True), build_dataset(config, split["val"])
-    results, problems, sketches = [], [], Sketches()
-    for dataset in (train_set, val_set):
-        try:
-            results.append(dataset.check(config["cache"], sketches.add))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("; ".join(problems))
-    found, found_val = results
-    if not any(found["foreground"]):
-        raise ValueError(f"{folder / 'masks'}: all {len(train_set)} training masks are empty; nothing could be learned")
-    config.setdefault("mean", found["mean"])
-    config.setdefault("std", found["std"])
-    for dataset in (train_set, val_set):
-        dataset.mean, dataset.std = config["mean"], config["std"]
-    if (folder / "dataset.yml").is_file():
-        config.update(input_scale(folder / "dataset.yml", config))
-
-    size = (found["bytes"] + found_val["bytes"]) / 2**20
-    kept = "kept in memory" if found["cached"] and found_val["cached"] else "read again in each epoch"
-    foreground = ", ".join(f"{part:.1%}" for part in found["foreground"])
-    print(f"{folder}: {len(train_set)} training and {len(val_set)} validation images, {size:.0f} MB, {kept}")
-    print(f"foreground of the training masks {foreground}; mean {config['mean']}, std {config['std']}")
-    for suspicion in suspicions(folder, found, found_val, len(train_set) + len(val_set)):
-        print(f"train.py: warning: {suspicion}", file=sys.stderr)
-    of_twins = twins(sketches, split["train"], split["val"])
-    print(about_twins(of_twins, len(val_set)))
-    about = {key: {"train": found[key], "val": found_val[key]} for key in ABOUT}
-    return train_set, val_set, {**about, "twins": of_twins}
-
-
-def input_scale(path, config):
-    """{"scale": pixels of the input per pixel of the raw image} where dataset.yml tells it, else {}."""
-    about = read_yaml(path)
-    known = [about[key] for key in ("scale", "img_size") if about.get(key)]
-    if not all(type(value) in (int, float) and 0 < value < 1e6 for value in known):
-        raise ValueError(f"{path}: scale and img_size must be numbers above 0, found {known}")
-    if len(known) < 2:
-        return {}
-    side = math.sqrt(config["input_h"] * config["input_w"])
-    return {"scale": round(about["scale"] * side / about["img_size"], 6)}
-
-
-def suspicions(folder, found, found_val, count):
-    """Warnings about valid data that look like a mistake. found: what Dataset.check found in training, validation."""
-    said = []
-    if found["two_valued"] + found_val["two_valued"] == count:
-        said.append(f"all {count} images of {folder / 'images'} are pure black and white; are they masks?")
-    for k, (part, part_val) in enumerate(zip(found["foreground"], found_val["foreground"], strict=True)):
-        masks = folder / "masks" / str(k)
-        if part > MOSTLY:
-            said.append(f"{part:.1%} of the pixels of {masks} are foreground; are the masks inverted?")
-        for name, share in (("training", part), ("validation", part_val)):
-            if not share:
-                said.append(f"all {name} masks of {masks} are empty")
-    return said
-
-
 # ---------------------------------------------------------------- building and training
 
 
@@ -326,13 +277,27 @@ def check_memory(config, device):
         )
 
 
+def build_task(config):
+    """The task that --target names, with its loss."""
+
+    def numbers(text):
+        return [float(part) for part in text.split(",")]
+
+    criterion, head_weights = LOSSES[config["loss"]](), None
+    if config["head_weights"]:
+        head_weights = numbers(config["head_weights"])
+    if config["target"] == "instances":
+        criterion = MapsLoss(criterion, numbers(config["map_weights"]))
+        return Instances(criterion, head_weights, {key: config[key] for key in DEFAULTS})
+    return Segmentation(criterion, head_weights, config["border_smoothing"])
+
+
 def build_run(config, model, steps_per_epoch, device, folder=None):
     """The Run that a config describes, with `model` on the device; its folder keeps it."""
     model.to(device)
     if config["channels_last"]:
         model.to(memory_format=torch.channels_last)
-    weights = [float(part) for part in config["head_weights"].split(",")] if config["head_weights"] else None
-    task = Segmentation(LOSSES[config["loss"]](), weights, config["border_smoothing"])
+    task = build_task(config)
     of_encoder = list(model.encoder.parameters()) if model.encoder else []
     optimizer = OPTIMIZERS[config["optimizer"]](parameter_groups(model, of_encoder, config), config)
     scheduler = SCHEDULERS[config["scheduler"]](optimizer, config, steps_per_epoch)
@@ -412,7 +377,8 @@ def main():
         with processes(pick_device(config["device"])) as device:
             run, loader, val_loader = prepare(config, folder, earlier, device, options.resume)
             fit_and_keep(run, loader, val_loader, "train.py", compiled=config["compile"])
-            print(f"best val_iou {run.best_score:.4f} at epoch {run.best_epoch}, last {run.rows[-1]['val_iou']:.4f}")
+            score = f"val_{run.task.score}"
+            print(f"best {score} {run.best_score:.4f} at epoch {run.best_epoch}, last {run.rows[-1][score]:.4f}")
             print(f"the run is in {folder}; evaluate it: python val.py --name {shlex.quote(config['name'])}")
 
 

@@ -124,7 +124,8 @@ from common.runs import (
     run_folder,
     write_start,
 )
-from engine import OPTIMIZERS, Classification, Run, fit, fit_and_keep, seed_everything
+from engine import OPTIMIZERS, Run, fit, fit_and_keep, seed_everything
+from tasks import Classification
 from utils import count_params
 
 SCHEDULERS = {  # the factor of the learning rate in epoch 0, 1, 2 ...

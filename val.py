@@ -55,7 +55,7 @@ from common.distributed import launched
 from common.files import atomic_path, read_yaml
 from common.images import write_png
 from common.runs import run_folder
-from dataset import GROUPED, build_dataset, changes, check_split, list_ids, make_loader
+from dataset import GROUPED, RANDOM, build_dataset, changes, check_split, list_ids, make_loader
 from inference import Predictor
 from metrics import (
     DEFINITIONS,
@@ -95,7 +95,9 @@ def chosen_images(options, config, folder):
         raise ValueError(f"{root / 'images'} lacks {len(missing)} of {len(ids)} {part}: {listed(missing, 20)}")
     dataset = build_dataset({**config, "dataset": name}, ids)
     found = dataset.check()
-    if run_split and (said := changes(run_split, there, {"val": found}, config.get("split") in (None, GROUPED))):
+    if run_split and (
+        said := changes(run_split, there, {"val": found}, config.get("split") in (None, GROUPED, RANDOM))
+    ):
         print(f"val.py: warning: {root} is not what {folder} was trained on: {'; '.join(said)}", file=sys.stderr)
     if name == config["dataset"] and not run_split and (folder / "split.yml").is_file():
         trained = set(read_yaml(folder / "split.yml").get("train", ()))

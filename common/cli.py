@@ -38,6 +38,30 @@ def number(kind, low=-math.inf, high=math.inf):
     return parse
 
 
+def weights(count):
+    """An argparse type: '1,2,3,4' or '[1, 2, 3, 4]' -> '1,2,3,4', `count` numbers of at least 0, not all 0."""
+
+    def parse(text):
+        found = [number(float, 0, 1e6)(part) for part in str(text).strip("[] ").split(",")]
+        if len(found) != count or not any(found):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {count} numbers, not all of them 0")
+        return ",".join(f"{weight:g}" for weight in found)
+
+    return parse
+
+
+def interval(low, high):
+    """An argparse type: '1,2' or '[1, 2]' -> '1,2', two numbers within [low, high] that do not decrease."""
+
+    def parse(text):
+        found = [number(float, low, high)(part) for part in str(text).strip("[] ").split(",")]
+        if len(found) != 2 or found[0] > found[1]:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected two numbers, the smaller one first")
+        return ",".join(f"{value:g}" for value in found)
+
+    return parse
+
+
 def auto_or_bool(text):
     """An argparse type: "auto" stays as it is, anything else is read by str2bool."""
     return text if text == "auto" else str2bool(text)

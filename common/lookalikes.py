@@ -275,7 +275,7 @@ def grouped_split(ids, sketches, seed):
         largest = max(map(len, members.values()))
         raise ValueError(
             f"--split grouped: {len(ids)} images fall into {len(members)} group(s) of look-alikes, the largest of "
-            f"{largest}; whole groups give {len(val)} validation images, too far from a fifth; leave --split out, or "
+            f"{largest}; whole groups give {len(val)} validation images, too far from a fifth; take --split random, or "
             "give a --split FILE with your own ids under `train:` and `val:`"
         )
     train = sorted(set(range(len(ids))).difference(val))

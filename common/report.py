@@ -35,7 +35,7 @@ OUTCOMES = {  # of a pixel: colour, opacity, meaning; painted in this order, so 
 GAP, CAPTION_HEIGHT, CHARACTER_WIDTH = 8, 20, 6.4  # of a contact sheet, in pixels
 LARGEST_ICON = 128  # pixels; the browser enlarges pictures up to this size without smoothing
 LARGEST_PNG = 200  # pixels; colour pictures with a longer side become JPEG, which is smaller
-PANEL_TITLES = {"lr": "learning rate", "iou": "IoU", "acc": "accuracy"}
+PANEL_TITLES = {"lr": "learning rate", "iou": "IoU", "acc": "accuracy", "official": "official score"}
 
 
 # ---------------------------------------------------------------- pictures

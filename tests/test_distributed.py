@@ -30,9 +30,9 @@ from classification.resnet18 import ResNet18
 from common import cli, distributed, loaders
 from common.loaders import set_epoch
 from dataset import Dataset, build_dataset, make_loader
-from engine import Segmentation
 from inference import Predictor, read_config
 from losses import LOSSES, BCEDiceLoss, mean_over_heads
+from tasks import Segmentation
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 -b 4 --device cpu --amp off --ema 0.9 --lr 0.02"
 CPU = torch.device("cpu")
@@ -73,9 +73,9 @@ class Counting(Segmentation):
 
     images = 0
 
-    def count(self, output, masks, own):
+    def count(self, output, masks, own, training):
         self.images += own
-        return super().count(output, masks, own)
+        return super().count(output, masks, own, training)
 
 
 def judged_unet(count, batch_size):

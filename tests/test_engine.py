@@ -14,8 +14,9 @@ from torch.optim import lr_scheduler
 
 import engine
 from common.files import load_checkpoint
-from engine import Classification, Run, Segmentation, averaged, evaluate, fit, train_one_epoch
+from engine import Run, averaged, evaluate, fit, train_one_epoch
 from losses import BCEDiceLoss, smooth_borders
+from tasks import Classification, Segmentation
 
 CPU = torch.device("cpu")
 

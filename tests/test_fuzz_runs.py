@@ -28,6 +28,7 @@ import engine
 import export
 import preprocess_dsb2018
 import train
+import training_data
 import transfer_resnet18
 import val
 from archs import build_model
@@ -215,7 +216,7 @@ def test_dataset_yml(count, run, sandbox, capfd):
 
     def read(mapping):
         Path("inputs/tiny/dataset.yml").write_text(text_of(mapping))
-        train.build_data(dict(config), split)
+        training_data.build_data(dict(config), split)
 
     fuzz("dataset.yml", spoilt(about, count, 15), read, sandbox, capfd)
     assert judge(read, about) == "accepted" and judge(read, {**about, "scale": "a"}) == "refused"

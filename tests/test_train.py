@@ -19,9 +19,12 @@ from conftest import REPOSITORY, call, trained, write_data_set
 import train
 from common.cli import parse_options
 from common.files import load_checkpoint
-from engine import OPTIMIZERS, Run, Segmentation
+from dataset import build_dataset, split_ids
+from engine import OPTIMIZERS, SCHEDULERS, Run
 from inference import load_trained
 from losses import LOSSES
+from tasks import Segmentation
+from training_data import chosen_split, suspicions
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 2 -b 4 --device cpu --amp off --ema 0.9"
 MODELS = Path("models")
@@ -125,7 +128,7 @@ def rates(optimizer, scheduler, epochs, steps, **config):
     defaults = {**vars(train.build_parser().parse_args([])), "epochs": epochs, **config}
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = OPTIMIZERS[optimizer]([parameter], defaults)
-    schedule = train.SCHEDULERS[scheduler](optimizer, defaults, steps)
+    schedule = SCHEDULERS[scheduler](optimizer, defaults, steps)
     run = Run(torch.nn.Identity(), Segmentation(None), optimizer, schedule, torch.device("cpu"), epochs=epochs)
     found = []
     for epoch in range(1, epochs + 1):
@@ -259,7 +262,7 @@ def test_the_validation_loss_weighs_the_heads_too(go):
     """A head without weight has no part in what a scheduler or a reader sees."""
     go(TINY, "--head_weights 0,0,0,1 --deep_supervision True --weight_decay 0 --epochs 1 --name weighed")
     model, config = load_trained("weighed", torch.device("cpu"), "last")
-    dataset = train.build_dataset(config, yaml.safe_load((MODELS / "weighed" / "split.yml").read_text())["val"])
+    dataset = build_dataset(config, yaml.safe_load((MODELS / "weighed" / "split.yml").read_text())["val"])
     images, masks = (
         torch.stack(part) for part in list(zip(*(dataset[k] for k in range(len(dataset))), strict=True))[:2]
     )
@@ -430,7 +433,7 @@ def test_suspicious_data_are_warned_about(capsys):
         mask = 255 - cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
         path.write_bytes(cv2.imencode(".png", mask)[1].tobytes())
         shutil.copy(path, f"inputs/odd/images/{path.name}")
-    for img_id in train.split_ids(ids)["val"]:
+    for img_id in split_ids(ids)["val"]:
         Path(f"inputs/odd/masks/0/{img_id}.png").write_bytes(flat_mask(0))
     prepared("--dataset odd --name odd")
     bodies, inverted, empty = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
@@ -443,9 +446,10 @@ def test_suspicious_data_are_warned_about(capsys):
 
 def test_ordinary_data_raise_no_suspicion():
     usual = {"foreground": [0.8, 0.1], "two_valued": 3}
-    assert train.suspicions(Path("inputs/a"), usual, usual, 7) == []
+    places = ["masks/0", "masks/1"]
+    assert suspicions(Path("inputs/a"), places, usual, usual, 7) == []
     none = usual | {"foreground": [0.2, 0]}
-    assert train.suspicions(Path("a"), none, usual, 7) == ["all training masks of a/masks/1 are empty"]
+    assert suspicions(Path("a"), places, none, usual, 7) == ["all training masks of a/masks/1 are empty"]
 
 
 def test_swapped_folders_stop_before_the_first_epoch(go):
@@ -511,7 +515,7 @@ def test_twins_on_both_sides_are_named_and_grouped_keeps_them_together(go, capsy
         assert grouped["twins"] == {"identical": {}, "seam": {}, "alike": {}}
         assert "groups of look-alikes: " in capsys.readouterr().out
     assert config_of("grouped")["split"] == "grouped"
-    resumed = train.chosen_split(config_of("grouped"), MODELS / "grouped")  # as written, not drawn again
+    resumed = chosen_split(config_of("grouped"), MODELS / "grouped")  # as written, not drawn again
     assert resumed == {part: grouped[part] for part in ("train", "val")}
     same = (folder / "images" / "f00_0.png").read_bytes()
     for path in (folder / "images").iterdir():

@@ -184,13 +184,13 @@ def onnx_step(task):
 
 def loading_epoch(task):
     """An epoch of augmented batches of the training set, without a network."""
-    import train
     from common.loaders import set_epoch
     from dataset import make_loader
+    from training_data import build_data, chosen_split
 
     config = training_config(task)
     with contextlib.redirect_stderr(io.StringIO()):  # warnings about the data
-        train_set, _, _ = train.build_data(config, train.chosen_split(config, None))
+        train_set, _, _ = build_data(config, chosen_split(config, None))
     loader = make_loader(train_set, BATCH, shuffle=True, num_workers=config["num_workers"])
     epochs = iter(range(1, 2**31))
 

@@ -39,6 +39,7 @@ MULTIPLE = 16  # what a network pads to, or twice that; tiles that begin on it s
 def read_config(folder):
     """The config.yml of a run of train.py. ValueError, in one line, when it describes no such run."""
     from dataset import check_places
+    from instances import DEFAULTS
 
     path = folder / "config.yml"
     if not path.is_file():
@@ -49,7 +50,7 @@ def read_config(folder):
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
     levels = (1, 4) if config["deep_supervision"] is True else (4, 4)
-    scale = config.get("scale", 1)
+    scale, of_nuclei = config.get("scale", 1), config.get("target", "masks") == "instances"
     fits = {key: isinstance(config[key], str) for key in TEXTS}
     fits.update({key: is_within(config[key], bounds) for key, bounds in BOUNDS.items()})
     fits["width"] = fits["width"] or (config["width"] is None and config.get("encoder", "none") != "none")
@@ -60,9 +61,13 @@ def read_config(folder):
     fits["stem"] = config.get("stem", "full") in ("full", "half")
     fits["level"] = "level" not in config or is_within(config["level"], levels)
     fits["scale"] = _is_number(scale) and scale > 0
+    fits["target"] = of_nuclei or config.get("target", "masks") == "masks"
+    if of_nuclei:
+        fits.update({key: _is_number(config.get(key)) and config[key] >= 0 for key in ("diameter", *DEFAULTS)})
+        fits["stretch"] = isinstance(config.get("stretch"), str)
     wrong = [key for key, fit in fits.items() if not fit]
     if wrong:
-        found = ", ".join(f"{key} {config[key]!r}" for key in wrong)
+        found = ", ".join(f"{key} {config.get(key)!r}" for key in wrong)
         raise ValueError(f"{path} is damaged: {found} is nothing that train.py writes")
     try:
         check_places(config)

@@ -38,8 +38,8 @@ def stretch_limits(image, percentiles):
     if percentiles == "none":
         return 0, 255
     cumulative = np.bincount(image.ravel(), minlength=256).cumsum()
-    shares = np.array([float(part) for part in percentiles.split(",")]) / 100
-    low, high = np.searchsorted(cumulative, shares * cumulative[-1]).clip(0, 255).tolist()
+    ranks = np.array([float(part) for part in percentiles.split(",")]) / 100 * cumulative[-1]
+    low, high = np.searchsorted(cumulative, ranks.clip(1, cumulative[-1])).tolist()
     return low, max(high, low + LEAST_RANGE)
 
 

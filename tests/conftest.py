@@ -96,6 +96,31 @@ def write_data_set(folder, count=6, size=(32, 32), num_classes=1, channels=3, se
     return ids
 
 
+def write_label_set(folder, count=6, size=(60, 72), seed=0):
+    """folder/images/<id>.png and folder/labels/<id>.png, 16 bits, ids img00, img01 ...; -> the ids.
+
+    Bright discs on dark noise, in pairs that touch; the radii of a picture are alike, 4 to 9 pixels.
+    """
+    folder, (height, width) = Path(folder), size
+    rng = np.random.default_rng(seed)
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    ids = [f"img{number:02d}" for number in range(count)]
+    for img_id in ids:
+        radius, labels = int(rng.integers(4, 10)), np.zeros(size, np.uint16)
+        for label in range(1, 9):
+            if label % 2:
+                centre = rng.integers(radius, (width - radius, height - radius))
+            else:
+                centre = centre + (2 * radius - 1, 0)
+            cv2.circle(labels, centre.tolist(), radius, label, -1)
+        image = rng.integers(0, 60, (height, width, 3), np.uint8)
+        image[labels > 0] = rng.integers(150, 220, (1, 3))
+        assert cv2.imwrite(str(folder / "images" / f"{img_id}.png"), image)
+        assert cv2.imwrite(str(folder / "labels" / f"{img_id}.png"), labels)
+    return ids
+
+
 @pytest.fixture
 def tiny_data(tmp_path):
     """Six 32 x 32 RGB images and masks of one class in tmp_path/inputs/tiny -> that folder."""

@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_dataset import open_dataset, write
 
-from augmentation import AUGMENTATIONS, augmentation, paste
+from augmentation import AUGMENTATIONS, COVERED, augmentation, paste, paste_nuclei
 from common.loaders import set_epoch
 from dataset import make_loader
 
 USUAL = "flips,mild"
+OF_ONE_IMAGE = [part for part in AUGMENTATIONS if part not in ("cutmix", "paste")]  # those take other items, or nuclei
 
 
 def noisy(tmp_path, count=24, size=(16, 16), num_classes=2):
@@ -188,7 +189,7 @@ def reseed(transform, seed):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("parts", [*AUGMENTATIONS[:-1], ",".join(AUGMENTATIONS)])
+@pytest.mark.parametrize("parts", [*OF_ONE_IMAGE, ",".join(AUGMENTATIONS)])
 def test_every_part_changes_pictures_and_keeps_their_form(tmp_path, parts, channels):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (16, 16, channels), np.uint8)
@@ -203,7 +204,7 @@ def test_every_part_changes_pictures_and_keeps_their_form(tmp_path, parts, chann
     assert changed >= 3
 
 
-@pytest.mark.parametrize("parts", [*AUGMENTATIONS[:-1], ",".join(AUGMENTATIONS)])
+@pytest.mark.parametrize("parts", [*OF_ONE_IMAGE, ",".join(AUGMENTATIONS)])
 def test_alpha_moves_with_the_masks_and_keeps_its_values(tmp_path, parts):
     """A dim image that is opaque where the mask is 1."""
     mask = (np.random.default_rng(0).random((16, 16)) < 0.4).astype(np.uint8) * 255
@@ -295,3 +296,46 @@ def test_paste_by_hand():
 
     image, mask = paste(*(np.zeros((4, 2, 1)),) * 2, np.ones((4, 2, 1)), 2 * np.ones((4, 2, 1)), Stream())
     assert image[..., 0].tolist() == [[0, 0], [0, 0], [0, 1], [0, 1]] and np.array_equal(mask, 2 * image)
+
+
+# ---------------------------------------------------------------- pasted nuclei
+
+
+def discs():
+    """Three discs of different brightness that do not touch, one of them cut by the border -> image, labels."""
+    image, labels = np.full((64, 64, 3), 10, np.uint8), np.zeros((64, 64), np.int32)
+    for label, (centre, radius) in enumerate((((20, 20), 6), ((44, 40), 8), ((63, 10), 7)), 1):
+        cv2.circle(labels, centre, radius, label, -1)
+        image[labels == label] = 60 * label
+    return image, labels
+
+
+def test_pasted_nuclei_are_copies_that_touch_others():
+    image, labels = discs()
+    before = image.copy(), labels.copy()
+    areas, touching, moved = np.bincount(labels.ravel()), 0, 0
+    for seed in range(40):
+        drawn, found = paste_nuclei(image, labels, np.random.default_rng(seed), most=1)
+        assert drawn.dtype == np.uint8 and found.dtype == np.int32 and found.max() <= 4
+        new = found == 4
+        assert np.array_equal(found[~new], labels[~new])  # the others stay where they are not covered
+        if not new.any():
+            continue
+        moved += 1
+        source = int(np.median(drawn[new][:, 0])) // 60
+        assert new.sum() == areas[source] and source != 3  # whole copies, never of a nucleus that the border cuts
+        assert (labels[new] > 0).mean() <= COVERED
+        around = cv2.dilate(new.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        touching += len(np.unique(labels[around])) > 1
+        far = cv2.dilate(new.astype(np.uint8), np.ones((3, 3), np.uint8)) == 0
+        assert np.array_equal(drawn[far], image[far])
+    assert moved > 20 and touching > 0.7 * moved
+    assert all(np.array_equal(*pair) for pair in zip(before, (image, labels), strict=True))  # new arrays
+
+
+def test_nothing_is_pasted_where_there_is_nothing_to_copy():
+    image, labels = discs()
+    labels[labels < 3] = 0
+    for empty in (labels, np.zeros_like(labels)):
+        drawn, found = paste_nuclei(image, empty, np.random.default_rng(0))
+        assert np.array_equal(drawn, image) and np.array_equal(found, empty)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from losses import LOSSES, BCEDiceLoss, BCELovaszLoss, LovaszHingeLoss, mean_over_heads, smooth_borders
+from losses import LOSSES, BCEDiceLoss, BCELovaszLoss, LovaszHingeLoss, MapsLoss, mean_over_heads, smooth_borders
 
 LOGIT_3 = math.log(3)  # its sigmoid is 3/4
 
@@ -220,3 +220,42 @@ def test_smoothed_borders_are_less_sure_and_small_nuclei_stay():
     assert hinge(logits, smooth) == hinge(logits, masks)
     expected = 0.25 * nn.functional.binary_cross_entropy_with_logits(logits, smooth) + hinge(logits, masks)
     torch.testing.assert_close(BCELovaszLoss()(logits, smooth), expected)
+
+
+# ---------------------------------------------------------------- the three maps of individual nuclei
+
+
+def three_maps():
+    """One image of two pixels: logits of mask, contact and distance, whose probabilities are 1/2 and 3/4."""
+    logits = torch.tensor([0.0, LOGIT_3]).reshape(1, 1, 1, 2).repeat(1, 3, 1, 1)
+    maps = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.25]]).reshape(1, 3, 1, 2)
+    half, three = math.log(1 / 2), math.log(3 / 4)
+    mask = -(half + math.log(1 / 4)) / 2
+    contact = -(half + 3 * three) / 2 + 1 - (2 * 3 / 4 + 1) / (5 / 4 + 1 + 1)
+    distance = -(half + three / 4 + math.log(1 / 4) * 3 / 4) / 2
+    return logits, maps, (mask, contact, distance)
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (2, 1, 0.5), (0, 1, 0)])
+def test_the_loss_of_three_maps_by_hand(weights):
+    logits, maps, parts = three_maps()
+    expected = sum(weight * part for weight, part in zip(weights, parts, strict=True)) / sum(weights)
+    assert MapsLoss(nn.BCEWithLogitsLoss(), weights)(logits, maps).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_can_be_that_of_the_mask(name):
+    logits = torch.randn(2, 3, 8, 8, requires_grad=True)
+    MapsLoss(LOSSES[name]())(logits, torch.rand(2, 3, 8, 8).round()).backward()
+    assert torch.isfinite(logits.grad).all() and (logits.grad.flatten(2).abs().sum(-1) > 0).all()
+
+
+def test_a_distance_is_learned_as_a_probability():
+    """The cross entropy is least at the target itself, also between 0 and 1."""
+    logits, target = torch.zeros(1, 3, 4, 4, requires_grad=True), torch.rand(1, 3, 4, 4)
+    optimizer = torch.optim.Adam([logits], 0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        MapsLoss(nn.BCEWithLogitsLoss(), (0, 0, 1))(logits, target).backward()
+        optimizer.step()
+    assert torch.allclose(torch.sigmoid(logits)[:, 2], target[:, 2], atol=0.02)

@@ -16,7 +16,7 @@ import cv2
 import fuzzing
 import numpy as np
 import pytest
-from conftest import write_data_set
+from conftest import write_data_set, write_label_set
 from fuzzing import judge
 
 import archs
@@ -62,6 +62,7 @@ FLAGS = {
         "epochs": ("1 2", "0 -1 1.5"),
         "batch_size": ("1 3 100000", "0 -1"),
         "early_stopping": ("-1 0 1 1000", "x 0.5"),
+        "target": ("", "boxes"),
         "arch": ("", "Transformer"),
         "deep_supervision": ("", "maybe"),
         "encoder": ("none efficientnet_lite0", "resnet_18 hf-hub:timm/resnet18 vit_tiny_patch16_224 ../x _"),
@@ -78,9 +79,15 @@ FLAGS = {
         "dataset": ("tiny five", "none .. /etc _"),
         "img_ext": (".png", ".jpg / _ ../.png"),
         "mask_ext": (".png", ".jpg / ../.png"),
-        "split": ("models/run/split.yml", "none.yml recipe.yml grouped"),  # its images are all of one group
+        "split": ("models/run/split.yml random", "none.yml recipe.yml grouped"),  # its images are all of one group
         "split_seed": ("0 4294967295", "-1"),
-        "augment": ("none flips cutmix,affine,copies,colour,mild,flips", "_ flop flips,,mild none,flips"),
+        "augment": ("none flips cutmix,affine,copies,colour,mild,flips", "_ flop flips,,mild none,flips paste"),
+        "diameter": ("4 22.5 256", "3.9 257"),
+        "scale_range": ("1,1 [0.1,10]", "2,1 1 0,1 1,11 a _"),
+        "stretch": ("none 0,100 [1,99.8]", "99,1 1 -1,50 1,101 a _"),
+        "crops": ("1 7", "0 1.5"),
+        "kind_balance": ("0 1", "-0.1 1.1"),
+        "map_weights": ("1,1,1 [0,0.5,1]", "1,1 0,0,0 1,1,-1 a _"),
         "head_weights": ("1,1,1,1 [0,0,0.5,1]", "1 0,0,0,0 1,1,1,1,1 1,1,1,-1 1,1,1,nan a _"),
         "border_smoothing": ("0 0.25 0.5", "-0.1 0.6"),
         "loss": ("", "MSE"),
@@ -264,6 +271,7 @@ def furnished(tmp_path_factory, one_thread):
             for k in range(number):
                 pixels = np.random.default_rng(k).integers(0, 256, (40, 40, 3), np.uint8)
                 cv2.imwrite(str(target / f"{k}.png"), pixels)
+    write_label_set(folder / "inputs" / "cells", count=5)
     (folder / "recipe.yml").write_text("lr: 1e-4\nmilestones: [1, 2]\nnesterov: no\n")
     (folder / "test.yml").write_text("train: [img00]\nval: [img01]\ntest: [img02]\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -299,6 +307,8 @@ def words_of(script, flag, value):
     if flag == "encoder":
         words += " --encoder_weights none" if value != "none" else ""
     words += " --deep_supervision True" * (flag == "head_weights")
+    if script is train and (flag in train.NUCLEI_OPTIONS or value == "instances"):
+        words += " --target instances --dataset cells --split random --input_w 32 --input_h 32"
     if flag == "stem" or flag.startswith("encoder_"):
         words += " --encoder efficientnet_lite0 --encoder_weights none"
     if flag == "paths":

@@ -141,19 +141,25 @@ class NucleiDataset(Dataset):
         It is the middle of the picture; with a stream (numpy Generator) it is anywhere, preferably around a nucleus.
         """
         image, labels = self.arrays(index)
+        lengths = image.shape[:2]
+        seen = [min(length, max(1, round(side / scale))) for length, side in zip(lengths, self.size, strict=True)]
         for _ in range(TRIES if stream else 1):
-            rows, columns = (
-                line(length, max(1, round(side / scale)), stream)
-                for length, side in zip(image.shape, self.size, strict=False)
-            )
+            rows, columns = (line(length, count, stream) for length, count in zip(lengths, seen, strict=True))
             part = labels[rows][:, columns, 0].astype(np.int32)
-            (top, left), (bottom, right) = (n // 4 for n in part.shape), (n - n // 4 for n in part.shape)
-            if part[top:bottom, left:right].any():
+            middle = tuple(slice(count // 4, count - count // 4) for count in seen)
+            if part[middle].any():
                 break
-        if len(rows) > image.shape[0] or len(columns) > image.shape[1]:
-            part = measure.label(part, connectivity=2)  # mirrored nuclei are nuclei of their own
-        picture = stretch(image[rows][:, columns], self.facts[index].limits)
-        return squeeze(picture, self.size), resize_labels(sequential(part), self.size)
+        size = [
+            min(side, max(1, round(length * scale))) if count == length else side
+            for length, count, side in zip(lengths, seen, self.size, strict=True)
+        ]
+        picture = squeeze(stretch(image[rows][:, columns], self.facts[index].limits), size)
+        part = resize_labels(sequential(part), size)
+        if tuple(size) != tuple(self.size):  # the picture ends before the window does
+            rows, columns = (line(length, side, stream) for length, side in zip(size, self.size, strict=True))
+            picture = picture[rows][:, columns]
+            part = measure.label(part[rows][:, columns], connectivity=2).astype(np.int32)  # mirrored nuclei are others
+        return picture, part
 
     def finished(self, index, image, labels):
         """Arrays of `window` -> an item."""
@@ -193,9 +199,8 @@ class Crops(NucleiDataset):
         return found
 
     def about(self):
-        kinds = ", ".join(
-            f"{count} {kind}" for kind, count in Counter(facts.kind for facts in self.facts).most_common()
-        )
+        counts = Counter(facts.kind for facts in self.facts).most_common()
+        kinds = ", ".join(f"{count} {name}" for name, count in counts)
         diameters = [facts.diameter for facts in self.facts if facts.diameter]
         low, middle, high = np.percentile(diameters, (5, 50, 95))
         return (

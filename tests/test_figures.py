@@ -29,7 +29,12 @@ def docs(place, tmp_path, monkeypatch):
 
 def test_the_figures_of_the_newest_run(docs, monkeypatch):
     call(monkeypatch, figures)
-    assert sorted(path.name for path in docs.iterdir()) == ["features.png", "nodes.png", "nodes_encoder.png", "picture.png"]
+    assert sorted(path.name for path in docs.iterdir()) == [
+        "features.png",
+        "nodes.png",
+        "nodes_encoder.png",
+        "picture.png",
+    ]
     plain, encoded = (cv2.imread(str(docs / name)) for name in ("nodes.png", "nodes_encoder.png"))
     assert plain.shape == encoded.shape == (660, 1000, 3) and not np.array_equal(plain, encoded)
     colours = set(map(tuple, plain.reshape(-1, 3)[:, ::-1].tolist()))

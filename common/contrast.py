@@ -18,6 +18,7 @@ LOW, HIGH = 0.01, 99.99  # percent
 SAMPLED_PIXELS = 2**22  # that percentiles are taken of; of a larger picture every second (third ...) row and column
 
 
+@np.errstate(all="ignore")  # floats may be as large as 1e308
 def stretch(array):
     """(H, W[, C]) of any real type -> uint8: percentile LOW becomes 0, percentile HIGH becomes 255.
 
@@ -42,7 +43,7 @@ def _limits(array):
     smooth = array
     if array.dtype not in (np.uint16, np.int16):  # the types that OpenCV's median knows
         middle = np.median(finite)
-        smooth = np.nan_to_num(array, nan=middle, posinf=middle, neginf=middle).astype(np.float32)
+        smooth = np.nan_to_num(array, nan=middle, posinf=middle, neginf=middle).astype(np.float32, copy=False)
     smooth = cv2.medianBlur(np.ascontiguousarray(smooth), 3)[::step, ::step]
     low, high = np.percentile(smooth, (LOW, HIGH))
     if low == high:  # all pixels but a few are equal: those few are what there is to see
@@ -50,12 +51,13 @@ def _limits(array):
     return float(low), float(high)
 
 
-@np.errstate(all="ignore")  # floats of 1e308
 def _scale(array, low, high):
     """low -> 0, high -> 255, uint8, clipped; everything is 0 where the limits are equal."""
     narrow = np.zeros(array.shape, np.uint8)
     factor = 255 / (high - low) if high > low else 0
     for line in range(0, len(array), 64):  # float64 for all lines at once would take eight times the picture
-        block = np.nan_to_num(array[line : line + 64].astype(np.float64), nan=low, posinf=high, neginf=low)
+        block = array[line : line + 64].astype(np.float64)
+        if array.dtype.kind == "f":
+            block = np.nan_to_num(block, nan=low, posinf=high, neginf=low)
         narrow[line : line + 64] = np.round((block.clip(low, high) - low) * factor)
     return narrow

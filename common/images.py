@@ -210,7 +210,7 @@ def _decode_plain(file):
 def _decode_page(stack, number, max_pixels, chosen):
     """A page of a TIFF -> what `decode` returns. chosen: the numbers of its channels, in the order RGB, or None."""
     stack.check(number, max_pixels)
-    if stack.is_plain and chosen is None:
+    if stack.is_plain and not stack.is_simple and chosen is None:
         array = _decode_plain(stack.file)
         if array is not None and array.dtype in (np.uint8, stack.dtype(0)):
             return array

@@ -25,8 +25,12 @@ PIXEL_BYTES = 8  # in a page, for each of the allowed pixels: four channels of 1
 GREY, RGB, PALETTE = (0, 1), 2, 3  # PhotometricInterpretation; grey where 0 is white or black
 ALPHA = ((1,), (2,))  # ExtraSamples: one, of associated or unassociated alpha
 SLIDES = ("svs", "scn", "ndpi", "bif", "philips", "qpi", "avs")  # whose other series are labels and overviews
-MICROMETRES = {"µm": 1, "μm": 1, "\\u00B5m": 1, "um": 1, "micron": 1, "microns": 1}  # as OME and ImageJ spell them
-MICROMETRES |= {"pm": 1e-6, "Å": 1e-4, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25_400, "inch": 25_400}
+LIBTIFF = (1, 2, 3, 4, 5, 7, 8, 32773, 32946)  # the usual compressions, which Pillow's libtiff has: LZW, JPEG, Deflate
+SAVE_ANEW = "save it with 8 or 16 bits per sample and without compression"
+MICROMETRES = {  # units as OME and ImageJ spell them
+    **dict.fromkeys(("µm", "μm", "\\u00B5m", "um", "micron", "microns"), 1),  # two different letters, and an escape
+    **{"pm": 1e-6, "Å": 1e-4, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25_400, "inch": 25_400},
+}
 
 
 def is_tiff(begins):
@@ -90,6 +94,8 @@ def _pages_of(series):
     axes, shape, key = series.get_axes(True), series.get_shape(True), series.keyframe
     if key.axes not in ("YX", "YXS", "SYX", "CYX"):
         raise TiffError(f"unreadable: a page has the axes {key.axes}, expected Y, X and channels")
+    if key.dtype is None or key.dtype.kind not in "buif":
+        raise TiffError(f"unreadable: {_storage(key)}; {SAVE_ANEW}")
     outer = shape[: len(shape) - len(key.shape)]
     claimed = math.prod(outer)
     frames = claimed if series.is_truncated else len(series)
@@ -185,6 +191,12 @@ class Stack:
         colour = page.is_colour and (key.axes == "YXS" or key.dtype == np.uint8)  # planes of 16 bits come out mixed
         return len(self) == 1 and len(page.frames) == 1 and key.index == 0 and (grey or colour)
 
+    @property
+    def is_simple(self):
+        """Whether the first page's pixels are stored byte by byte: `read` then takes no more memory than they do."""
+        page = self.pages[0]
+        return _is_raw(page.key) and page.key.photometric != PALETTE and page.samples in (1, 3)
+
     def dtype(self, number):
         """The numpy dtype of a page as it is stored; bool for one bit."""
         return np.dtype(self.pages[number].key.dtype)
@@ -227,7 +239,7 @@ class Stack:
         """Frame `index` of a page's series -> (H, W, C)."""
         series, key = page.series, page.key
         if not _is_raw(key):
-            array = self._decode(series[index])
+            array = self._decode(page, series[index])
         else:
             array = self._read_raw(series, index)
             if key.photometric == PALETTE:
@@ -250,24 +262,30 @@ class Stack:
         ends = [start + count for start, count in zip(frame.dataoffsets, frame.databytecounts, strict=True)]
         if not ends or max(ends) > self.tiff.filehandle.size:
             raise TiffError(UNREADABLE)
-        return frame.asarray(maxworkers=1)
+        return frame.asarray(maxworkers=1, buffersize=2**24)
 
-    def _decode(self, frame):
+    def _decode(self, page, frame):
         """A frame of any other kind -> (H, W[, C]) as Pillow's libtiff decodes it, which turns it upright."""
-        key = frame.keyframe
+        key, unknown = page.key, TiffError(f"unreadable: {_storage(page.key)}; {SAVE_ANEW}")
         try:
             self.file.seek(0)
             picture = open_picture(self.file)
             picture.seek(frame.index)
+        except Exception:  # as above
+            raise unknown from None
+        try:
             if picture.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "RGBX"):
                 picture = picture.convert("RGB")
             elif picture.mode in ("1", "LA"):
                 picture = picture.convert("L")
             array = np.asarray(picture)
         except Exception:  # as above
-            raise TiffError(f"{UNREADABLE}, or a page that is stored as {_storage(key)}") from None
-        if key.dtype != bool and not np.can_cast(key.dtype, array.dtype):
-            raise TiffError(f"unreadable: a page of {_storage(key)}; save it without compression")
+            raise TiffError(UNREADABLE) if key.compression in LIBTIFF else unknown from None
+        channels = math.prod(array.shape[2:])
+        whole = channels >= 3 if page.is_colour else channels == page.samples
+        lossless = key.dtype == bool or np.can_cast(key.dtype, array.dtype)  # Pillow keeps 8 of 16 bits in colours
+        if not (whole and lossless):
+            raise unknown
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
@@ -278,7 +296,8 @@ def _is_raw(key):
 
 
 def _storage(key):
-    return f"{key.dtype} {key.axes}, {key.compression.name} compression"
+    """How the pixels of a tifffile.TiffPage are stored, for a message."""
+    return f"{key.dtype} of axes {key.axes} in {key.compression.name} compression"
 
 
 # ---------------------------------------------------------------- the size of a pixel

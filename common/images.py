@@ -60,9 +60,17 @@ def find_pictures(paths, leave_out=None):
             inside = (file for file in sorted(folder.rglob("*")) if is_picture(file) and file.is_file())
             found += [file for file in inside if file.parent.resolve() != left_out]
         if not found:
-            failed.append((path, "holds no picture" if matches else "no such file"))
+            failed.append((path, _why_nothing(matches)))
         files.update((file.resolve(), file) for file in found)
     return list(files.values()), failed
+
+
+def _why_nothing(folders):
+    if not folders:
+        return "no such file"
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    endings = sorted({file.suffix.lower() for file in files if not is_picture(file)} - {""})
+    return f"holds no picture; its files end in {listed(endings)}" if endings else "holds no picture"
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def list_pages(files, number=None, channels=None):
             failed.append((path, getattr(error, "strerror", None) or str(error)))
             continue
         if number is not None and number >= count:
-            failed.append((path, f"no page {number}; it has {count}, counted from 0"))
+            failed.append((path, f"has no page {number}; it has {count}, counted from 0"))
         elif count == 1:
             pictures.append(path)
         else:
@@ -120,11 +128,7 @@ def _count_pages(file, channels):
     if not is_tiff(file.read(4)):
         return 1
     with Stack(file) as stack:
-        try:
-            _wanted_channels(stack, 0, channels)
-        except ValueError as error:
-            hint = "" if channels else "; choose with --channels, such as --channels 0 or 2,1,0"
-            raise ValueError(f"{error}{hint}") from None
+        _wanted_channels(stack, 0, channels)
         return len(stack)
 
 
@@ -177,12 +181,13 @@ def read_picture(path, max_pixels=MAX_PIXELS):
 
 
 def _decode(file, max_pixels, chosen=None):
+    file.seek(0)
     begins = file.read(4)
     file.seek(0)
     if is_tiff(begins):
         with Stack(file) as stack:
             if len(stack) > 1:
-                raise ValueError(f"{len(stack)} pages, expected 1; save each page as a file of its own")
+                raise ValueError(f"has {len(stack)} pages, expected 1; save each page as a file of its own")
             return _decode_page(stack, 0, max_pixels, chosen)
     orientation = read_header(file, max_pixels)
     array = _decode_plain(file)
@@ -226,14 +231,15 @@ def _wanted_channels(stack, number, chosen):
     if chosen is not None:
         return _choose_channels(chosen, names)
     if not stack.is_colour(number) and len(names) not in (1, 3):
-        raise ValueError(f"{len(names)} channels ({_numbered(names)}), expected 1 or 3")
+        found = f"has {len(names)} channels ({_numbered(names)}), expected 1 or 3"
+        raise ValueError(f"{found}; choose with predict.py --channels, such as 0 or 2,1,0, or save those alone")
     return list(range(len(names)))
 
 
 def _choose_channels(chosen, names):
     """The numbers `chosen` as they are; ValueError when there is no such channel."""
     if max(chosen) >= len(names):
-        raise ValueError(f"no channel {max(chosen)}; the channels are {_numbered(names)}")
+        raise ValueError(f"has no channel {max(chosen)}; its channels are {_numbered(names)}")
     return list(chosen)
 
 
@@ -271,7 +277,6 @@ def read_thumbnail(path, shorter_side, max_pixels=MAX_PIXELS):
 def _is_deep(file):
     """Whether Pillow would not give all that an open file holds: more than 8 bits, several pages or channels."""
     begins = file.read(26)
-    file.seek(0)
     if is_tiff(begins):
         with Stack(file) as stack:
             return not (stack.is_plain and stack.dtype(0) in (np.uint8, bool))

@@ -12,6 +12,7 @@ and channels are counted from 0. Other files that the metadata of an OME-TIFF na
 
 import logging
 import math
+import struct
 import warnings
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -96,6 +97,8 @@ def _pages_of(series):
         raise TiffError(f"unreadable: a page has the axes {key.axes}, expected Y, X and channels")
     if key.dtype is None or key.dtype.kind not in "buif":
         raise TiffError(f"unreadable: {_storage(key)}; {SAVE_ANEW}")
+    if 0 in key.shape:
+        raise TiffError(UNREADABLE)
     outer = shape[: len(shape) - len(key.shape)]
     claimed = math.prod(outer)
     frames = claimed if series.is_truncated else len(series)
@@ -122,6 +125,17 @@ def _open(file):
     warnings.filterwarnings("ignore", module="tifffile")
     file.seek(0)
     return tifffile.TiffFile(file, is_ndtiff=False, is_mmstack=False, _multifile=False)
+
+
+def _is_cut(tiff):
+    """Whether the last page that tifffile found points to a next one beyond the end of the file."""
+    form, file = tiff.tiff, tiff.filehandle
+    last = tiff.pages[len(tiff.pages) - 1]
+    file.seek(last.offset)
+    [tags] = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+    file.seek(last.offset + form.tagnosize + tags * form.tagsize)
+    [following] = struct.unpack(form.offsetformat, file.read(form.offsetsize))
+    return following >= file.size
 
 
 def _ome_pixels(tiff):
@@ -158,6 +172,8 @@ class Stack:
         self.file = file
         try:
             self.tiff = _open(file)
+            if _is_cut(self.tiff):
+                raise TiffError("unreadable: the file ends before its last page")
             self.ome = _ome_pixels(self.tiff)
             self.pages = _list_pages(self.tiff)
         except TiffError:
@@ -284,7 +300,8 @@ class Stack:
         channels = math.prod(array.shape[2:])
         whole = channels >= 3 if page.is_colour else channels == page.samples
         lossless = key.dtype == bool or np.can_cast(key.dtype, array.dtype)  # Pillow keeps 8 of 16 bits in colours
-        if not (whole and lossless):
+        swapped = self.tiff.byteorder == ">" and picture.mode in ("I", "F")  # once by libtiff, again by Pillow
+        if swapped or not (whole and lossless):
             raise unknown
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 

@@ -10,6 +10,7 @@ raise anything else, warn, print from inside a library, take longer than LIMIT_S
 code from a file, or write anywhere but into its own output.
 """
 
+import contextlib
 import io
 import pickle
 import random
@@ -147,10 +148,9 @@ def test_stacks(count, sandbox, capfd):
         path.write_bytes(data)
         tiff.pixel_size(path)
         pages, failed = images.list_pages([path])
-        reader = images.PageReader()
-        for page in pages[:30]:
-            images.to_channels(reader.read(page), 3)
-        reader.close()
+        with contextlib.closing(images.PageReader()) as reader:
+            for page in pages[:30]:
+                images.to_channels(reader.read(page), 3)
         if failed:
             raise ValueError(failed[0][1])
 

@@ -288,9 +288,8 @@ def test_batches_hold_pictures_of_one_size(workplace, monkeypatch):
     config, failed = {"input_channels": 3, "input_h": 32, "input_w": 48}, []
 
     def sizes(**options):
-        options = Namespace(
-            **{"mode": "tile", "scale": 1.0, "max_pixels": 10**6, "batch_size": 2, "channels": None} | options
-        )
+        given = {"mode": "tile", "scale": 1.0, "max_pixels": 10**6, "batch_size": 2, "channels": None}
+        options = Namespace(**given | options)
         return [len(batch) for batch in predict.read_batches(files, options, config, failed)]
 
     assert sizes() == [2, 1, 1, 1] and [path.name for path, _ in failed] == ["bad.png"]

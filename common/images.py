@@ -232,7 +232,7 @@ def _wanted_channels(stack, number, chosen):
         return _choose_channels(chosen, names)
     if not stack.is_colour(number) and len(names) not in (1, 3):
         found = f"has {len(names)} channels ({_numbered(names)}), expected 1 or 3"
-        raise ValueError(f"{found}; choose with predict.py --channels, such as 0 or 2,1,0, or save those alone")
+        raise ValueError(f"{found}; choose with predict.py --channels (0, or 2,1,0), or save those to use alone")
     return list(range(len(names)))
 
 

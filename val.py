@@ -6,7 +6,6 @@ python val.py --name run1 --split my_split.yml      # the `test:` ids of a split
 python val.py --name run1 --levels                  # what each pruned model costs and gives
 """
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -105,6 +104,16 @@ def chosen_images(options, config, folder):
     return dataset, f"{name}, {part}", run_split
 
 
+def output_folder(options, name):
+    """outputs/<name> for the run's own validation images, a folder inside it for those of --dataset and --split."""
+    inner = []
+    if options.dataset:
+        inner.append("dataset_" + "_".join(Path(options.dataset).parts))
+    if options.split:
+        inner.append(f"split_{Path(options.split).stem}")
+    return Path("outputs", name, *inner)
+
+
 def judge(predictor, loader, label=None, on_batch=None):
     """Pixel counts of every image of a loader -> {head: int64 (images, classes, thresholds, 4)}.
 
@@ -132,18 +141,19 @@ class Predictions:
         self.masks.update(zip(img_ids, predicted, strict=True))  # (classes, H, W) bool
 
     def write(self, folder):
-        """Replace the folders 0, 1 ... of `folder`, and nothing else there, once all masks are written."""
+        """Replace the masks of the same images, once all are written; nothing else in `folder` changes."""
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".masks_") as temporary:
+            written = []
             for img_id, planes in self.masks.items():
                 for k, plane in enumerate(planes):
                     path = Path(temporary) / str(k) / f"{img_id}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_png(path, plane.astype(np.uint8) * 255)
-            for old in [path for path in folder.glob("[0-9]*") if path.name.isdigit()]:
-                shutil.rmtree(old)
-            for new in Path(temporary).iterdir():
-                new.rename(folder / new.name)
+                    written.append(path)
+            for path in written:
+                (folder / path.parent.name).mkdir(exist_ok=True)
+                path.replace(folder / path.parent.name / path.name)
 
 
 # ---------------------------------------------------------------- tables
@@ -313,7 +323,7 @@ def main():
     name, config, head = predictor.name, predictor.config, predictor.model.head_names[-1]
     if options.level == "mean":
         head = "mean"
-    folder, output = run_folder(name), Path("outputs") / name
+    folder, output = run_folder(name), output_folder(options, name)
     dataset, what, run_split = chosen_images(options, config, folder)
     loader = make_loader(dataset, options.batch_size, num_workers=options.num_workers)
     averaged = ", mean over eight flips and turns" if options.tta else ""

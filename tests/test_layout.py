@@ -23,7 +23,7 @@ HOUSE = (
     {"archs", "losses", "metrics", "augmentation"},
     {"dataset", *(name for name in MODULES if name.startswith("classification."))},
     {"engine"},
-    {"inference", "levels"},
+    {"inference", "levels", "predictions"},
     {"preprocess_dsb2018", "train", "val", "predict", "export", "transfer_resnet18"},
     {name for name in MODULES if name.startswith("tools.")},
 )

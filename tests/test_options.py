@@ -115,6 +115,8 @@ FLAGS = {
         "paths": ("inputs inputs/tiny/images/*.png", "none"),
         "name": ("run", "none .. a/b"),
         "onnx": ("run.onnx", "none.onnx inputs/tiny/images/img00.png"),
+        "output": ("new/results", "recipe.yml inputs/tiny/images"),
+        "resume": ("!", ""),
         "level": ("", "0 5"),
         "mode": ("", "whole"),
         "scale": ("0.01 1 10", "0 1000"),

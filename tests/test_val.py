@@ -36,9 +36,9 @@ def place(tmp_path_factory, one_thread):
     kept = folder / "outputs" / "two" / "predict" / "mine.png"
     kept.parent.mkdir(parents=True)
     kept.write_text("not val's")
-    stale = folder / "outputs" / "two" / "3" / "stale.png"
-    stale.parent.mkdir()
-    stale.write_text("of an earlier run")
+    (folder / "outputs" / "two" / "2024").mkdir()
+    (folder / "outputs" / "two" / "0").mkdir()
+    (folder / "outputs" / "two" / "0" / "corrected.tif").write_text("not val's either")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         call(patch, train, TRAIN, "--dataset two --num_classes 2 --deep_supervision True --name two")
@@ -117,8 +117,9 @@ def test_the_headline_has_its_interval_and_every_metric_its_definition(place):
 def test_earlier_output_is_replaced_and_nothing_else(place):
     output = place[0] / "outputs" / "two"
     written = ["0", "1", "examples.png", "metrics.csv", "report.html"]
-    assert sorted(path.name for path in output.iterdir()) == sorted([*written, "predict"])
+    assert sorted(path.name for path in output.iterdir()) == sorted([*written, "2024", "predict"])
     assert (output / "predict" / "mine.png").read_text() == "not val's"
+    assert (output / "0" / "corrected.tif").read_text() == "not val's either"
 
 
 def test_the_report_asks_the_network_for_nothing_and_names_the_classes(place):
@@ -140,12 +141,19 @@ def test_no_figure_depends_on_the_batch_size(go):
 
 
 def test_newest_run_other_data_and_splits(go, place):
+    def own():
+        return {path: path.read_bytes() for path in Path("outputs/one").glob("*") if path.is_file()}
+
     assert go().out.startswith("models/one: one, validation images of the run, 2 images")
+    before = own()
     assert go("--dataset other").out.startswith("models/one: other, images of the folder, 3 images")
     ids = [f"img{k:02d}" for k in range(6)]
     Path("mine.yml").write_text(yaml.safe_dump({"train": ids[:2], "val": ids[2:3], "test": ids[3:]}))
     assert go("--split mine.yml").out.startswith("models/one: one, test ids of mine.yml, 3 images")
-    assert sorted(path.stem for path in Path("outputs/one/0").iterdir()) == ids[3:]
+    for folder, expected in (("dataset_other", ids[:3]), ("split_mine", ids[3:])):
+        assert sorted(path.stem for path in Path("outputs/one", folder, "0").iterdir()) == expected
+        assert (Path("outputs/one") / folder / "report.html").is_file()
+    assert before and own() == before
 
 
 def test_warns_when_the_data_have_changed(go):

@@ -16,7 +16,8 @@ import numpy as np
 from common.devices import pick_amp, pick_device, precision, precision_name
 from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
-from common.runs import newest_run, run_folder
+from common.runs import check_kind, newest_run, run_folder
+from data_folder import check_places
 
 BOUNDS = {  # smallest and largest value of train.py's options that a run's readers use
     "num_classes": (1, 100),
@@ -38,13 +39,12 @@ MULTIPLE = 16  # what a network pads to; tiles that begin on it pool the same pi
 
 def read_config(folder):
     """The config.yml of a run of train.py. ValueError, in one line, when it describes no such run."""
-    from dataset import check_places
-
     path = folder / "config.yml"
     if not path.is_file():
         known = ", ".join(sorted(found.parent.name for found in folder.parent.glob("*/config.yml"))) or "none"
         raise FileNotFoundError(f"{path}: no such file; the runs are: {known}")
     config = read_yaml(path)
+    check_kind(config, "arch", folder)
     needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "mean", "std")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
@@ -137,13 +137,17 @@ def start_from(model, config):
         path = (path if path.is_dir() else Path("models") / path) / "model.pth"
     if not path.is_file():
         raise FileNotFoundError(f"--weights {config['weights']}: no such file, and no run: {path} does not exist")
+    cut = None
     if (path.parent / "config.yml").is_file():
         other = {**read_yaml(path.parent / "config.yml"), "input_channels": config["input_channels"]}
         config.update({key: other[key] for key in ("mean", "std") if are_channels(other, key)})
+        cut = other.get("level")
     weights, own = load_weights(path), model.state_dict()
     fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     fresh = sorted(own.keys() - fitting.keys())
     if wrong := [key for key in fresh if not key.startswith("final")]:
+        if cut:
+            raise ValueError(f"{path.parent} is a run cut to level {cut}; --weights needs the whole run")
         found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "missing"
         raise ValueError(
             f"{path} does not fit: {wrong[0]} is {found} there, {tuple(own[wrong[0]].shape)} here ({len(wrong)} of "

@@ -19,6 +19,7 @@ from common.cli import (
     answer_early,
     auto_or_bool,
     check_config,
+    data_set,
     number,
     parse_options,
     run_script,
@@ -59,7 +60,7 @@ def build_parser():
     a("--input_h", type=number(int, *BOUNDS["input_h"]), default=96, help="images are resized to this height")
 
     a = parser.add_argument_group("data").add_argument
-    a("--dataset", default="dsb2018_96", help="a folder of inputs/")
+    a("--dataset", type=data_set, default="dsb2018_96", help="a folder of inputs/")
     a("--img_ext", default=".png", help="ending of the images' file names")
     a("--mask_ext", default=".png", help="ending of the masks' file names")
     a("--split", help="grouped: look-alikes on one side; or a split.yml of your own; default: a seeded 80/20 split")
@@ -138,7 +139,8 @@ from common.runs import (
     run_folder,
     write_start,
 )
-from dataset import ABOUT, GROUPED, build_dataset, check_split, list_ids, make_loader, split_ids
+from data_folder import check_layout, list_ids
+from dataset import ABOUT, GROUPED, build_dataset, check_split, make_loader, split_ids
 from engine import OPTIMIZERS, Run, Segmentation, fit_and_keep, seed_everything
 from inference import read_config, start_from
 from losses import LOSSES
@@ -333,6 +335,7 @@ def prepare(config, folder, earlier, device, resume):
     model = build_model(config)
     if config["sync_bn"]:
         model = sync_batch_norm(model, device)
+    check_layout(config)
     split = chosen_split(config, folder if resume else None)
     if config["weights"] and not begun:
         start_from(model, config)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common.cli import Parser, add_machine_options, answer_early, listed, number, parse_options, run_script
+from common.cli import Parser, add_machine_options, answer_early, data_set, listed, number, parse_options, run_script
 from inference import LEVELS
 
 HEADINGS = {  # of the printed tables; the definitions follow them
@@ -29,7 +29,11 @@ def build_parser():
     parser = Parser(description=__doc__)
     a = parser.add_argument
     a("--name", help="models/<name>; default: the newest run")
-    a("--dataset", help="evaluate all images of this folder of inputs/; default: the run's validation images")
+    a(
+        "--dataset",
+        type=data_set,
+        help="evaluate all images of this folder of inputs/; default: the run's validation images",
+    )
     a("--split", help="evaluate the `test:` ids of this split.yml")
     a("-b", "--batch_size", type=number(int, 1), default=16, help="affects the speed only")
     group = parser.add_mutually_exclusive_group()
@@ -54,7 +58,8 @@ from common.distributed import launched
 from common.files import atomic_path, read_yaml
 from common.images import write_png
 from common.runs import run_folder
-from dataset import GROUPED, build_dataset, changes, check_split, list_ids, make_loader
+from data_folder import check_layout, classes_of, list_ids
+from dataset import GROUPED, build_dataset, changes, check_split, make_loader
 from inference import Predictor
 from metrics import (
     DEFINITIONS,
@@ -73,6 +78,15 @@ from metrics import (
 # ---------------------------------------------------------------- what to evaluate
 
 
+def check_classes(config, name, folder):
+    """ValueError when the data set has other classes than the run in `folder`; FileNotFoundError for missing files."""
+    root, count = Path("inputs") / name, config["num_classes"]
+    found = len(classes_of(root))
+    if name != config["dataset"] and found not in (0, count):
+        raise ValueError(f"{root / 'masks'} has {found} class folder(s), but {folder} predicts {count} class(es)")
+    check_layout({**config, "dataset": name})
+
+
 def chosen_images(options, config, folder):
     """-> Dataset of the run's validation images, of another data set, or of a split's test ids; and what to call it.
 
@@ -80,6 +94,7 @@ def chosen_images(options, config, folder):
     """
     name = options.dataset or config["dataset"]
     root = Path("inputs") / name
+    check_classes(config, name, folder)
     run_split = read_yaml(folder / "split.yml") if not (options.dataset or options.split) else {}
     if options.split:
         ids, part = check_split(read_yaml(options.split), options.split).get("test"), f"test ids of {options.split}"

@@ -15,7 +15,7 @@ from classification.resnet18 import ResNet18
 from common.devices import pick_amp, pick_device, precision, to_device
 from common.files import load_weights, read_yaml
 from common.images import find_pictures, standardise
-from common.runs import newest_run, run_folder
+from common.runs import check_kind, newest_run, run_folder
 from common.tables import merge_table, read_table
 
 SHOWN = 40  # predictions that are printed; the file has all
@@ -24,6 +24,7 @@ SHOWN = 40  # predictions that are printed; the file has all
 def read_run(folder):
     """The config.yml of a run; ValueError when it is not of this script."""
     config = read_yaml(folder / "config.yml")
+    check_kind(config, "classes", folder)
     classes = config.get("classes")
     if classes is None:
         raise ValueError(f"{folder} is not a run of this script (its config.yml has no `classes`); --name another one")

@@ -11,6 +11,7 @@ import numpy as np
 
 from classification.resnet18 import grad_cam
 from common import report
+from common.cli import listed
 
 GALLERY_NOTE = (
     "Best epoch. Each card shows the part of the picture that the network sees and, in bright colours, what supported "
@@ -36,12 +37,16 @@ def print_scores(rows, probabilities, labels, classes):
 
     headline = []
     best = max(rows, key=lambda row: row["val_acc"])
+    counts = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
+    absent = [name for name, of_class in zip(classes, counts, strict=True) if not of_class.any()]
+    without = f"; no validation picture of {listed(absent)}" if absent else ""
     for which, row in (("best", best), ("last", rows[-1])):
         low, high = wilson(round(row["val_acc"] * len(labels)), len(labels))
         interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
-        headline.append((f"{which} epoch", f"{100 * row['val_acc']:.1f} %", f"epoch {row['epoch']}; {interval}"))
-        print(f"{which} accuracy {100 * row['val_acc']:.2f} % ({interval}) at epoch {row['epoch']}")
-    counts = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
+        headline.append(
+            (f"{which} epoch", f"{100 * row['val_acc']:.1f} %", f"epoch {row['epoch']}; {interval}{without}")
+        )
+        print(f"{which} accuracy {100 * row['val_acc']:.2f} % ({interval}) at epoch {row['epoch']}{without}")
     print(format_confusion(counts, classes))
     return [*headline, ("pictures", len(labels), "in validation")], counts
 

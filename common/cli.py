@@ -38,6 +38,12 @@ def number(kind, low=-math.inf, high=math.inf):
     return parse
 
 
+def data_set(text):
+    """An argparse type: the name of a folder of inputs/, which may also be given as the path inputs/<name>."""
+    path = Path(text)
+    return str(path.relative_to("inputs")) if path.parts[:1] == ("inputs",) and len(path.parts) > 1 else text
+
+
 def auto_or_bool(text):
     """An argparse type: "auto" stays as it is, anything else is read by str2bool."""
     return text if text == "auto" else str2bool(text)

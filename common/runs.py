@@ -23,6 +23,10 @@ MAKERS = {  # a key that only the config.yml of one script's runs has, and a com
     "arch": "python train.py --name run1",
     "classes": "python transfer_resnet18.py --demo",
 }
+USES = {  # how to use such a run
+    "arch": "python predict.py --name {name} PATH",
+    "classes": "python transfer_resnet18.py --name {name} --predict PATH",
+}
 
 
 def run_folder(name):
@@ -41,6 +45,18 @@ def newest_run(key):
         if (path.parent / "config.yml").is_file() and key in read_yaml(path.parent / "config.yml"):
             return path.parent.name
     raise FileNotFoundError(f"no trained run in {MODELS}/; train one first: {MAKERS[key]}")
+
+
+def check_kind(config, key, folder):
+    """ValueError when the config.yml of `folder` is of a run of the other script, and not of one that has `key`.
+
+    key: a key of MAKERS.
+    """
+    (other,) = MAKERS.keys() - {key}
+    if key not in config and other in config:
+        script = MAKERS[other].split()[1]
+        use = USES[other].format(name=shlex.quote(folder.name))
+        raise ValueError(f"{folder} is a run of {script}; use it with: {use}")
 
 
 def earlier_files(folder, names, options):

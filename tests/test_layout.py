@@ -20,7 +20,7 @@ MODULES = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
 HOUSE = (
     {"utils"},
     {name for name in MODULES if name.startswith("common.")},
-    {"archs", "losses", "metrics", "augmentation"},
+    {"archs", "losses", "metrics", "augmentation", "data_folder"},
     {"dataset", *(name for name in MODULES if name.startswith("classification."))},
     {"engine"},
     {"inference", "levels", "predictions"},

@@ -410,10 +410,19 @@ def test_mistakes_in_data_are_listed_together(go):
     with pytest.raises(ValueError, match="no mask") as caught:
         go(TINY, "--dataset", "broken", "--name", "no")
     assert all(f"img{k:02d}" in str(caught.value) for k in range(1, 10, 2))
-    refused(go, TINY, "--num_classes", 2, "--name", "no", match="masks/1")
+    said = r"^inputs/tiny/masks/1: no such folder; .* 2 classes is expected \(--num_classes 2\), found masks/0$"
+    refused(go, TINY, "--num_classes", 2, "--name", "no", match=said)
     Path("inputs/none/images").mkdir(parents=True)
     refused(go, TINY, "--dataset", "none", "--name", "no", match=r"holds no \*\.png")
-    refused(go, TINY, "--img_ext", ".bmp", "--name", "no", match=r"holds no \*\.bmp")
+    refused(
+        go,
+        TINY,
+        "--img_ext",
+        ".bmp",
+        "--name",
+        "no",
+        match=r"holds no \*\.bmp file, but \d+ \*\.png; give --img_ext \.png$",
+    )
     for name, value in (("grey", 130), ("empty", 0)):
         write_data_set(f"inputs/{name}", count=5)
         for path in Path(f"inputs/{name}/masks/0").iterdir():

@@ -268,8 +268,12 @@ def test_refuses_spoilt_weights_and_what_is_not_there(go):
         ("--name nope", "the runs are: one, two"),
         ("--name a/b", "plain name"),
         ("--name ..", "plain name"),
-        ("--name one --dataset nope", "no such folder"),
-        ("--name two --dataset one", "masks/1"),
+        ("--name one --dataset nope", "no such folder in inputs/; the data sets are: one, other, two; "),
+        ("--name two --dataset one", r"inputs/one/masks has 1 class folder\(s\), but models/two predicts 2 class"),
+        (
+            "--name one --dataset inputs/two",
+            r"inputs/two/masks has 2 class folder\(s\), but models/one predicts 1 class",
+        ),
         ("--name one --split nope.yml", "no such file"),
         ("--name one --split models/one/split.yml", "no `test:` ids"),
     ):

@@ -21,6 +21,7 @@ from common.images import read_picture, standardise, to_channels, write_png
 from common.report import BLUE, PALETTE
 from common.runs import newest_run, run_folder
 from common.synthetic import nuclei
+from data_folder import find_file
 from inference import load_trained
 from utils import count_params
 
@@ -119,7 +120,7 @@ def draw_features(path, name, img_id):
     """An image, the probabilities of the heads, and of each node the channel that resembles the deepest of them."""
     model, config = load_trained(name, torch.device("cpu"), level="mean")
     img_id = img_id or read_yaml(run_folder(name) / "split.yml")["val"][0]
-    source = Path("inputs") / config["dataset"] / "images" / f"{img_id}{config['img_ext']}"
+    source = find_file(Path("inputs") / config["dataset"] / "images", img_id, config["img_ext"])
     image = to_channels(read_picture(source), config["input_channels"])
     batch = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
     with torch.inference_mode():

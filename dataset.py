@@ -18,11 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
+from tqdm import tqdm
 
 from augmentation import augmentation, paste
 from common.cli import listed
 from common.devices import memory
-from common.distributed import local_processes
+from common.distributed import is_main, local_processes
 from common.files import is_plain_name
 from common.images import decode, foreground, squeeze, squeeze_mask, standardise, to_channels
 from common.loaders import SharedBatches, WholeBatches, build_loader
@@ -259,7 +260,8 @@ class Dataset(torch.utils.data.Dataset):
         if cache == "auto":
             room = memory() / 4 / local_processes()
         statistics, problems, kept, needed = Statistics(), {}, [], 0
-        for img_id, item in self._read_all():
+        shown = {"unit": "img", "leave": False, "disable": not is_main() or None}
+        for img_id, item in tqdm(self._read_all(), "read", len(self), **shown):
             if isinstance(item, ValueError):
                 for problem in item.args:
                     problems.setdefault(problem.text, []).append((img_id, problem.detail))

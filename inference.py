@@ -8,10 +8,12 @@ val.py, predict.py, export.py and notebooks share it. torch is imported inside t
 ONNX file can be used without PyTorch.
 """
 
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from common.devices import pick_amp, pick_device, precision, precision_name
 from common.files import is_plain_name, load_weights, read_yaml
@@ -253,7 +255,10 @@ class OnnxPredictor:
 
         self.path, self.tta = path, tta
         content = Path(path).read_bytes()
-        providers = ["CPUExecutionProvider"] if device == "cpu" else onnxruntime.get_available_providers()
+        providers = ["CPUExecutionProvider"]
+        if device != "cpu":  # Azure's provider stands first, and runs no such file
+            available = onnxruntime.get_available_providers()
+            providers = [name for name in available if name != "AzureExecutionProvider"]
         try:
             self.session = onnxruntime.InferenceSession(content, providers=providers)
             (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()
@@ -269,7 +274,7 @@ class OnnxPredictor:
         fits = fits and self.config["input_channels"] in INPUT_CHANNELS and 0 <= self.config["scale"] < 1e6
         if not fits or not is_plain_name(self.name):
             raise ValueError(f"{path} is not an ONNX file of export.py: {self.config}")
-        self.about = f"{path}, {self.session.get_providers()[0]}"
+        self.about = f"{path}, {self.session.get_providers()[0].removesuffix('ExecutionProvider')}"
 
     def __call__(self, images):
         """uint8 (N, H, W, C) in [0, 255] -> float32 (N, H, W, classes) in [0, 1]."""
@@ -324,6 +329,8 @@ def predict_tiled(predictor, images, batch_size=8):
     (tops, row_weights), (lefts, column_weights) = windows(bottom, tile[0]), windows(right, tile[1])
     tile_h, tile_w = row_weights.shape[1], column_weights.shape[1]
     places = [(k, left, weights) for k in range(count) for left, weights in zip(lefts, column_weights, strict=True)]
+    steps = len(tops) * math.ceil(len(places) / batch_size)
+    bar = tqdm(total=steps, desc="tiles", unit="batch", leave=False, disable=None if steps > 1 else True)
     result = np.empty((count, num_classes, height, width), np.uint16)
     strip = np.zeros((count, tile_h, right, num_classes), np.float32)
     for top, end, weights_y in zip(tops, [*tops[1:], bottom], row_weights, strict=True):
@@ -331,7 +338,9 @@ def predict_tiled(predictor, images, batch_size=8):
             seen = np.stack([images[k, top : top + tile_h, left : left + tile_w] for k, left, _ in batch])
             for (k, left, weights_x), values in zip(batch, predictor(seen), strict=True):
                 strip[k, :, left : left + tile_w] += values * (weights_y[:, None] * weights_x)[..., None]
+            bar.update()
         stop = min(end, height)
         result[:, :, top:stop] = np.rint(strip[:, : stop - top, :width] * 65535).transpose(0, 3, 1, 2)
         strip = np.concatenate([strip[:, end - top :], np.zeros_like(strip[:, : end - top])], axis=1)
+    bar.close()
     return result

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common.cli import Parser, add_machine_options, listed, number, parse_options, run_script
 from common.images import MAX_PIXELS, check_pixels, find_pictures, read_picture, squeeze, to_channels
 from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
-from predictions import Results, earlier_results, is_done, output_names
+from predictions import Results, earlier_results, is_done, output_names, write_page
 
 FARTHEST = 5  # times the training's scale that --mode auto resizes to; DSB2018's own pictures are up to 4.2 off
 HELD_BYTES = 2**28  # of decoded pictures that wait in one batch, whatever --batch_size
@@ -55,6 +55,7 @@ def build_parser():
     a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
     a("--threshold", type=number(float, 0, 1), default=0.5, help="the mask is where the probability is above it")
     a("--probability", action="store_true", help="write <stem>_probability.png as well")
+    a("--html", action="store_true", help="write report.html, one page of all outlines in the folder")
     a("--max_pixels", type=number(int, 1, 2**30), default=MAX_PIXELS, help="refuse larger pictures")
     a("-b", "--batch_size", type=number(int, 1), default=8, help="pictures or tiles at once")
     add_machine_options(parser)
@@ -173,20 +174,23 @@ def main():
 
     settings, earlier = settings_of(options, predictor), earlier_results(output)
     names = output_names(files, {name: row["path"] for name, row in earlier.items()})
+    done = set()
     if options.resume:
-        done = {name for name, row in earlier.items() if is_done(output, row, settings)}
+        done = {names[file] for file in files if is_done(output, earlier.get(names[file]), settings)}
         found, files = files, [file for file in files if names[file] not in done]
-        print(f"{len(found) - len(files)} of {len(found)} pictures are done already")
-        if found and not files:
-            return 0
+        print(f"{len(done)} of {len(found)} pictures are done already")
     results = Results(output, names, settings, options.threshold, options.probability)
     predict_all(predictor, files, results, options, failed)
-    return report(results, failed)
+    status = report(results, failed, done)
+    if options.html:
+        write_page(output, predictor.about)
+        print(f"open {output / 'report.html'}")
+    return status
 
 
-def report(results, failed):
-    """Print what was done, and what not -> the exit status."""
-    if not results.images:
+def report(results, failed, done):
+    """Print what was done, and what not -> the exit status. done: names of the pictures that were done before."""
+    if not (results.images or done):
         reasons = [f"{path}: {reason}" for path, reason in failed]
         raise ValueError(f"nothing to predict; {listed(reasons, most=1)}")
     for path, reason in failed:
@@ -195,7 +199,8 @@ def report(results, failed):
         about = f"{words} in {len(names)} of {len(results.images)} pictures"
         print(f"predict.py: warning: {about}: {listed(names)}; look at the overlays", file=sys.stderr)
     skipped = f", {len(failed)} skipped" if failed else ""
-    print(f"{results.folder}: {results.about()}{skipped}")
+    if results.images:
+        print(f"{results.folder}: {results.about()}{skipped}")
     return 1 if failed else 0
 
 

@@ -21,10 +21,11 @@ import numpy as np
 from common import report
 from common.cli import in_one_line
 from common.files import atomic_path, is_plain_name
-from common.images import squeeze, write_png
+from common.images import read_picture, squeeze, write_png
 from common.tables import merge_table, read_table
 
 OBJECT_COLUMNS = ("image", "class", "object", "area", "centroid_x", "centroid_y", "left", "top", "width", "height")
+ON_PAGE, PAGE_SIDE = 200, 640  # pictures of a page, and pixels of their longer side
 SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most
 
 
@@ -66,8 +67,8 @@ def earlier_results(folder):
 
 
 def is_done(folder, row, settings):
-    """Whether a row of images.csv is of a picture whose results are there and were made with the same settings."""
-    return row.get("settings") == settings and (folder / f"{row['image']}_overlay.png").is_file()
+    """Whether a row of images.csv, or None, is of a picture whose results are there, made with the same settings."""
+    return bool(row) and row.get("settings") == settings and (folder / f"{row['image']}_overlay.png").is_file()
 
 
 # ---------------------------------------------------------------- pictures and tables
@@ -192,3 +193,33 @@ class Results:
             elif 1 in fractions:
                 said["nothing but foreground"].append(row["image"])
         return [(words, names) for words, names in said.items() if names]
+
+
+# ---------------------------------------------------------------- a page to look at
+
+
+def write_page(folder, subtitle):
+    """Write <folder>/report.html: the outlines of the pictures in images.csv, those of earlier calls, too."""
+    rows = list(earlier_results(folder).values())
+    items = []
+    for row in rows[:ON_PAGE]:
+        path = folder / f"{row['image']}_overlay.png"
+        if path.is_file():
+            items.append(_card(row, read_picture(path, 2**30)))
+    keys = items[0]["values"] if items else ()
+    note = f"The first {ON_PAGE} of {len(rows)} pictures." if len(rows) > ON_PAGE else ""
+    sections = [("Pictures", report.gallery(items, list(keys), note))]
+    report.write_page(folder / "report.html", f"{len(rows)} pictures", sections, subtitle)
+
+
+def _card(row, overlay):
+    """A row of images.csv and its overlay, (H, W, 3) uint8 -> an item of report.gallery."""
+    height, width = overlay.shape[:2]
+    shrink = min(1, PAGE_SIDE / max(height, width))
+    overlay = squeeze(overlay, (max(1, round(height * shrink)), max(1, round(width * shrink))))
+    values = {}
+    for key, text in row.items():
+        if key.startswith(("objects", "fraction")):
+            with contextlib.suppress(TypeError, ValueError):  # a table may have been edited
+                values[key] = float(text) if key.startswith("fraction") else int(text)
+    return {"title": row["image"], "panels": [("outlines", overlay)], "values": values}

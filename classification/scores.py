@@ -8,6 +8,7 @@ notable(probabilities, labels)         # {"wrong": indices, "least certain": ...
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from classification.resnet18 import grad_cam
 from common import report
@@ -85,7 +86,7 @@ def gallery_items(model, dataset, probabilities, labels, classes):
     device = next(model.parameters()).device
     items = []
     for group, indices in notable(probabilities, labels).items():
-        for index in indices:
+        for index in tqdm(indices, f"report, {group}", unit="img", leave=False, disable=None):
             answer, picture = int(probabilities[index].argmax()), dataset.seen(index)
             heat = grad_cam(model, dataset[index][0].to(device), answer)
             said = f"{classes[answer]}, is {classes[labels[index]]}" if group == "wrong" else classes[answer]

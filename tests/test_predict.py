@@ -1,5 +1,6 @@
 """predict.py: every kind of file at its own size, tables counted by hand, bad inputs."""
 
+import base64
 import csv
 import itertools
 import re
@@ -165,6 +166,46 @@ def test_auto_takes_tiles_where_resizing_goes_too_far(shape, resize, tile):
     assert size("resize") == (32, 48) and size("tile") == tile
     assert size("auto") == ((32, 48) if resize else tile)
     assert size("auto", scale=None) == (32, 48) and size("tile", scale=None) == shape
+
+
+# ---------------------------------------------------------------- what is printed, and the page
+
+
+def test_what_a_call_did_is_one_line_and_odd_pictures_are_named(workplace, monkeypatch, capsys):
+    for name in ("a", "b"):
+        cv2.imwrite(f"{name}.png", soft_picture(64, 96))
+    cv2.imwrite("large.png", soft_picture(400, 480))
+    assert call(monkeypatch, "a.png", "b.png", "large.png") == 0
+    images = rows("outputs/tiny/predict/images.csv")
+    assert [(row["mode"], row["scale"]) for row in images] == [("resize", "0.5")] * 2 + [("tile", "0.5")]
+    seconds = sum(float(row["seconds"]) for row in images) / 3
+    objects = sum(int(row["objects"]) for row in images)
+    said = f"3 pictures, {objects:,} objects; 2 resized, 1 in tiles, scale 0.5; {seconds:.2f} s per picture\n"
+    out, err = capsys.readouterr()
+    assert out.endswith(f"outputs/tiny/predict: {said}") and "warning" not in err
+    assert call(monkeypatch, "a.png", "b.png", "--threshold", "1") == 0
+    assert "warning: no foreground in 2 of 2 pictures: a, b; look at" in capsys.readouterr().err
+    monkeypatch.setattr(predict, "predict_tiled", lambda *_: np.full((1, 1, 32, 48), 65535, np.uint16))
+    assert call(monkeypatch, "a.png") == 0
+    assert "warning: nothing but foreground in 1 of 1 pictures: a; look at" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_pictures_of_all_calls(workplace, monkeypatch, capsys):
+    for name in ("a", "b<i>"):
+        cv2.imwrite(f"{name}.png", soft_picture(700, 900))
+        assert call(monkeypatch, f"{name}.png", "--html") == 0
+    assert capsys.readouterr().out.endswith("open outputs/tiny/predict/report.html\n")
+    page = Path("outputs/tiny/predict/report.html").read_text()
+    pictures = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page)
+    sizes = [cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), 1).shape for data in pictures]
+    assert sizes == [(498, 640, 3)] * 2 and "b&lt;i&gt;" in page and "b<i>" not in page
+    table = Path("outputs/tiny/predict/images.csv")
+    table.write_text(re.sub(r",0\.\d+,\d+,(?=[^,]+,)", ",,?,", table.read_text()))  # as by hand
+    assert call(monkeypatch, "a.png", "--html", "--resume") == 0
+    monkeypatch.setattr(predictions, "ON_PAGE", 1)
+    assert call(monkeypatch, "a.png", "--html") == 0
+    page = Path("outputs/tiny/predict/report.html").read_text()
+    assert "The first 1 of 2 pictures." in page and page.count("data:image/jpeg") == 1
 
 
 # ---------------------------------------------------------------- several calls, one folder

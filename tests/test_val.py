@@ -1,6 +1,7 @@
 """val.py: its figures against a slow count of the written masks, its files, and what becomes of bad input."""
 
 import contextlib
+import html
 import io
 import re
 import shutil
@@ -91,7 +92,7 @@ def test_every_figure_is_that_of_the_written_masks(place):
         pooled.append([iou, dice, *np.mean(images, axis=0), iou, miou])
         for i, both in zip(ids, images, strict=True):
             per_image[i].append(both)
-    table, _, rest = said.partition("last epoch")
+    table, _, rest = said[said.index("best epoch") :].partition("last epoch")
     classes = re.search(r"each class.*\nclass .*\n0 +(.*)\n1 +(.*)\n", rest)
     for line, expected in zip(classes.groups(), pooled, strict=True):
         assert [float(value) for value in line.split()][:6] == pytest.approx(expected, abs=5.1e-5)
@@ -107,11 +108,16 @@ def test_every_figure_is_that_of_the_written_masks(place):
     assert log.val_iou.max() == pytest.approx(np.mean(pooled, axis=0)[0], abs=1e-9)
 
 
-def test_the_headline_has_its_interval_and_every_metric_its_definition(place):
+def test_the_headline_has_its_interval_and_every_metric_its_definition(place, go):
     said = place[1]
     iou, low, high = map(float, re.search(r"IoU (\S+) \((\S+) to (\S+), 95 % bootstrap", said).groups())
     assert 0 < low < iou < high < 1
     assert all(heading in said for heading in val.HEADINGS.values()) and "outputs/two/report.html" in said
+    assert said.split("\n")[1].startswith("IoU ")  # before the tables
+    assert "two-class mIoU: " not in said and "--explain" in said
+    definitions = go("--name two --explain").out
+    page = (place[0] / "outputs" / "two" / "report.html").read_text()
+    assert all(text in definitions and text in html.unescape(page) for text in val.DEFINITIONS.values())
 
 
 def test_earlier_output_is_replaced_and_nothing_else(place):
@@ -220,6 +226,7 @@ def test_images_with_and_without_a_twin_are_scored_apart(go):
 
         one, two = pooled([first]), pooled(others)
         assert f"IoU {one:.4f} on the 1 images with a look-alike in training, {two:.4f} on the 2 others" in said
+        assert said.split("\n")[2] in Path("outputs/two/report.html").read_text()
         path.write_text(yaml.safe_dump({**split, "twins": none}))
         assert "look-alike" not in go("--name two --amp off").out
     finally:

@@ -13,10 +13,12 @@ picture; objects.csv one row per connected region (8 neighbours): area, centroid
 A second call adds to the folder and to the tables. It replaces the results of the same pictures, and nothing else. A
 call that was stopped goes on with --resume.
 
---mode resize shows the network the whole picture at the trained size, as in training. --mode tile shows it overlapping
-tiles at the scale of the median training picture, or at --scale. The default, auto, resizes, but takes tiles where
-resizing would make things more than 5 times smaller or larger than in the median picture: on slides and thumbnails.
-docs/RESULTS.md compares the two.
+A network recognises things at about the size, in pixels, at which it saw them in training. --mode resize squeezes the
+whole picture to the trained size, such as 96 x 96, as in training: right for pictures like those of the training.
+--mode tile shows it piece by piece: right for slides, which a squeeze would blur, and thumbnails. The scale, in pixels
+that the network sees per pixel of the picture, is then that of the median training picture; if your things are twice as
+large as those, halve it with --scale. The default, auto, resizes, but takes tiles where resizing would make things more
+than 5 times smaller or larger than in the median picture. docs/RESULTS.md compares the two.
 
 Exit status: 0; 1 when some pictures could not be read and the others are done; 2 when nothing was done.
 """
@@ -49,8 +51,9 @@ def build_parser():
     a("--output", type=Path, metavar="FOLDER", help=output)
     a("--resume", action="store_true", help="leave out pictures that are done already, with the same options")
     a("--level", choices=LEVELS, help="head that answers; default: the deepest")
-    a("--mode", choices=("auto", "resize", "tile"), default="auto", help="what the network sees; explained above")
-    scale = "predict in tiles, of this many pixels per pixel; default: as in training"
+    mode = "resize: the whole picture at the trained size; tile: pieces of it at --scale; auto: what fits"
+    a("--mode", choices=("auto", "resize", "tile"), default="auto", help=mode)
+    scale = "predict in tiles; 0.5 shows the network the picture at half its size; default: the scale of the training"
     a("--scale", type=number(float, 1e-3, 100), help=scale)
     a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
     a("--threshold", type=number(float, 0, 1), default=0.5, help="the mask is where the probability is above it")

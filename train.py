@@ -25,12 +25,13 @@ from common.cli import (
     run_script,
 )
 from inference import BOUNDS, INPUT_CHANNELS
-from utils import str2bool
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
 FREE_ON_RESUME = {"name", "device", "num_workers", "cache", "checkpointing", *ABOUT_THE_COMMAND}  # no effect on results
 NO_OPTIONS = ("mean", "std", "scale", "environment", "level")  # what config.yml may keep beside the options
+ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers that know no last epoch: it may be moved
+ENOUGH_STEPS = 100  # batch norm's statistics remember some ten steps, and start from nothing
 MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
 
 
@@ -44,14 +45,15 @@ def build_parser():
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--weights", help="start from the weights of a run (its name) or a file")
     a("--seed", type=seed, default=0, help="of initial weights, order and augmentation")
-    a("--epochs", type=number(int, 1, 100_000), default=80, help="passes over the training images")
+    epochs = f"passes over the training images; more of them with --resume for {', '.join(ENDLESS)}"
+    a("--epochs", type=number(int, 1, 100_000), default=80, help=epochs)
     a("-b", "--batch_size", type=natural, default=16, help="global batch size, shared by torchrun's processes")
     a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better val_iou; -1: never")
 
     a = parser.add_argument_group("model").add_argument
     a("-a", "--arch", choices=("NestedUNet", "UNet"), default="NestedUNet", help="network; NestedUNet is U-Net++")
     heads = "NestedUNet: a loss on each of four heads, so that the network can be pruned"
-    a("--deep_supervision", type=str2bool, default=False, help=heads)
+    a("--deep_supervision", action="store_true", help=heads)
     a("--input_channels", type=int, choices=INPUT_CHANNELS, default=3, help="grey, RGB or RGBA")
     a("--num_classes", type=number(int, *BOUNDS["num_classes"]), default=1, help="folders masks/0, masks/1 ...")
     width = "filters of the first level; doubled four times"
@@ -77,7 +79,7 @@ def build_parser():
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="learning rate")
     a("--momentum", type=number(float, 0, 1), default=0.9, help="SGD")
     a("--weight_decay", type=positive, default=1e-4, help="weight decay of the optimizer")
-    a("--nesterov", type=str2bool, default=False, help="SGD")
+    a("--nesterov", action="store_true", help="SGD")
     schedulers = ("ConstantLR", "CosineAnnealingLR", "MultiStepLR", "OneCycleLR", "ReduceLROnPlateau")
     a("--scheduler", choices=schedulers, default="OneCycleLR", help="how the learning rate changes")
     a("--min_lr", type=positive, default=1e-5, help="CosineAnnealingLR, ReduceLROnPlateau")
@@ -85,12 +87,13 @@ def build_parser():
     a("--patience", type=number(int, 0), default=2, help="ReduceLROnPlateau")
     a("--milestones", type=milestones, default="20,40", help="MultiStepLR: epochs")
     a("--gamma", type=positive, default=2 / 3, help="MultiStepLR")
-    a("--ema", type=number(float, 0, 0.99999), default=0.995, help="decay of the averaged weights; 0: no averaging")
+    ema = "decay of the averaged weights, less in trainings of few steps; 0: no averaging"
+    a("--ema", type=number(float, 0, 0.99999), default=0.995, help=ema)
 
     a = add_machine_options(parser, training=True).add_argument
     a("--channels_last", type=auto_or_bool, default="auto", help="memory layout; auto: with mixed precision")
-    a("--compile", type=str2bool, default=False, help="torch.compile; does not help on a CPU")
-    a("--checkpointing", type=str2bool, default=False, help="less memory, more time, same results")
+    a("--compile", action="store_true", help="torch.compile; does not help on a CPU")
+    a("--checkpointing", action="store_true", help="less memory, more time, same results")
     a("--cache", type=auto_or_bool, default="auto", help="keep decoded images in memory; auto: when they fit")
     return parser
 
@@ -133,6 +136,7 @@ from common.runs import (
     check_start,
     earlier_files,
     machine_name,
+    note_epochs,
     only_trainer,
     resolve_machine,
     resumed,
@@ -141,7 +145,7 @@ from common.runs import (
 )
 from data_folder import check_layout, list_ids
 from dataset import ABOUT, GROUPED, build_dataset, check_split, make_loader, split_ids
-from engine import OPTIMIZERS, Run, Segmentation, fit_and_keep, seed_everything
+from engine import OPTIMIZERS, Run, Segmentation, averaging_decay, fit_and_keep, seed_everything
 from inference import read_config, start_from
 from losses import LOSSES
 from utils import count_params
@@ -168,6 +172,8 @@ SCHEDULERS = {  # steps: batches per epoch
 def read_recipe(path):
     """A recipe, or the config.yml of another run, whose findings about its data and machine are not options."""
     recipe = read_yaml(path)
+    if refused := sorted(recipe.keys() & set(ABOUT_THE_COMMAND)):
+        raise ValueError(f"{path}: {', '.join(refused)} can only be given on the command line")
     left_out = set(NO_OPTIONS)
     if "environment" in recipe:
         left_out |= {"device", "num_workers"}
@@ -197,7 +203,7 @@ def resumed_config(options, given):
     config = check_config(build_parser, read_config(folder), folder / "config.yml")
     if "level" in config:
         raise ValueError(f"{folder} is another run cut to level {config['level']}; resume the whole one")
-    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
+    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)
 
 
 # ---------------------------------------------------------------- data
@@ -315,11 +321,20 @@ def build_run(config, model, steps_per_epoch, device, folder=None):
         device,
         epochs=config["epochs"],
         amp=pick_amp(config["amp"], device),
-        ema=config["ema"],
+        ema=averaging_decay(config["ema"], config["epochs"] * steps_per_epoch),
         early_stopping=config["early_stopping"],
         seed=config["seed"],
         folder=folder,
     )
+
+
+def recommend_steps(config, steps_per_epoch):
+    """Warn when the training is too short for batch norm and averaged weights to follow the network."""
+    steps = config["epochs"] * steps_per_epoch
+    if steps < ENOUGH_STEPS:
+        longer = f"--epochs {math.ceil(ENOUGH_STEPS / steps_per_epoch)}"
+        about = f"{steps} steps in all, at least {ENOUGH_STEPS} are recommended: {longer}, or a smaller --batch_size"
+        print(f"train.py: warning: {about}", file=sys.stderr)
 
 
 def prepare(config, folder, earlier, device, resume):
@@ -352,8 +367,11 @@ def prepare(config, folder, earlier, device, resume):
     elif resume:
         print(f"{folder} has no finished epoch yet: starting with the first")
     check_start(config, FREE_ON_RESUME, data=about["fingerprint"], epoch=run.epoch)
-    if not resume and is_main():
+    if is_main() and resume:
+        note_epochs(config, folder)
+    elif is_main():
         write_start(config, folder, earlier, device, {**split, **about})
+        recommend_steps(config, len(loader))
 
     layout = "channels_last" if config["channels_last"] else "contiguous"
     built = f"{config['arch']}, {count_params(model):,} parameters"

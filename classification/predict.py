@@ -18,6 +18,7 @@ from common.images import find_pictures, standardise
 from common.runs import check_kind, newest_run, run_folder
 from common.tables import merge_table, read_table
 
+UNKNOWN = "unknown"  # the class of a picture that --reject leaves without an answer
 SHOWN = 40  # predictions that are printed; the file has all
 
 
@@ -77,24 +78,30 @@ def predict_files(options):
         if images:
             rows += zip(read, classify(model, torch.stack(images), device, amp).tolist(), strict=True)
     if rows:
-        write_predictions(rows, config["classes"], target)
+        write_predictions(rows, config["classes"], target, options.reject or 0)
     for path, reason in failed:
         print(f"skipped {reason if str(path) in reason else f'{path}: {reason}'}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def write_predictions(rows, classes, target):
-    """rows: (path, probabilities) -> rows of a CSV file that keeps those of other files, and first lines to read."""
+def write_predictions(rows, classes, target, reject=0.0):
+    """rows: (path, probabilities) -> rows of a CSV file that keeps those of other files, and first lines to read.
+
+    reject: the class is UNKNOWN where no probability reaches it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    answers = [(path, int(np.argmax(values)), values) for path, values in rows]
-    new = []
-    for path, best, values in answers:
+    answers, new = [], []
+    for path, values in rows:
+        best = max(values)
+        answers.append((path, classes[int(np.argmax(values))] if best >= reject else UNKNOWN, best))
         probabilities = {name: f"{value:.6f}" for name, value in zip(classes, values, strict=True)}
-        answer = {"path": str(path), "class": classes[best], "probability": f"{values[best]:.6f}"}
+        answer = {"path": str(path), "class": answers[-1][1], "probability": f"{best:.6f}"}
         new.append({**answer, **probabilities, **answer})  # a class named `path` has no column of its own
     merge_table(target, new[0], new, "path", replaced={row["path"] for row in new})
-    width = max(map(len, classes))
-    for path, best, values in answers[:SHOWN]:
-        print(f"{classes[best]:<{width}}  {values[best]:.4f}  {path}")
+    width = max(len(label) for _, label, _ in answers)
+    for path, label, best in answers[:SHOWN]:
+        print(f"{label:<{width}}  {best:.4f}  {path}")
     more = f"; all {len(rows)} are" if len(rows) > SHOWN else ""
-    print(f"{len(rows)} pictures{more} in {target}")
+    unknown = [label for _, label, _ in answers].count(UNKNOWN)
+    said = f", {unknown} of them unknown (below {reject:g})" if reject else ""
+    print(f"{len(rows)} pictures{said}{more} in {target}")

@@ -37,7 +37,7 @@ def print_scores(rows, probabilities, labels, classes):
     from sklearn.metrics import confusion_matrix
 
     headline = []
-    best = max(rows, key=lambda row: row["val_acc"])
+    best = max(reversed(rows), key=lambda row: row["val_acc"])  # the last of equals, as in engine.Run
     counts = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
     absent = [name for name, of_class in zip(classes, counts, strict=True) if not of_class.any()]
     without = f"; no validation picture of {listed(absent)}" if absent else ""
@@ -49,7 +49,17 @@ def print_scores(rows, probabilities, labels, classes):
         )
         print(f"{which} accuracy {100 * row['val_acc']:.2f} % ({interval}) at epoch {row['epoch']}{without}")
     print(format_confusion(counts, classes))
+    print(about_rejecting(probabilities, labels))
     return [*headline, ("pictures", len(labels), "in validation")], counts
+
+
+def about_rejecting(probabilities, labels, reject=0.9):
+    """One line: what an answer `unknown` below this probability would do to the validation pictures."""
+    sure, right = probabilities.max(1) >= reject, probabilities.argmax(1) == labels
+    rejected = (
+        f"{(~sure & ~right).sum()} of {(~right).sum()} wrong answers and {(~sure & right).sum()} of {right.sum()}"
+    )
+    return f"--predict with --reject {reject:g} would call {rejected} right ones unknown"
 
 
 def format_confusion(counts, classes):

@@ -191,12 +191,12 @@ def resolve_machine(config):
     return config | found
 
 
-def resumed(config, folder, options, given, free, leave_out):
+def resumed(config, folder, options, given, free, leave_out, endless=()):
     """The config of the run in `folder`, to continue it; ValueError when an option was given that differs.
 
     given: names of the options that the user gave; free: those that may differ, because no result depends on them;
-    leave_out: those that config.yml does not keep. A run that was stopped in its first epoch has nothing but its
-    config; resuming starts it again.
+    leave_out: those that config.yml does not keep; endless: schedulers that allow more epochs. A run that was stopped
+    in its first epoch has nothing but its config; resuming starts it again.
     """
     if options.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; give one of them")
@@ -206,6 +206,8 @@ def resumed(config, folder, options, given, free, leave_out):
         raise ValueError(f"{folder}/config.yml is damaged: {', '.join(missing)} missing")
     config = {**config, "name": folder.name}
     given = given - set(leave_out)
+    if "epochs" in given and options.epochs > config["epochs"]:
+        config["epochs"] = _longer(config, folder, options.epochs, endless)
     resolved = resolve_machine({**config, **{key: getattr(options, key) for key in given & free}})
     refused, changed = [], {}
     for key in sorted(given):
@@ -225,6 +227,25 @@ def resumed(config, folder, options, given, free, leave_out):
         said = ", ".join(f"{key} {value} (run: {config[key]})" for key, value in changed.items())
         print(f"options that differ from {folder} and do not change the result: {said}")
     return {**config, **changed}
+
+
+def _longer(config, folder, epochs, endless):
+    """The larger number of epochs; ValueError when the learning rate was planned to end with the run."""
+    if config["scheduler"] not in endless:
+        raise ValueError(
+            f"{folder} ends at epoch {config['epochs']}, because {config['scheduler']} plans the learning rate up to "
+            f"there ({', '.join(endless)} can be resumed with more --epochs); to train on, start another run with "
+            f"--weights {shlex.quote(str(folder / 'model.pth'))}"
+        )
+    print(f"{folder}: {epochs} epochs instead of {config['epochs']}")
+    return epochs
+
+
+def note_epochs(config, folder):
+    """Write a resumed run's number of epochs to its config.yml, when there are more of them than before."""
+    kept = read_yaml(folder / "config.yml")
+    if kept["epochs"] != config["epochs"]:
+        write_yaml(folder / "config.yml", {**kept, "epochs": config["epochs"]})
 
 
 def write_log(rows, path):

@@ -152,6 +152,7 @@ FLAGS = {
         "name": ("a_name-1 _", ".. a/b"),
         "predict": ("", "none"),  # with a run in test_transfer.py
         "demo": ("", ""),  # test_transfer.py
+        "reject": ("", "0.5"),  # not without --predict
         "resume": RESUMING,
         "overwrite": ("!", ""),
         "seed": ("0 4294967295", "-1 4294967296"),
@@ -200,7 +201,9 @@ FLAGS = {
 NEVER = {  # choices of the parser that cannot work here
     (train, "amp", "fp16"), (val, "amp", "fp16"), (predict, "amp", "fp16"), (transfer_resnet18, "amp", "fp16"),
     (train, "sync_bn", "True"), (transfer_resnet18, "sync_bn", "True"),
-    (train, "nesterov", "True"), (train, "deep_supervision", "False"),
+    (train, "nesterov", "True"), (train, "deep_supervision", "False"), (train, "resume", "True"),
+    (transfer_resnet18, "resume", "True"), (preprocess_dsb2018, "download", "True"),
+    (preprocess_dsb2018, "demo", "True"), (transfer_resnet18, "demo", "True"),
 }  # fmt: skip
 SLOW = {
     ("train", "compile"),

@@ -9,13 +9,25 @@ the generated picture that the README segments, fast_and_plain.png compares the 
 
 from pathlib import Path
 
+from common.cli import Parser, answer_early, parse_options, run_script
+
+
+def build_parser():
+    parser = Parser(description=__doc__)
+    parser.add_argument("--name", help="models/<name>, trained with deep supervision; default: the newest run")
+    parser.add_argument("--image", help="an id of its data set; default: its first validation image")
+    parser.add_argument("--curves", nargs="+", metavar="NAME", help="draw the logs of these runs, and nothing else")
+    return parser
+
+
+answer_early(__name__, build_parser)  # the imports below take seconds
+
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from archs import DEPTH, NestedUNet
-from common.cli import Parser, parse_options, run_script
 from common.files import read_yaml
 from common.images import read_picture, standardise, to_channels, write_png
 from common.report import BLUE, PALETTE
@@ -29,14 +41,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 COLOURS = [(150, 150, 150), PALETTE[6], PALETTE[1], PALETTE[2], BLUE]  # of the diagonals i + j = 0 ... 4
 SIDE = 96
 PICTURE = 13  # the seed of the README's picture to try
-
-
-def build_parser():
-    parser = Parser(description=__doc__)
-    parser.add_argument("--name", help="models/<name>, trained with deep supervision; default: the newest run")
-    parser.add_argument("--image", help="an id of its data set; default: its first validation image")
-    parser.add_argument("--curves", nargs="+", metavar="NAME", help="draw the logs of these runs, and nothing else")
-    return parser
 
 
 def colour(level, light=0.0):

@@ -20,11 +20,11 @@ MODULES = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
 HOUSE = (
     {"utils"},
     {name for name in MODULES if name.startswith("common.")},
-    {"losses", "metrics", "instances", "augmentation", "encoders"},
+    {"losses", "metrics", "instances", "augmentation", "encoders", "data_folder"},
     {"archs", "labels"},
     {"dataset", "dsb2018", *(name for name in MODULES if name.startswith("classification."))},
     {"engine"},
-    {"inference", "levels"},
+    {"inference", "levels", "predictions"},
     {"preprocess_dsb2018", "train", "val", "predict", "export", "transfer_resnet18"},
     {name for name in MODULES if name.startswith("tools.")},
 )

@@ -23,10 +23,10 @@ def test_accuracy_and_confusion_by_hand(capsys):
     assert counts.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]]
     low, high = (f"{100 * bound:.1f}" for bound in wilson(4, 6))
     without = "; no validation picture of d"
-    assert headline[0] == ("best epoch", "66.7 %", f"epoch 2; 95 % interval {low} to {high} %{without}")
+    assert headline[0] == ("best epoch", "66.7 %", f"epoch 3; 95 % interval {low} to {high} %{without}")
     assert headline[1][:2] == ("last epoch", "50.0 %") and headline[2][:2] == ("pictures", 6)
     said = capsys.readouterr().out
-    assert f"best accuracy 66.67 % (95 % interval {low} to {high} %) at epoch 2{without}\n" in said
+    assert f"best accuracy 66.67 % (95 % interval {low} to {high} %) at epoch 3{without}\n" in said
     assert "last accuracy 50.00 %" in said and format_confusion(counts, ["a", "b", "c", "d"]) + "\n" in said
 
 

@@ -1,6 +1,6 @@
 """Anybody's pictures and labels -> inputs/<name>/images/<id>.png, masks/<class>/<id>.png and labels/<id>.png.
 
-python import_labels.py photos labels --name my_cells --check    # says and draws what it understands, writes no data set
+python import_labels.py photos labels --name my_cells --check    # only says and draws what it understands
 python import_labels.py photos labels --name my_cells
 python import_labels.py dsb2018/train --name stardist            # images/ and masks/ in one folder
 python import_labels.py photos annotations.json --name coco
@@ -28,7 +28,15 @@ from label_forms.recognise import FORMS, find_places, recognise
 NAMED = 5  # files or classes in a line
 SKIPPED_SHOWN = 20
 SHEET_PICTURES, SHEET_SIDE = 6, 480  # pictures on the contact sheet, and the longest side of each in pixels
-COLOURS = [(255, 200, 0), (0, 160, 255), (255, 60, 60), (0, 210, 120), (230, 100, 230), (160, 220, 255)]  # RGB
+GAP = 8  # pixels between them
+COLOURS = (  # RGB of the outlines of the classes, over and over
+    ("yellow", (255, 210, 0)),
+    ("blue", (0, 150, 255)),
+    ("red", (255, 60, 60)),
+    ("green", (0, 210, 90)),
+    ("pink", (240, 110, 230)),
+    ("white", (255, 255, 255)),
+)
 
 
 def build_parser():
@@ -137,7 +145,8 @@ def print_survey(counted):
     if len(counted.skipped) > SKIPPED_SHOWN:
         print(f"skipped   {len(counted.skipped) - SKIPPED_SHOWN:,} more")
     for number, name in enumerate(counted.classes):
-        print(f"class {number:<3} {name}: {counted.pixels[name] / counted.total:.2%} of the pixels")
+        colour, _ = COLOURS[number % len(COLOURS)]
+        print(f"class {number:<3} {name}: {counted.pixels[name] / counted.total:.2%} of the pixels, drawn in {colour}")
     if others := [name for name in counted.pixels if name not in counted.classes]:
         print(f"          left out: {listed(others, NAMED)}")
     if not counted.objects:
@@ -152,10 +161,14 @@ def print_survey(counted):
 
 
 def outlined(image, labels, classes):
-    """(H, W, 3) uint8: the picture, at most SHEET_SIDE on a side, with the outlines of its objects or classes."""
+    """The picture with the outlines of its objects or classes -> (H, W, 3) uint8, its longer side SHEET_SIDE.
+
+    Dark pictures are brightened.
+    """
     factor = SHEET_SIDE / max(image.shape[:2])
     size = tuple(max(1, round(side * factor)) for side in image.shape[:2])
     drawn = squeeze(to_channels(image, 3), size)
+    drawn = cv2.convertScaleAbs(drawn, alpha=255 / max(1, np.percentile(drawn, 99.5)))
     for number, name in enumerate(classes):
         mask = labels.masks.get(name)
         if mask is None:
@@ -163,7 +176,7 @@ def outlined(image, labels, classes):
         areas = mask.astype(np.uint16) if labels.objects is None else np.where(mask, labels.objects, 0)
         areas = cv2.resize(areas.astype(np.uint16), size[::-1], interpolation=cv2.INTER_NEAREST)
         border = cv2.morphologyEx(areas, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-        drawn[border & (areas > 0)] = COLOURS[number % len(COLOURS)]
+        drawn[border & (areas > 0)] = COLOURS[number % len(COLOURS)][1]
     return drawn
 
 
@@ -174,7 +187,7 @@ def contact_sheet(pictures, source, counted):
     for place in places:
         image, labels = read_pair(counted.usable[place], pictures, source, counted.classes)
         drawn = outlined(image, labels, counted.classes)
-        tile = np.full((SHEET_SIDE, SHEET_SIDE, 3), 40, np.uint8)
+        tile = np.full((SHEET_SIDE + GAP, SHEET_SIDE + GAP, 3), 40, np.uint8)
         tile[: drawn.shape[0], : drawn.shape[1]] = drawn
         tiles.append(tile)
     columns = min(3, len(tiles))
@@ -242,9 +255,9 @@ def main():
     print_survey(counted)
     sheet.parent.mkdir(parents=True, exist_ok=True)
     write_png(sheet, contact_sheet(pictures, source, counted))
-    print(f"drawn     {sheet}: look whether the outlines fit")
+    print(f"drawn     {sheet}: check that the outlines fit")
     if options.check:
-        print(f"nothing was written to {output}; leave --check out to write it")
+        print(f"checked   {output} was not written; leave out --check to write it")
         return
     with new_folder(output, check=may_write) as folder:
         write_data_set(folder, pictures, source, counted)

@@ -13,11 +13,11 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from common.images import decode, foreground
-from label_forms.labels import MAX_OBJECTS, Piece, Source, cut, unite
-from label_forms.outlines import draw, ellipse, load, rectangle
+from label_forms.labels import MAX_OBJECTS, Piece, Source, cut, load, unite
+from label_forms.outlines import draw, ellipse, rectangle
 from label_forms.pairing import pair
 
-MAX_JSON_BYTES = 200 * 2**20  # Python needs up to twenty times as much memory
+MAX_JSON_BYTES = 2**27  # Python needs up to twenty-five times as much memory
 
 
 def find_json(pictures, labels):
@@ -101,7 +101,7 @@ def run_lengths(segmentation, shape):
         if runs.ndim != 1 or (runs < 0).any() or (runs > math.prod(shape)).any() or runs.sum() != math.prod(shape):
             raise damaged
         return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape[::-1]).T
-    text = counts.encode("ascii") if isinstance(counts, str) else b""
+    text = counts.encode() if isinstance(counts, str) else b""
     if not text or not all(48 <= byte < 112 for byte in text) or (text[-1] - 48) & 32:  # 32: more is to follow
         raise damaged
     coco = load("pycocotools.mask")
@@ -122,8 +122,11 @@ def coco_source(path, content, pictures):
                 raise ValueError(f"file_name {image['file_name']!r} leads out of the folder of pictures")
             entries[image["id"]] = (parts[-1], image, [])
         for annotation in content["annotations"]:
+            image_id, category_id = annotation["image_id"], annotation["category_id"]
+            if image_id not in entries or category_id not in names:
+                raise ValueError(f"an annotation names image {image_id}, category {category_id}; one is not listed")
             if annotation.get("segmentation"):
-                entries[annotation["image_id"]][2].append((names[annotation["category_id"]], annotation))
+                entries[image_id][2].append((names[category_id], annotation))
             else:
                 boxes += 1
     except (TypeError, KeyError, AttributeError, ValueError) as error:

@@ -6,8 +6,8 @@ from label_forms.imagej import find_rois
 """
 
 from common.download import ZIP_ERRORS, check_zip, open_zip
-from label_forms.labels import MAX_OBJECTS, Source
-from label_forms.outlines import draw, ellipse, load
+from label_forms.labels import MAX_OBJECTS, Source, load
+from label_forms.outlines import draw, ellipse
 from label_forms.pairing import pair
 
 MAX_ZIP_BYTES = 2**28  # of the ROIs of one picture, unpacked; 10,000 nuclei take about 10 MB
@@ -54,7 +54,7 @@ def read_rois(items, shape):
     for name, path in items:
         for roi in _rois(path):
             slices.add((roi.z_position, roi.t_position) if roi.z_position or roi.t_position else roi.position)
-            pieces.append(_piece(name, roi, path, shape))
+            pieces.append(draw(name, _outlines(roi, path), shape, cut_out=roi.composite))
     if len(slices - {0}) > 1:
         raise ValueError(f"{items[0][1].name} has ROIs on {len(slices)} slices of a stack; save one file per slice")
     return pieces
@@ -86,13 +86,13 @@ def _rois(path):
             yield parsed(name, data)
 
 
-def _piece(name, roi, path, shape):
-    """An ImagejRoi -> its Piece, or None for one without an area."""
+def _outlines(roi, path):
+    """The outlines of an ImagejRoi, none for one without an area."""
     if roi.roitype.name not in WITH_AREA:
-        return None
+        return []
+    if roi.roitype.name == "OVAL":
+        return [ellipse(roi.left, roi.top, roi.right, roi.bottom)]
     try:
-        if roi.roitype.name == "OVAL":
-            return draw(name, [ellipse(roi.left, roi.top, roi.right, roi.bottom)], shape)
-        return draw(name, roi.coordinates(multi=True), shape, cut_out=roi.composite)
-    except Exception as error:  # as above
-        raise ValueError(f"{path.name}: {roi.name!r}: {error}") from None
+        return roi.coordinates(multi=True)
+    except Exception:  # as above
+        raise ValueError(f"{path.name}: the outline of {roi.name!r} is damaged") from None

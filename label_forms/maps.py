@@ -19,7 +19,7 @@ from common.images import (
     read_picture,
     upright,
 )
-from label_forms.labels import MAX_CLASSES, Labels, Source, check_shape, cut, number_objects
+from label_forms.labels import MAX_CLASSES, Labels, Source, check_shape, cut, load, number_objects
 from label_forms.pairing import is_product, pair
 
 COLOUR = 2**24  # added to the value of a coloured pixel, 2^16 red + 2^8 green + blue
@@ -34,15 +34,15 @@ MANY_VALUES = 20  # more classes than that are rare
 def read_map(path, max_pixels=MAX_PIXELS):
     """A label picture -> (H, W) integers from 0, as stored, upright: palette indices, grey values or coded colours.
 
-    Reads 1 to 16 bits, and TIFF of 32 bits, also float where all values are whole numbers. Of colours, black is 0 and
-    the others are COLOUR + 2^16 red + 2^8 green + blue; alpha is ignored. A JPEG must be a mask: it is split at 128.
-    Raises ValueError for anything else, and for a picture of more than max_pixels before it is decoded.
+    Reads 1 to 16 bits, and TIFF of 32 and 64 bits, also float where all values are whole numbers. Of colours, black is
+    0 and the others are COLOUR + 2^16 red + 2^8 green + blue; alpha is ignored. A JPEG has to be a mask, and is split
+    at 128. Raises ValueError for anything else, and for a picture of more than max_pixels before it is decoded.
     """
     with open(path, "rb") as file:
         try:
             picture = open_picture(file)
         except Exception:  # damaged headers raise errors without a common class
-            raise ValueError(f"{path.name} is unreadable: no label picture of 8, 16 or 32 bits") from None
+            return _read_tiff(path, max_pixels)
         with picture:
             check_pixels(picture.size, max_pixels)
             if getattr(picture, "n_frames", 1) > 1:
@@ -58,6 +58,21 @@ def read_map(path, max_pixels=MAX_PIXELS):
             raise ValueError(f"{path.name} is a JPEG, which changes the values of labels; save them as PNG or TIFF")
         array = np.where(array > 127, 255, 0)
     return upright(array, orientation)
+
+
+def _read_tiff(path, max_pixels):
+    """A file that Pillow cannot read -> (H, W) integers, if it is a TIFF of other types, such as int64."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        raise ValueError(f"{path.name} is not a readable picture")
+    tifffile = load("tifffile")
+    try:
+        with tifffile.TiffFile(path) as file:
+            [page] = file.pages
+            check_pixels(page.shape[::-1], max_pixels)
+            array = page.asarray()
+    except Exception as error:  # as above
+        raise ValueError(f"{path.name} is not a readable TIFF with one page ({error})") from None
+    return _integers(array, path.name)
 
 
 def _integers(array, name):
@@ -218,22 +233,27 @@ def guess(paths):
 
     Objects have many numbers, and each is one connected piece. Classes have few values, which lie in many pieces.
     """
-    values, regions, whole = set(), 0, 0
+    values, regions, whole, unreadable = set(), 0, 0, []
     for path in paths[:GUESS_MAPS]:
         try:
             array = read_map(path)
-        except ValueError:  # it is named when every file is read
+        except ValueError as error:  # it is named again when every file is read
+            unreadable.append(error)
             continue
         found = values_of(array)
         values.update(found.tolist())
         for value in found[:GUESS_VALUES]:
             pieces = cv2.connectedComponents((array == value).astype(np.uint8), connectivity=8)[0] - 1
             regions, whole = regions + 1, whole + (pieces == 1)
+    if len(unreadable) == len(paths[:GUESS_MAPS]):
+        raise unreadable[0]
     if not values:
         raise ValueError(f"{paths[0].parent}: no label picture holds a value beside 0")
     share = whole / regions
-    evidence = f"{len(values):,} values beside 0, {share:.0%} of them in one piece per picture"
-    if len(values) == 1 or (len(values) <= MANY_VALUES and share < 0.5):
+    evidence = f"{len(values):,} values beside 0; {share:.0%} of them are one piece in their picture"
+    if len(values) == 1:
+        return "class_map", f"all labels are 0 or {value_name(*values)}"
+    if len(values) <= MANY_VALUES and share < 0.5:
         return "class_map", evidence
     if len(values) > MANY_VALUES and share > 0.8:
         return "instance_map", evidence

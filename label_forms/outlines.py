@@ -9,21 +9,11 @@ random outlines of 1,209 pixels on average it differs from the exact rule in 10 
 cv2.fillPoly, which also fills the pixels that the line touches, adds 93.
 """
 
-import importlib
-
 import numpy as np
 
-from label_forms.labels import Piece
+from label_forms.labels import Piece, load
 
 MAX_LENGTH = 1_000_000  # of the outlines of an object, in pixels; pycocotools needs some 100 bytes for each
-
-
-def load(package):
-    """An optional package. ValueError, which says how to install it, when it is absent."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ValueError(f"{package} is not installed; pip install -r requirements-import.txt installs it") from None
 
 
 def draw(name, outlines, shape, cut_out=False):
@@ -44,7 +34,7 @@ def draw(name, outlines, shape, cut_out=False):
     with np.errstate(over="ignore"):
         length = sum(np.abs(np.diff(outline, axis=0, append=outline[:1])).sum() for outline in points)
     if length > MAX_LENGTH:
-        raise ValueError(f"an outline of {len(every):,} points is {length:,.0f} pixels long, more than {MAX_LENGTH:,}")
+        raise ValueError(f"an outline of {len(every):,} points is {length:.3g} pixels long, more than {MAX_LENGTH:,}")
     low = np.clip(np.floor(every.min(0)), 0, shape[::-1]).astype(int)
     high = np.clip(np.ceil(every.max(0)) + 1, 0, shape[::-1]).astype(int)
     width, height = (high - low).tolist()

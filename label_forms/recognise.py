@@ -80,12 +80,11 @@ def _as_map(source, form):
 
 def _nothing(found, labels, form):
     """What to say when there is nothing to read."""
-    wanted = f"{form} ({FORMS[form]})" if form else ", ".join(FORMS.values())
-    unpaired = [name for source in found for name in source.alone if not source.pairs]
-    if unpaired:
-        return f"none of the {len(unpaired):,} label files has the name of a picture ({listed(unpaired, 3)})"
-    if found := [source.form for source in found]:
-        return f"{labels} holds no labels in the form {wanted}; found {listed(found)}"
+    of_form = [source for source in found if form in (None, source.form, *_readings(source))]
+    if unpaired := [name for source in of_form for name in source.alone]:
+        return f"none of the {len(unpaired):,} labels in {labels} has the name of a picture ({listed(unpaired, 3)})"
     files = [path for path in (labels.rglob("*") if labels.is_dir() else [labels]) if path.is_file()]
-    kinds = [f"{count:,} {ending or 'without extension'}" for ending, count in Counter(p.suffix for p in files).items()]
-    return f"{labels} holds no labels that are known (found: {listed(kinds) or 'nothing'}); expected {wanted}"
+    kinds = Counter(path.suffix or path.name for path in files)
+    inside = listed([f"{count:,} {kind}" for kind, count in kinds.most_common()]) or "no file"
+    expected = f"{form}: {FORMS[form]}" if form else "labels in one of the forms that --help lists"
+    return f"{labels} holds no labels that can be read ({inside}); expected {expected}"

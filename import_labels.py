@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import Parser, listed, parse_options, run_script
+from common.cli import Parser, in_one_line, listed, parse_options, run_script
 from common.files import check_place, is_plain_name, new_folder, write_yaml
 from common.images import quieten_opencv, read_picture, squeeze, to_channels, write_png
 from label_forms.labels import MAX_CLASSES, MAX_OBJECTS
@@ -126,38 +126,44 @@ def choose_classes(found, chosen=None):
 # ---------------------------------------------------------------- what the user sees
 
 
+def say(head, text):
+    """A line of the report. Names come from other people's files: what cannot be printed is replaced."""
+    print(f"{head:<10}{in_one_line(text)}")
+
+
 def print_pairs(pictures, source, labels):
     without = [img_id for img_id in pictures if img_id not in source.pairs]
-    print(f"form      {source.form}: {FORMS[source.form]}")
-    print(f"found     {source.says} in {labels}")
-    print(f"pairs     {len(source.pairs):,} of {len(pictures):,} pictures have labels")
+    say("form", f"{source.form}: {FORMS[source.form]}")
+    say("found", f"{source.says} in {labels}")
+    say("pairs", f"{len(source.pairs):,} of {len(pictures):,} pictures have labels")
     if without:
-        print(f"          pictures without labels, left out: {len(without):,} ({listed(without, NAMED)})")
+        say("", f"pictures without labels, left out: {len(without):,} ({listed(without, NAMED)})")
     if source.alone:
-        print(f"          labels without a picture: {len(source.alone):,} ({listed(source.alone, NAMED)})")
+        say("", f"labels without a picture: {len(source.alone):,} ({listed(source.alone, NAMED)})")
     for note in source.notes:
-        print(f"          {note}")
+        say("", note)
 
 
 def print_survey(counted):
     for img_id, why in list(counted.skipped.items())[:SKIPPED_SHOWN]:
-        print(f"skipped   {img_id}: {why}")
+        say("skipped", f"{img_id}: {why}")
     if len(counted.skipped) > SKIPPED_SHOWN:
-        print(f"skipped   {len(counted.skipped) - SKIPPED_SHOWN:,} more")
+        say("skipped", f"{len(counted.skipped) - SKIPPED_SHOWN:,} more")
     for number, name in enumerate(counted.classes):
         colour, _ = COLOURS[number % len(COLOURS)]
-        print(f"class {number:<3} {name}: {counted.pixels[name] / counted.total:.2%} of the pixels, drawn in {colour}")
+        fraction = counted.pixels[name] / counted.total
+        say(f"class {number}", f"{name}: {fraction:.2%} of the pixels, drawn in {colour}")
     if others := [name for name in counted.pixels if name not in counted.classes]:
-        print(f"          left out: {listed(others, NAMED)}")
+        say("", f"left out: {listed(others, NAMED)}")
     if not counted.objects:
-        print("objects   not known: these labels say where a class is, not which pixels are one object")
+        say("objects", "not known: these labels say where a class is, not which pixels are one object")
         return
     counts = list(counted.objects.values())
-    print(f"objects   {sum(counts):,}, from {min(counts):,} to {max(counts):,} per picture")
+    say("objects", f"{sum(counts):,}, from {min(counts):,} to {max(counts):,} per picture")
     if counted.shared:
-        print(f"          {counted.shared:,} pixels belong to several objects; labels/ gives them to the smallest")
+        say("", f"{counted.shared:,} pixels belong to several objects; labels/ gives them to the smallest")
     if counted.lost:
-        print(f"          {counted.lost:,} more without a pixel: hidden, too thin, outside, or points and lines")
+        say("", f"{counted.lost:,} more without a pixel: hidden, too thin, outside, or points and lines")
 
 
 def outlined(image, labels, classes):
@@ -255,15 +261,15 @@ def main():
     print_survey(counted)
     sheet.parent.mkdir(parents=True, exist_ok=True)
     write_png(sheet, contact_sheet(pictures, source, counted))
-    print(f"drawn     {sheet}: check that the outlines fit")
+    say("drawn", f"{sheet}: check that the outlines fit")
     if options.check:
-        print(f"checked   {output} was not written; leave out --check to write it")
+        say("checked", f"{output} was not written; leave out --check to write it")
         return
     with new_folder(output, check=may_write) as folder:
         write_data_set(folder, pictures, source, counted)
         write_yaml(folder / "dataset.yml", describe(images, labels, source, counted))
     name = shlex.quote(options.name)
-    print(f"written   {output}; next: python train.py --dataset {name} --num_classes {len(counted.classes)}")
+    say("written", f"{output}; next: python train.py --dataset {name} --num_classes {len(counted.classes)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.images import decode, foreground
 from label_forms.labels import MAX_OBJECTS, Piece, Source, cut, load, unite
-from label_forms.outlines import draw, ellipse, rectangle
+from label_forms.outlines import decode_run_lengths, draw, ellipse, rectangle
 from label_forms.pairing import pair
 
 MAX_JSON_BYTES = 2**27  # Python needs up to twenty-five times as much memory
@@ -104,11 +104,13 @@ def run_lengths(segmentation, shape):
     text = counts.encode() if isinstance(counts, str) else b""
     if not text or not all(48 <= byte < 112 for byte in text) or (text[-1] - 48) & 32:  # 32: more is to follow
         raise damaged
-    coco = load("pycocotools.mask")
-    mask = coco.decode({"size": list(shape), "counts": text})
-    if coco.encode(mask)["counts"] != text:
+    try:
+        mask = decode_run_lengths({"size": list(shape), "counts": text})
+    except ValueError:
+        raise damaged from None
+    if load("pycocotools.mask").encode(np.asfortranarray(mask, np.uint8))["counts"] != text:
         raise damaged
-    return mask.astype(bool)
+    return mask
 
 
 def coco_source(path, content, pictures):

@@ -9,6 +9,8 @@ random outlines of 1,209 pixels on average it differs from the exact rule in 10 
 cv2.fillPoly, which also fills the pixels that the line touches, adds 93.
 """
 
+import warnings
+
 import numpy as np
 
 from label_forms.labels import Piece, load
@@ -41,7 +43,7 @@ def draw(name, outlines, shape, cut_out=False):
     mask = np.zeros((height, width), bool)
     for outline in points if mask.size else ():
         [inside] = coco.frPyObjects([(outline - low).ravel().tolist()], height, width)
-        inside = coco.decode(inside) > 0
+        inside = decode_run_lengths(inside)
         mask = mask ^ inside if cut_out else mask | inside
     return Piece(name, int(low[1]), int(low[0]), mask) if mask.any() else None
 
@@ -52,6 +54,13 @@ def _points(outline):
     if points.ndim == 1 and points.size % 2 or points.ndim == 2 and points.shape[1] != 2 or points.ndim > 2:
         raise ValueError(f"an outline of {points.size} numbers is no list of x and y")
     return points.reshape(-1, 2)
+
+
+def decode_run_lengths(encoded):
+    """pycocotools' {"size": [height, width], "counts": bytes} -> (H, W) bool."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools 2.0.11 with numpy 2
+        return load("pycocotools.mask").decode(encoded) > 0
 
 
 def rectangle(left, top, right, bottom):

@@ -80,9 +80,10 @@ def read_coco(item, shape):
 def _coco_piece(name, annotation, shape):
     try:
         segmentation = annotation["segmentation"]
-        if not isinstance(segmentation, dict):
-            return draw(name, segmentation, shape)
-        piece = cut(name, run_lengths(segmentation, shape))
+        if isinstance(segmentation, dict):
+            piece = cut(name, run_lengths(segmentation, shape))
+        else:
+            piece = draw(name, segmentation, shape)
     except (TypeError, KeyError, OverflowError, ValueError) as error:
         raise ValueError(f"annotation {annotation.get('id')}: {error}") from None
     return piece and piece._replace(single=not annotation.get("iscrowd"))
@@ -122,6 +123,8 @@ def coco_source(path, content, pictures):
             parts = PurePosixPath(str(image["file_name"]).replace("\\", "/")).parts
             if not parts or ".." in parts:
                 raise ValueError(f"file_name {image['file_name']!r} leads out of the folder of pictures")
+            if image["id"] in entries:
+                raise ValueError(f"two images have the id {image['id']}")
             entries[image["id"]] = (parts[-1], image, [])
         for annotation in content["annotations"]:
             image_id, category_id = annotation["image_id"], annotation["category_id"]
@@ -158,26 +161,27 @@ def labelme_source(files, pictures):
 
 
 def read_labelme(path, shape):
-    """A LabelMe file -> the Pieces of its objects. Shapes of the same label and group_id are one object."""
+    """A LabelMe file -> yields the Pieces of its objects. Entries of the same label and group_id are one object."""
     content, objects = read_json(path), {}
     try:
         check_size((content.get("imageWidth"), content.get("imageHeight")), shape, path.name)
-        for number, form in enumerate(content["shapes"]):
-            group = form.get("group_id")
-            key = (str(form["label"]), number if group is None else f"group {group}")
-            objects.setdefault(key, []).append(_labelme_piece(form, shape))
+        for number, entry in enumerate(content["shapes"]):
+            group = entry.get("group_id")
+            key = (str(entry["label"]), number if group is None else f"group {group}")
+            objects.setdefault(key, []).append(entry)
+        for (name, _), entries in objects.items():
+            yield unite((_labelme_piece(name, entry, shape) for entry in entries), shape)
     except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path.name} is not LabelMe as expected: {type(error).__name__}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
-    return [unite(pieces, shape) for pieces in objects.values()]
 
 
-def _labelme_piece(form, shape):
-    """A shape -> its Piece, or None for a line or a point, which have no area."""
-    name, kind, points = str(form["label"]), form.get("shape_type") or "polygon", form["points"]
+def _labelme_piece(name, entry, shape):
+    """An entry of "shapes" -> its Piece, or None for a line or a point, which have no area."""
+    kind, points = entry.get("shape_type") or "polygon", entry["points"]
     if kind == "mask":
-        return _labelme_mask(name, form, shape)
+        return _labelme_mask(name, entry, shape)
     if kind in ("polygon", "oriented_rectangle"):
         return draw(name, [points], shape)
     if kind == "rectangle":
@@ -190,10 +194,10 @@ def _labelme_piece(form, shape):
     return None
 
 
-def _labelme_mask(name, form, shape):
-    """A shape that is a mask, a PNG within a box whose corners are pixels."""
-    left, top = (int(value) for value in form["points"][0])
-    mask = foreground(decode(base64.b64decode(form["mask"]), math.prod(shape)))
+def _labelme_mask(name, entry, shape):
+    """An entry with a mask, a PNG within a box whose corners are pixels -> its Piece."""
+    left, top = (int(value) for value in entry["points"][0])
+    mask = foreground(decode(base64.b64decode(entry["mask"]), math.prod(shape)))
     if left < 0 or top < 0 or top + mask.shape[0] > shape[0] or left + mask.shape[1] > shape[1]:
         raise ValueError(f"a mask of {mask.shape[1]} x {mask.shape[0]} at ({left}, {top}) leads out of the picture")
     return Piece(name, top, left, mask)

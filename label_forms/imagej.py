@@ -48,16 +48,14 @@ def _is_roi_file(path):
 
 
 def read_rois(items, shape):
-    """[(class, path), ...] of one picture -> its Pieces; None for lines and points, which have no area."""
-    load("roifile")
-    slices, pieces = set(), []
+    """[(class, path), ...] of one picture -> yields the Pieces; None for lines and points, which have no area."""
+    slices = set()
     for name, path in items:
         for roi in _rois(path):
             slices.add((roi.z_position, roi.t_position) if roi.z_position or roi.t_position else roi.position)
-            pieces.append(draw(name, _outlines(roi, path), shape, cut_out=roi.composite))
-    if len(slices - {0}) > 1:
-        raise ValueError(f"{items[0][1].name} has ROIs on {len(slices)} slices of a stack; save one file per slice")
-    return pieces
+            if len(slices - {0}) > 1:
+                raise ValueError(f"{path.name} has ROIs on several slices of a stack; save one file per slice")
+            yield draw(name, _outlines(roi, path), shape, cut_out=roi.composite)
 
 
 def _rois(path):

@@ -100,13 +100,12 @@ def cut(name, mask):
 
 def unite(pieces, shape):
     """Several Pieces of one object, or None for those without a pixel -> one Piece, or None."""
-    pieces = [piece for piece in pieces if piece is not None]
-    if len(pieces) < 2:
-        return pieces[0] if pieces else None
-    mask = np.zeros(shape, bool)
+    name, mask = None, np.zeros(shape, bool)
     for piece in pieces:
-        mask[piece.box] |= piece.mask
-    return cut(pieces[0].name, mask)
+        if piece is not None:
+            name = piece.name
+            mask[piece.box] |= piece.mask
+    return cut(name, mask)
 
 
 def paint(pieces, shape, keep=None):

@@ -13,10 +13,8 @@ from common.images import (
     MAX_PIXELS,
     check_pixels,
     exif_orientation,
-    foreground,
     is_picture,
     open_picture,
-    read_picture,
     upright,
 )
 from label_forms.labels import MAX_CLASSES, Labels, Source, check_shape, cut, load, number_objects
@@ -142,12 +140,9 @@ def read_class_masks(paths, shape):
 def read_object_masks(paths, shape):
     """The paths of masks with one object each -> yields their Pieces."""
     for path in paths:
-        try:
-            mask = read_picture(path)
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from None
-        check_shape(mask, shape, path.name)
-        yield cut("object", foreground(mask))
+        array = read_map(path)
+        check_shape(array, shape, path.name)
+        yield cut("object", array > 0)
 
 
 # ---------------------------------------------------------------- finding
@@ -194,7 +189,8 @@ def _of_files(pictures, files):
         ending = "" if "" in endings else "".join(endings)
         maps = {img_id: paths[ending] for img_id, paths in pairs.items() if ending in paths}
         others = [path.name for paths in pairs.values() for other, path in paths.items() if other != ending]
-        return Source("map", f"{len(maps):,} label pictures", maps, None, names + others)
+        notes = [f"not used: {len(others):,} files with more in their names ({listed(others, 3)})"] if others else []
+        return Source("map", f"{len(maps):,} label pictures", maps, None, names, notes)  # read: see recognise.py
     says = f"{sum(map(len, pairs.values())):,} masks with the endings {listed(sorted(endings))}"
     return Source("class_masks", says, pairs, read_class_masks, names, _absent(pairs, endings))
 

@@ -25,7 +25,12 @@ FORMS = {  # name: what it is
     "imagej": "ImageJ ROIs, .zip or .roi",
     "cellpose": "Cellpose _seg.npy",
 }
-FINDERS = (find_label_pictures, find_json, find_rois, find_cellpose)
+FINDERS = {  # what looks for which forms
+    find_label_pictures: ("class_map", "instance_map", "class_masks", "object_masks"),
+    find_json: ("coco", "labelme"),
+    find_rois: ("imagej",),
+    find_cellpose: ("cellpose",),
+}
 MAPS = {"class_map": read_class_map, "instance_map": read_instance_map}  # what Sources of the form "map" can be
 BESIDE = ("masks", "labels", "annotations")  # folders beside images/, as StarDist and others lay them
 
@@ -49,8 +54,10 @@ def recognise(pictures, labels, form=None):
     form: what the user says it is. Raises ValueError when nothing fits, or when several forms are possible and the user
     does not say which.
     """
-    found = [source for find in FINDERS for source in find(pictures, labels)]
-    sources = [source for source in found if source.pairs and form in (None, source.form, *_readings(source))]
+    finders = [find for find, forms in FINDERS.items() if form is None or form in forms]
+    found = [source for find in finders for source in find(pictures, labels)]
+    found = [source for source in found if form in (None, source.form, *_readings(source))]
+    sources = [source for source in found if source.pairs]
     if not sources:
         raise ValueError(_nothing(found, labels, form))
     if len(sources) > 1:
@@ -80,8 +87,7 @@ def _as_map(source, form):
 
 def _nothing(found, labels, form):
     """What to say when there is nothing to read."""
-    of_form = [source for source in found if form in (None, source.form, *_readings(source))]
-    if unpaired := [name for source in of_form for name in source.alone]:
+    if unpaired := [name for source in found for name in source.alone]:
         return f"none of the {len(unpaired):,} labels in {labels} has the name of a picture ({listed(unpaired, 3)})"
     files = [path for path in (labels.rglob("*") if labels.is_dir() else [labels]) if path.is_file()]
     kinds = Counter(path.suffix or path.name for path in files)

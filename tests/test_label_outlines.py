@@ -96,6 +96,7 @@ def test_a_crowd_is_no_object_and_a_box_is_nothing():
         ({"images": [{"id": 0, "file_name": "a.png", "width": 10**6, "height": 10**6}]}, "the picture has 10 x 8"),
         ({"images": [{"id": 0, "file_name": "x/a.png"}, {"id": 1, "file_name": "y/a.png"}]}, "two images named a.png"),
         ({"images": [{"id": 9, "file_name": "a.png"}]}, "names image 0, category 1; one is not listed"),
+        ({"images": [{"id": 0, "file_name": "a.png"}, {"id": 0, "file_name": "b.png"}]}, "two images have the id 0"),
         ({"images": None}, "not COCO as expected"),
         ({"categories": [{}]}, "'id' is missing"),
         ({"annotations": segment("abc")}, "annotation 5: could not convert"),
@@ -204,7 +205,7 @@ def test_rois_of_all_kinds():
         ({"../1.roi": roi().tobytes()}, "outside of the folder"),
         ({"1.roi": roi().tobytes()[:70]}, "1.roi is damaged, or not an ImageJ ROI"),
         ({"1.roi": b"junk" * 99}, "1.roi is damaged, or not an ImageJ ROI"),
-        ({"1.roi": roi(z_position=1).tobytes(), "2.roi": roi(z_position=2).tobytes()}, "on 2 slices of a stack"),
+        ({"1.roi": roi(z_position=1).tobytes(), "2.roi": roi(z_position=2).tobytes()}, "on several slices of a stack"),
     ],
 )
 def test_rois_that_are_wrong(entries, said, monkeypatch):
@@ -216,6 +217,6 @@ def test_rois_that_are_wrong(entries, said, monkeypatch):
 def test_a_zip_that_is_none():
     Path("a.zip").write_bytes(b"PK\3\4junk")
     with pytest.raises(ValueError, match="not a complete zip file"):
-        imagej.read_rois([("object", Path("a.zip"))], (8, 8))
+        next(imagej.read_rois([("object", Path("a.zip"))], (8, 8)))
     with pytest.raises(ValueError, match="neither stored nor deflated"):
         read_zip({"1.roi": roi().tobytes()}, zipfile.ZIP_LZMA)

@@ -45,12 +45,12 @@ def read_masks(path):
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise ValueError(f"{path.name} has {size:,} bytes, more than {MAX_FILE_BYTES:,}; {ELSE}")
     try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            header(file)
-            data = file.read()
-        outer = _inert(data)  # a numpy array of one object, the dictionary
+        data = path.read_bytes()
+        if data[:6] != b"\x93NUMPY":
+            raise ValueError("not an .npy file")
+        header = 10 if data[6] == 1 else 12  # with the length of the description that follows
+        length = int.from_bytes(data[8:header], "little")
+        outer = _inert(data[header + length :])  # a numpy array of one object, the dictionary
         return _array(outer.state[4][0]["masks"])
     except Exception as error:  # a damaged or hostile file can raise an exception of any class
         raise ValueError(f"{path.name} holds no masks that can be read safely ({error}); {ELSE}") from None

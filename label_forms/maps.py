@@ -5,6 +5,8 @@ from label_forms.maps import find_label_pictures, guess, read_map
 values = read_map("labels/day1.png")    # (H, W) integers as stored: palette indices, grey values or coded colours
 """
 
+import logging
+
 import cv2
 import numpy as np
 
@@ -63,6 +65,7 @@ def _read_tiff(path, max_pixels):
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise ValueError(f"{path.name} is not a readable picture")
     tifffile = load("tifffile")
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its errors are raised as well
     try:
         with tifffile.TiffFile(path) as file:
             [page] = file.pages

@@ -56,19 +56,20 @@ def recognise(pictures, labels, form=None):
     """
     finders = [find for find, forms in FINDERS.items() if form is None or form in forms]
     found = [source for find in finders for source in find(pictures, labels)]
-    found = [source for source in found if form in (None, source.form, *_readings(source))]
+    found = [source for source in found if form in (None, *_readings(source))]
     sources = [source for source in found if source.pairs]
     if not sources:
         raise ValueError(_nothing(found, labels, form))
     if len(sources) > 1:
-        choices = " or ".join(f"{source.form} ({source.says})" for source in sources)
+        choices = " or ".join(f"{' or '.join(_readings(source))} ({source.says})" for source in sources)
         raise ValueError(f"{labels} can be read as {choices}: give --form, or the folder of one of them")
     [source] = sources
     return _as_map(source, form) if source.form == "map" else source
 
 
 def _readings(source):
-    return tuple(MAPS) if source.form == "map" else ()
+    """The keys of FORMS that a Source can be."""
+    return tuple(MAPS) if source.form == "map" else (source.form,)
 
 
 def _as_map(source, form):

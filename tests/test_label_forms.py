@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from fuzzing import Trap, limits
+from fuzzing import Trap, broken, fuzz, limits
 
 from label_forms import cellpose, maps
 from label_forms.labels import Piece, number_objects, paint
@@ -121,7 +121,10 @@ def test_classes_or_objects(array, form):
 def test_two_forms_in_one_folder():
     pictures = write_maps(np.eye(3, dtype=np.uint8))
     touch("labels/0_seg.npy")
-    with pytest.raises(ValueError, match=r"map \(1 label pictures\) or cellpose \(1 _seg.npy files\): give --form"):
+    with pytest.raises(
+        ValueError,
+        match=r"class_map or instance_map \(1 label pictures\) or cellpose \(1 _seg.npy files\): give --form",
+    ):
         recognise(pictures, Path("labels"))
     assert recognise(pictures, Path("labels"), "cellpose").form == "cellpose"
     assert recognise(pictures, Path("labels"), "class_map").form == "class_map"
@@ -257,3 +260,19 @@ def test_seg_npy_never_runs_what_it_says(data):
 def test_seg_npy_with_other_masks(masks, said):
     with pytest.raises(ValueError, match=said):
         seg({"masks": masks})
+
+
+def test_damaged_maps_and_seg_npy(count, sandbox, capfd):
+    masks = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    np.save("free/a_seg.npy", {"masks": masks, "flows": [masks], "img": None})
+    tifffile.imwrite("free/a.tif", masks.astype(np.int64))
+    cv2.imwrite("free/a.png", masks)
+    bases = {path.name: path.read_bytes() for path in sorted(Path("free").iterdir())}
+
+    def call(data):
+        path = Path("free/x_seg.npy" if data[1:6] == b"NUMPY" else "free/x.tif")
+        path.write_bytes(data)
+        (cellpose.read_masks if path.suffix == ".npy" else maps.read_map)(path)
+
+    counts = fuzz("label pictures", [*bases.items(), *broken(bases, count, 12)], call, sandbox, capfd)
+    assert min(counts.values()) > 0

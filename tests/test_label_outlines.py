@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import limits
+from fuzzing import broken, fuzz, limits
 from matplotlib.path import Path as Outline
 
 from label_forms import annotations, imagej
@@ -220,3 +220,33 @@ def test_a_zip_that_is_none():
         next(imagej.read_rois([("object", Path("a.zip"))], (8, 8)))
     with pytest.raises(ValueError, match="neither stored nor deflated"):
         read_zip({"1.roi": roi().tobytes()}, zipfile.ZIP_LZMA)
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def test_damaged_json_and_rois(count, sandbox, capfd):
+    """Each ends in Labels or in one line, within a minute and 3 GB."""
+    run_lengths = {"size": [8, 10], "counts": "1220h1"}
+    coco_file = {
+        "images": [{"id": 0, "file_name": "a.png", "width": 10, "height": 8}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": segment([[1, 1, 4, 1, 4, 4]], run_lengths),
+    }
+    labelme_file = {"shapes": [{"label": "cell", "shape_type": "circle", "points": [[5, 4], [7, 4]]}]}
+    with zipfile.ZipFile("free/a.zip", "w") as archive:
+        archive.writestr("1.roi", roi().tobytes())
+    bases = {"coco": json.dumps(coco_file).encode(), "labelme": json.dumps(labelme_file).encode()}
+    bases |= {"zip": Path("free/a.zip").read_bytes(), "roi": roi().tobytes()}
+
+    def call(data):
+        name = "a.json" if data[:1] == b"{" else "a.zip" if data[:2] == b"PK" else "a.roi"
+        path = Path("free", name)
+        path.write_bytes(data)
+        finder = annotations.find_json if name == "a.json" else imagej.find_rois
+        for source in finder({"a": Path("a.png")}, path):
+            if source.pairs:
+                source.labels_of("a", (8, 10))
+
+    counts = fuzz("labels", [*bases.items(), *broken(bases, count, 11)], call, sandbox, capfd)
+    assert min(counts.values()) > 0

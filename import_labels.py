@@ -1,6 +1,6 @@
 """Anybody's pictures and labels -> inputs/<name>/images/<id>.png, masks/<class>/<id>.png and labels/<id>.png.
 
-python import_labels.py photos labels --name my_cells --check    # only says and draws what it understands
+python import_labels.py photos labels --name my_cells --check    # only prints and draws what it recognises
 python import_labels.py photos labels --name my_cells
 python import_labels.py dsb2018/train --name stardist            # images/ and masks/ in one folder
 python import_labels.py photos annotations.json --name coco
@@ -47,9 +47,9 @@ def build_parser():
     a("images", type=Path, help="folder of the pictures")
     a("labels", type=Path, nargs="?", help="folder or file of the labels; default: masks/ beside images/, or IMAGES")
     a("--name", required=True, help="the data set becomes inputs/<name>")
-    a("--form", choices=FORMS, help="what the labels are; default: found out")
+    a("--form", choices=FORMS, help="what the labels are; default: recognised from the files")
     a("--classes", help="the classes to keep, in this order, such as nucleus,cell; default: all, in alphabetical order")
-    a("--check", action="store_true", help="say and draw what was understood, write nothing to inputs/")
+    a("--check", action="store_true", help="print and draw what was recognised, write nothing to inputs/")
     a("--overwrite", action="store_true", help="replace an existing data set")
     return parser
 
@@ -206,11 +206,13 @@ def contact_sheet(pictures, source, counted):
 
 
 def write_image(path, source, image):
-    """A PNG is copied as it is; another picture is written as one, with the same values, without alpha."""
+    """A PNG is copied as it is; another picture becomes one without alpha, its values kept if of 8 or 16 bits."""
     if source.suffix.lower() == ".png":
         path.write_bytes(source.read_bytes())
-    else:
+    elif image.dtype in (np.uint8, np.uint16):
         write_png(path, image if image.ndim == 2 else image[..., :3])
+    else:
+        write_png(path, to_channels(image, 3))
 
 
 def write_data_set(folder, pictures, source, counted):

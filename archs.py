@@ -19,7 +19,10 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
+from encoders import Encoder
+
 DEPTH = 4  # downsamplings, as in both papers
+WIDTH = 32  # filters of row 0 in both papers, doubled from row to row
 interpolate = functools.partial(F.interpolate, scale_factor=2, mode="bilinear", align_corners=True)
 
 
@@ -100,19 +103,31 @@ class SkipNetwork(nn.Module):
 
     nodes = ()  # (i, j) pairs, each after the nodes that feed it
     levels = (DEPTH,)
+    scale = 1  # pixels of the image per pixel of the row 0
 
-    def __init__(self, num_classes=1, input_channels=3, width=32):
+    def __init__(self, num_classes, input_channels, width, encoder=None, encoded=range(0)):
+        """encoded: the rows i whose X^{i,0} are the stages of the encoder of this name."""
         super().__init__()
         for name, value in (("num_classes", num_classes), ("input_channels", input_channels), ("width", width)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
-        filters = [width * 2**i for i in range(DEPTH + 1)]
+        self.encoder, stages = None, {}  # stages: filters of the encoder by row
+        if encoder:
+            self.encoder = Encoder(encoder, len(encoded), input_channels)
+            stages = dict(zip(encoded, self.encoder.channels, strict=True))
+        self.encoded = tuple(stages)
+        self.filters = [(width or WIDTH) * 2**i for i in range(DEPTH + 1)]
+        if encoder and width is None:
+            self.filters = [stages.get(i, self.encoder.channels[0] // 2) for i in range(DEPTH + 1)]
+        channels = {(i, j): self.filters[i] if j else stages.get(i, self.filters[i]) for i, j in self.nodes}
         for i, j in self.nodes:
             if j:
-                in_channels = filters[i] * len(self.skips(j)) + filters[i + 1]
+                in_channels = sum(channels[i, k] for k in self.skips(j)) + channels[i + 1, j - 1]
+            elif i in self.encoded:
+                continue
             else:
-                in_channels = filters[i - 1] if i else input_channels
-            self.add_module(f"conv{i}_{j}", VGGBlock(in_channels, filters[i]))
+                in_channels = channels[i - 1, 0] if i else input_channels
+            self.add_module(f"conv{i}_{j}", VGGBlock(in_channels, channels[i, j]))
         self.pool = nn.MaxPool2d(2, 2)
 
     @staticmethod
@@ -139,6 +154,10 @@ class SkipNetwork(nn.Module):
         pruned.levels = (level,)
         pruned.nodes = tuple((i, j) for i, j in self.nodes if i + j <= level)
         kept = {f"conv{i}_{j}" for i, j in pruned.nodes} | {"final", f"final{level}", "pool"}
+        if self.encoder:
+            kept.add("encoder")
+            pruned.encoded = tuple(i for i in self.encoded if i <= level)
+            pruned.encoder = self.encoder.prune(len(pruned.encoded))
         for name in dict(self.named_children()).keys() - kept:
             delattr(pruned, name)
         return pruned
@@ -157,12 +176,18 @@ class SkipNetwork(nn.Module):
                     conv, bn = getattr(block, f"conv{k}"), getattr(block, f"bn{k}")
                     setattr(block, f"conv{k}", fuse_conv_bn_eval(conv, bn))
                     setattr(block, f"bn{k}", nn.Identity())
+        if folded.encoder:
+            folded.encoder.fold()
         return folded
 
     def forward_nodes(self, images):
         """(N, input_channels, H, W), H and W multiples of 16 -> {(i, j): X^{i,j}, (N, width 2^i, H / 2^i, W / 2^i)}."""
         x = {}
+        if self.encoder:
+            x.update({(i, 0): maps for i, maps in zip(self.encoded, self.encoder(images), strict=True)})
         for i, j in self.nodes:
+            if (i, j) in x:
+                continue
             if j:
                 maps = [*(x[i, k] for k in self.skips(j)), x[i + 1, j - 1]]
             else:
@@ -175,7 +200,8 @@ class SkipNetwork(nn.Module):
 
         32 pixels leave 2 x 2 at the bottom, so batch norm sees more than one value per channel even in a batch of one.
         """
-        multiple, least = 2**DEPTH, 2 ** (DEPTH + 1) if self.training else 1
+        multiple = 2**DEPTH * self.scale
+        least = 2 * multiple if self.training else 1
         # rounded up without negative numbers: ONNX divides those towards zero, Python downwards
         height, width = ((max(side, least) + multiple - 1) // multiple * multiple for side in images.shape[-2:])
         return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]), mode="replicate")
@@ -189,7 +215,7 @@ class UNet(SkipNetwork):
 
     nodes = tuple((i, 0) for i in range(DEPTH + 1)) + tuple((i, DEPTH - i) for i in reversed(range(DEPTH)))
 
-    def __init__(self, num_classes=1, input_channels=3, deep_supervision=False, width=32):
+    def __init__(self, num_classes=1, input_channels=3, deep_supervision=False, width=WIDTH):
         if deep_supervision:
             raise ValueError("UNet has one head; deep supervision needs NestedUNet")
         super().__init__(num_classes, input_channels, width)
@@ -210,16 +236,25 @@ class NestedUNet(SkipNetwork):
     images (N, input_channels, H, W) float, any H and W -> logits (N, num_classes, H, W) of X^{0,4}; with
     deep_supervision a list of the logits of X^{0,1} ... X^{0,4}, each from its own 1x1 convolution (`final1` ...).
     Pruned to one level, it returns the logits of that level alone.
+
+    encoder: the name of a backbone (encoders.py) whose stages are the X^{i,0}, or None. stem: "full" keeps X^{0,0} as a
+    block on the image, since encoders have nothing at full resolution; "half" begins the grid at half resolution with
+    the encoder and doubles the logits. width: filters of row 0, doubled from row to row. With None, 32, or, with an
+    encoder, the nodes of each row have as many filters as its stage, those of the full stem half of the first stage's.
     """
 
     nodes = tuple((d - j, j) for d in range(DEPTH + 1) for j in range(d + 1))  # diagonal by diagonal: L0, L1 ... L4
 
-    def __init__(self, num_classes=1, input_channels=3, deep_supervision=False, width=32):
-        super().__init__(num_classes, input_channels, width)
+    def __init__(self, num_classes=1, input_channels=3, deep_supervision=False, width=None, encoder=None, stem="full"):
+        if stem == "half" and not encoder:
+            raise ValueError("--stem half needs an --encoder")
+        first = 0 if stem == "half" else 1  # encoders have nothing at full resolution
+        super().__init__(num_classes, input_channels, width, encoder, range(first, DEPTH + 1))
+        self.scale = 2 if stem == "half" else 1
         self.deep_supervision = deep_supervision
         self.levels = tuple(range(1, DEPTH + 1)) if deep_supervision else (DEPTH,)
         for name in [f"final{level}" for level in self.levels] if deep_supervision else ["final"]:
-            self.add_module(name, nn.Conv2d(width, num_classes, 1))
+            self.add_module(name, nn.Conv2d(self.filters[0], num_classes, 1))
 
     @staticmethod
     def skips(j):
@@ -228,9 +263,11 @@ class NestedUNet(SkipNetwork):
     def forward(self, images):
         height, width = images.shape[-2:]
         x = self.forward_nodes(self.pad(images))
-        if not self.deep_supervision:
-            return self.final(x[0, DEPTH])[..., :height, :width]
-        heads = [getattr(self, f"final{level}")(x[0, level])[..., :height, :width] for level in self.levels]
+        heads = []
+        for level in self.levels:
+            head = getattr(self, f"final{level}") if self.deep_supervision else self.final
+            logits = head(x[0, level])
+            heads.append((upsample(logits) if self.scale == 2 else logits)[..., :height, :width])
         return heads if len(heads) > 1 else heads[0]
 
 
@@ -245,7 +282,14 @@ def build_model(config):
     if config["arch"] not in ARCHS:
         raise ValueError(f"arch {config['arch']!r} is unknown; expected one of {', '.join(ARCHS)}")
     keys = ("num_classes", "input_channels", "deep_supervision", "width")
-    model = ARCHS[config["arch"]](**{key: config[key] for key in keys})
+    options = {key: config[key] for key in keys}
+    if config.get("encoder", "none") != "none":
+        if config["arch"] != "NestedUNet":
+            raise ValueError(f"--encoder is for NestedUNet, found --arch {config['arch']}")
+        options.update(encoder=config["encoder"], stem=config.get("stem", "full"))
+    model = ARCHS[config["arch"]](**options)
+    if model.encoder is not None:
+        model.encoder.fixed_statistics = config.get("encoder_freeze_bn", False)
     for block in model.modules():
         if isinstance(block, VGGBlock):
             block.checkpointing = config.get("checkpointing", False)

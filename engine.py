@@ -182,7 +182,7 @@ class Run:
     early_stopping: epochs without a better validation score, negative for never. seed: the global stream is seeded
     with seed + epoch, or left alone when None. folder: gets log.csv, model.pth (best epoch) and last.pth (what
     resuming needs); None keeps the best weights in memory. whole: the model that model.pth holds when `model` is a part
-    of it, such as a head trained on fixed features.
+    of it, such as a head trained on fixed features. frozen: parameters that do not learn in the first frozen_epochs.
     """
 
     def __init__(
@@ -200,11 +200,14 @@ class Run:
         seed=None,
         folder=None,
         whole=None,
+        frozen=(),
+        frozen_epochs=0,
     ):
         self.model, self.task, self.optimizer, self.scheduler, self.device = model, task, optimizer, scheduler, device
         self.epochs, self.amp, self.early_stopping, self.seed, self.folder = epochs, amp, early_stopping, seed, folder
         self.forward = model  # `fit` wraps it for several processes, or compiles it
         self.whole = whole or model
+        self.frozen, self.frozen_epochs = frozen, frozen_epochs
         self.ema = averaged(model, ema) if ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.rows, self.best_score, self.best_epoch, self.best = [], -1.0, 0, None
@@ -223,6 +226,9 @@ class Run:
         """One step of the optimizer, of the scheduler that counts steps, and of the averaged weights."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if self.epoch < self.frozen_epochs:
+            for parameter in self.frozen:
+                parameter.grad = None  # the optimizer leaves it alone
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if isinstance(self.scheduler, OneCycleLR):

@@ -28,7 +28,7 @@ from common.cli import Parser, answer_early, parse_options, run_script
 from inference import LEVELS
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-IN_CONFIG = ("name", "arch", "num_classes", "input_channels", "input_h", "input_w", "scale")  # what goes along
+IN_CONFIG = ("name", "arch", "num_classes", "input_channels", "input_h", "input_w", "scale", "stem")  # what goes along
 AXES = ("N", "H", "W")  # those that are free
 TOLERANCE = 1e-4  # of a probability
 CHECKED = 4  # images

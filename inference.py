@@ -30,7 +30,7 @@ TEXTS = ("arch", "dataset", "img_ext", "mask_ext", "loss")  # values of config.y
 DEEPEST_LEVEL = "4"  # what a network without deep supervision answers with, X^{0,4}
 LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
 TILE, OVERLAP = 256, 64  # pixels that the network sees
-MULTIPLE = 16  # what a network pads to; tiles that begin on it pool the same pixels together as the whole picture does
+MULTIPLE = 16  # what a network pads to, or twice that; tiles that begin on it see the pixels pooled as the whole does
 
 
 # ---------------------------------------------------------------- the config of a run
@@ -52,9 +52,12 @@ def read_config(folder):
     scale = config.get("scale", 1)
     fits = {key: isinstance(config[key], str) for key in TEXTS}
     fits.update({key: is_within(config[key], bounds) for key, bounds in BOUNDS.items()})
+    fits["width"] = fits["width"] or (config["width"] is None and config.get("encoder", "none") != "none")
     fits["input_channels"] = config["input_channels"] in INPUT_CHANNELS
     fits["deep_supervision"] = isinstance(config["deep_supervision"], bool)
     fits.update({key: are_channels(config, key) for key in ("mean", "std")})
+    fits["encoder"] = isinstance(config.get("encoder", "none"), str)
+    fits["stem"] = config.get("stem", "full") in ("full", "half")
     fits["level"] = "level" not in config or is_within(config["level"], levels)
     fits["scale"] = _is_number(scale) and scale > 0
     wrong = [key for key, fit in fits.items() if not fit]
@@ -147,7 +150,7 @@ def start_from(model, config):
         found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "missing"
         raise ValueError(
             f"{path} does not fit: {wrong[0]} is {found} there, {tuple(own[wrong[0]].shape)} here ({len(wrong)} of "
-            f"{len(own)} entries differ); give the --arch, --width and --input_channels it was trained with"
+            f"{len(own)} entries differ); give the --arch, --width, --encoder and --input_channels it was trained with"
         )
     model.load_state_dict(fitting, strict=False)
     print(f"weights of {path}" + (f"; new heads: {', '.join(fresh)}" if fresh else ""))
@@ -258,6 +261,7 @@ class OnnxPredictor:
             self.config = {"input_channels": int(images.shape[3]), "num_classes": int(output.shape[3])}
             self.config.update({key: int(about[key]) for key in ("input_h", "input_w")})
             self.config["scale"] = float(about.get("scale") or 0)
+            self.config["stem"] = about.get("stem", "full")
             self.name = name or Path(about["name"]).name
         except Exception as error:  # ONNX Runtime's errors have no class in common
             raise ValueError(f"{path} is not an ONNX file of export.py ({type(error).__name__})") from None
@@ -286,20 +290,26 @@ class OnnxPredictor:
 # ---------------------------------------------------------------- tiles
 
 
+def multiple_of(config):
+    """What a run's network pads both sides to: 16, or 32 with --stem half."""
+    return 2 * MULTIPLE if config.get("stem") == "half" else MULTIPLE
+
+
 def tile_size(config):
-    """(height, width) of the tiles for a run: 256, or its trained size where that is larger, in multiples of 16."""
-    return tuple(max(TILE, side + -side % MULTIPLE) for side in (config["input_h"], config["input_w"]))
+    """(height, width) of the tiles for a run: 256, or its trained size where that is larger, padded as it pads."""
+    multiple = multiple_of(config)
+    return tuple(max(TILE, side + -side % multiple) for side in (config["input_h"], config["input_w"]))
 
 
-def windows(length, tile, overlap=OVERLAP):
+def windows(length, tile, overlap=OVERLAP, multiple=MULTIPLE):
     """Where the tiles of a side begin and what they weigh: (starts, float32 (len(starts), min(tile, length))).
 
-    All sizes are multiples of 16, and so are the starts; neighbours overlap by `overlap` or more. The weights of a tile
-    are a raised cosine, never 0, divided so that those of all tiles sum to 1 at every pixel.
+    All sizes are multiples of `multiple`, and so are the starts; neighbours overlap by `overlap` or more. The weights
+    of a tile are a raised cosine, never 0, divided so that those of all tiles sum to 1 at every pixel.
     """
     size = min(tile, length)
     steps = -(-(length - size) // (tile - overlap))  # rounded up, then spread evenly
-    starts = [k * (length - size) // max(1, steps) // MULTIPLE * MULTIPLE for k in range(steps + 1)]
+    starts = [k * (length - size) // max(1, steps) // multiple * multiple for k in range(steps + 1)]
     bump = 0.5 - 0.5 * np.cos(2 * np.pi * (np.arange(size) + 0.5) / size)
     total = np.zeros(length)
     for start in starts:
@@ -310,14 +320,16 @@ def windows(length, tile, overlap=OVERLAP):
 def predict_tiled(predictor, images, batch_size=8):
     """(N, H, W, C) uint8 -> (N, classes, H, W) uint16, 65535 = 1; the network sees `batch_size` tiles at a time.
 
-    Images that fit into tile_size are seen whole. Sides are padded to a multiple of 16 at their ends by replication, as
-    the network itself does, so that every tile begins on one and all have one size. The sums of one row of tiles are
-    kept, and those lines that the next row does not reach go to the result.
+    Images that fit into tile_size are seen whole. Sides are padded to a multiple of 16 or 32 at their ends by
+    replication, as the network itself does, so that every tile begins on one and all have one size. The sums of one row
+    of tiles are kept, and those lines that the next row does not reach go to the result.
     """
     tile, num_classes, (height, width) = tile_size(predictor.config), predictor.config["num_classes"], images.shape[1:3]
-    images = np.pad(images, [(0, 0), (0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)], mode="edge")
+    multiple = multiple_of(predictor.config)
+    images = np.pad(images, [(0, 0), (0, -height % multiple), (0, -width % multiple), (0, 0)], mode="edge")
     count, bottom, right = images.shape[:3]
-    (tops, row_weights), (lefts, column_weights) = windows(bottom, tile[0]), windows(right, tile[1])
+    tops, row_weights = windows(bottom, tile[0], multiple=multiple)
+    lefts, column_weights = windows(right, tile[1], multiple=multiple)
     tile_h, tile_w = row_weights.shape[1], column_weights.shape[1]
     places = [(k, left, weights) for k in range(count) for left, weights in zip(lefts, column_weights, strict=True)]
     result = np.empty((count, num_classes, height, width), np.uint16)

@@ -30,6 +30,9 @@ RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "l
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
 FREE_ON_RESUME = {"name", "device", "num_workers", "cache", "checkpointing", *ABOUT_THE_COMMAND}  # no effect on results
 NO_OPTIONS = ("mean", "std", "scale", "environment", "level")  # what config.yml may keep beside the options
+ENCODER_OPTIONS = ("stem", "encoder_weights", "encoder_lr", "encoder_freeze", "encoder_freeze_bn")
+LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS)  # the config.yml of an older run lacks them
+PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
 MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
 
 
@@ -51,10 +54,18 @@ def build_parser():
     a("-a", "--arch", choices=("NestedUNet", "UNet"), default="NestedUNet", help="network; NestedUNet is U-Net++")
     heads = "NestedUNet: a loss on each of four heads, so that the network can be pruned"
     a("--deep_supervision", type=str2bool, default=False, help=heads)
+    backbone = "pretrained column X^{i,0}: none, efficientnet_lite0, resnet18, or another backbone of timm"
+    a("--encoder", default="none", help=backbone)
+    a("--stem", choices=("full", "half"), default="full", help="resolution of the first level, with --encoder")
+    sources = "auto (ImageNet), none, a file, or models/<run> of transfer_resnet18.py"
+    a("--encoder_weights", default="auto", help=sources)
+    a("--encoder_lr", type=positive, help="default: --lr for random weights, a fifth of it for pretrained ones")
+    a("--encoder_freeze", type=number(int, 0), default=0, help="epochs at first in which the encoder does not learn")
+    a("--encoder_freeze_bn", type=str2bool, default=False, help="keep the encoder's batch-norm statistics")
     a("--input_channels", type=int, choices=INPUT_CHANNELS, default=3, help="grey, RGB or RGBA")
     a("--num_classes", type=number(int, *BOUNDS["num_classes"]), default=1, help="folders masks/0, masks/1 ...")
-    width = "filters of the first level; doubled four times"
-    a("--width", type=number(int, *BOUNDS["width"]), default=32, help=width)
+    width = "filters of the first level, doubled four times; default: 32, or with --encoder those of its stages"
+    a("--width", type=number(int, *BOUNDS["width"]), help=width)
     a("--input_w", type=number(int, *BOUNDS["input_w"]), default=96, help="images are resized to this width")
     a("--input_h", type=number(int, *BOUNDS["input_h"]), default=96, help="images are resized to this height")
 
@@ -123,7 +134,7 @@ answer_early(__name__, build_parser)  # the imports below take seconds
 import torch
 from torch.optim import lr_scheduler
 
-from archs import build_model
+from archs import WIDTH, build_model
 from common.devices import keep_memory, memory, pick_amp, pick_device, precision_name
 from common.distributed import is_main, processes, sync_batch_norm
 from common.files import read_yaml
@@ -139,6 +150,7 @@ from common.runs import (
     write_start,
 )
 from dataset import ABOUT, GROUPED, build_dataset, check_split, list_ids, make_loader, split_ids
+from encoders import convert_sync_batchnorm, load_encoder
 from engine import OPTIMIZERS, Run, Segmentation, fit_and_keep, seed_everything
 from inference import read_config, start_from
 from losses import LOSSES
@@ -152,7 +164,11 @@ SCHEDULERS = {  # steps: batches per epoch
     ),
     # one step per batch: up to lr over the first fifth, then down to almost nothing
     "OneCycleLR": lambda o, c, steps: lr_scheduler.OneCycleLR(
-        o, c["lr"], total_steps=max(10, c["epochs"] * steps), pct_start=0.2, cycle_momentum=False
+        o,
+        [group["lr"] for group in o.param_groups],
+        total_steps=max(10, c["epochs"] * steps),
+        pct_start=0.2,
+        cycle_momentum=False,
     ),
     "ReduceLROnPlateau": lambda o, c, steps: lr_scheduler.ReduceLROnPlateau(
         o, factor=c["factor"], patience=c["patience"], min_lr=c["min_lr"]
@@ -184,7 +200,20 @@ def new_config(options):
         raise ValueError("--border_smoothing is for losses with a cross entropy; LovaszHingeLoss sees only 0 and 1")
     if config["scheduler"] in ("CosineAnnealingLR", "ReduceLROnPlateau") and config["lr"] < config["min_lr"]:
         raise ValueError(f"--lr {config['lr']:g} is below --min_lr {config['min_lr']:g}, to which it should fall")
-    return resolve_machine(config)
+    return resolve_machine(config | encoder_config(config))
+
+
+def encoder_config(config):
+    """width and encoder_lr, resolved; ValueError when an encoder's options are given without one."""
+    if config["encoder"] == "none":
+        defaults = build_parser().parse_args([])
+        if given := [key for key in ENCODER_OPTIONS if config[key] != getattr(defaults, key)]:
+            raise ValueError(f"--{given[0]} needs an --encoder, such as --encoder efficientnet_lite0")
+        return {"width": config["width"] or WIDTH}
+    if config["encoder_lr"] is not None:
+        return {}
+    pretrained = config["weights"] or config["encoder_weights"] != "none"
+    return {"encoder_lr": PRETRAINED_LR * config["lr"] if pretrained else config["lr"]}
 
 
 def resumed_config(options, given):
@@ -192,7 +221,8 @@ def resumed_config(options, given):
     if not options.name:
         raise ValueError("--resume needs --name, the run to continue")
     folder = run_folder(options.name)
-    config = check_config(build_parser, read_config(folder), folder / "config.yml")
+    defaults = {key: getattr(build_parser().parse_args([]), key) for key in LATER_OPTIONS}
+    config = check_config(build_parser, {**defaults, **read_config(folder)}, folder / "config.yml")
     if "level" in config:
         raise ValueError(f"{folder} is another run cut to level {config['level']}; resume the whole one")
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
@@ -303,7 +333,8 @@ def build_run(config, model, steps_per_epoch, device, folder=None):
         model.to(memory_format=torch.channels_last)
     weights = [float(part) for part in config["head_weights"].split(",")] if config["head_weights"] else None
     task = Segmentation(LOSSES[config["loss"]](), weights, config["border_smoothing"])
-    optimizer = OPTIMIZERS[config["optimizer"]](model.parameters(), config)
+    of_encoder = list(model.encoder.parameters()) if model.encoder else []
+    optimizer = OPTIMIZERS[config["optimizer"]](parameter_groups(model, of_encoder, config), config)
     scheduler = SCHEDULERS[config["scheduler"]](optimizer, config, steps_per_epoch)
     return Run(
         model,
@@ -317,7 +348,18 @@ def build_run(config, model, steps_per_epoch, device, folder=None):
         early_stopping=config["early_stopping"],
         seed=config["seed"],
         folder=folder,
+        frozen=of_encoder,
+        frozen_epochs=config["encoder_freeze"],
     )
+
+
+def parameter_groups(model, of_encoder, config):
+    """What an optimizer takes: the parameters, or two groups of them, the encoder's with its own learning rate."""
+    if not of_encoder:
+        return model.parameters()
+    ids = {id(parameter) for parameter in of_encoder}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    return [{"params": others}, {"params": of_encoder, "lr": config["encoder_lr"]}]
 
 
 def prepare(config, folder, earlier, device, resume):
@@ -332,10 +374,13 @@ def prepare(config, folder, earlier, device, resume):
     check_memory(config, device)
     model = build_model(config)
     if config["sync_bn"]:
-        model = sync_batch_norm(model, device)
+        model = sync_batch_norm(model, device, convert_sync_batchnorm if model.encoder else None)
     split = chosen_split(config, folder if resume else None)
     if config["weights"] and not begun:
         start_from(model, config)
+    elif model.encoder and config["encoder_weights"] != "none" and not begun:
+        load_encoder(model.encoder, config["encoder_weights"])
+        config.update(mean=model.encoder.mean, std=model.encoder.std)
     train_set, val_set, about = build_data(config, split)
     options = {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
     loader = make_loader(train_set, config["batch_size"], shuffle=True, seed=config["seed"], **options)

@@ -166,10 +166,14 @@ def parallel(model, device):
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
-def sync_batch_norm(model, device):
-    """The model with batch norm over the whole global batch. ValueError where PyTorch has no such thing."""
+def sync_batch_norm(model, device, convert=None):
+    """The model with batch norm over the whole global batch. ValueError where PyTorch has no such thing.
+
+    convert: a function for models with other batch norms than PyTorch's.
+    """
     if device.type != "cuda":
         raise ValueError(f"--sync_bn True needs GPUs: PyTorch's SyncBatchNorm does not run on {device.type}")
     from torch.nn import SyncBatchNorm
 
-    return SyncBatchNorm.convert_sync_batchnorm(model)
+    convert = convert or SyncBatchNorm.convert_sync_batchnorm
+    return convert(model)

@@ -59,7 +59,7 @@ class Sketches:
 
     def add(self, image):
         """image: (H, W, C) uint8 with 1, 3 or 4 channels. Alpha is ignored."""
-        colour = to_channels(image if image.shape[2] > 1 else image[..., 0], 3)
+        colour = _rgb(image)
         small = squeeze(colour, (SIDE, SIDE))
         self.digests.append(_digest(colour))
         self._looks.append(_look(small))
@@ -75,6 +75,10 @@ class Sketches:
     @property
     def borders(self):
         return np.array(self._borders)
+
+
+def _rgb(image):
+    return to_channels(image if image.shape[2] > 1 else image[..., 0], 3)
 
 
 def _digest(image):
@@ -219,6 +223,15 @@ def groups(sketches):
     for k, digest in enumerate(sketches.digests):
         join([first_of.setdefault(digest, k), k])
     return labels
+
+
+def kind(image):
+    """The kind of a picture, (H, W, C) uint8 -> "dark grey", "bright coloured" and so on; see kind_of.
+
+    Of the 670 images of the 2018 Data Science Bowl, at their own sizes, 546 are dark grey, 108 bright coloured and 16
+    bright grey.
+    """
+    return kind_of(_look(squeeze(_rgb(image), (SIDE, SIDE))))
 
 
 def kind_of(look):

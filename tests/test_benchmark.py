@@ -1,6 +1,7 @@
 """tools/benchmark.py: real workers on little data, the steps that they time, and the table by hand."""
 
 import contextlib
+import importlib.util
 import json
 import re
 import time
@@ -66,12 +67,16 @@ def test_every_row(place, monkeypatch, capsys, one_thread):
         return contextlib.nullcontext({name: Here(options, task) for name, task in tasks.items()})
 
     monkeypatch.setattr(benchmark, "workers", workers_here)
+    if not importlib.util.find_spec("segmentation_models_pytorch"):  # ours takes its place
+        monkeypatch.setattr(benchmark, "PEERS", ("timm",))
+        monkeypatch.setattr(steps, "peer_network", lambda: archs.NestedUNet(width=2, encoder="efficientnet_lite0"))
     call(monkeypatch, benchmark, *PLACES, "--json rows.json")
     printed = capsys.readouterr().out
     rows = {row["what"]: row for row in json.loads((place / "rows.json").read_text())["rows"]}
     assert all(f"| {name} |" in printed for name in rows)
     plain = {
         "training step": "training step, plain",
+        "training step, efficientnet_lite0": "training step, efficientnet_lite0, segmentation_models_pytorch",
         "validation step": "training step, plain",
         "inference L1": "inference L4, plain",
         "an epoch's batches": "an epoch's batches, plain",

@@ -113,10 +113,14 @@ def trained_ants(**changes):
     return dict(part.named_parameters()), rows[0]
 
 
+def tiny_config(name):
+    words = f"{TINY} --epochs 4 --name {name} --encoder efficientnet_lite0 --encoder_freeze 1"
+    return train.new_config(train.build_parser().parse_args(words.split()))
+
+
 def tiny_run(name, resume=False, stop_before=None):
     """train.py's own steps inside a group; stopped like Ctrl-C before an epoch, if wanted."""
-    config = train.new_config(train.build_parser().parse_args([*TINY.split(), "--epochs", "4", "--name", name]))
-    folder, real = Path("models") / name, engine.train_one_epoch
+    config, folder, real = tiny_config(name), Path("models") / name, engine.train_one_epoch
 
     def stopped(run, loader, label, check_stop):
         if label == f"epoch {stop_before}/4":
@@ -304,7 +308,7 @@ def test_one_process_writes_and_speaks(two):
     names = ["config.yml", "curves.png", "last.pth", "log.csv", "model.pth", "split.yml"]
     assert sorted(path.name for path in Path("models/straight").iterdir()) == names
     config = yaml.safe_load(Path("models/straight/config.yml").read_text())
-    alone = train.new_config(train.build_parser().parse_args([*TINY.split(), "--epochs", "4", "--name", "straight"]))
+    alone = tiny_config("straight")
     assert {key: config[key] for key in alone} == alone and config["environment"]["processes"] == 2
 
 

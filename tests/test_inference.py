@@ -249,6 +249,7 @@ def test_tiles_are_256_pixels_or_the_trained_size():
     sizes = {(96, 96): (256, 256), (256, 257): (256, 272), (1, 1000): (256, 1008)}
     for (height, width), expected in sizes.items():
         assert tile_size({"input_h": height, "input_w": width}) == expected
+    assert tile_size({"input_h": 257, "input_w": 96, "stem": "half"}) == (288, 256)
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (40, 150), (64, 64), (131, 97), (300, 65)])

@@ -14,7 +14,18 @@ import pytest
 
 from common import lookalikes
 from common.images import decode, squeeze, to_channels
-from common.lookalikes import ALIKE, Sketches, about_groups, about_twins, grouped_split, groups, kind_of, seams, twins
+from common.lookalikes import (
+    ALIKE,
+    Sketches,
+    about_groups,
+    about_twins,
+    grouped_split,
+    groups,
+    kind,
+    kind_of,
+    seams,
+    twins,
+)
 
 
 def flat(value, size=(96, 96)):
@@ -57,6 +68,7 @@ def test_kinds():
         "bright grey",
         "bright coloured",
     ]
+    assert kind(flat(30)[..., :1]) == "dark grey" and kind(flat((200, 150, 220), (300, 40))) == "bright coloured"
 
 
 def test_flips_and_turns_are_the_same_image_and_one_pixel_makes_another():

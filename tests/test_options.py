@@ -69,6 +69,12 @@ FLAGS = {
         "early_stopping": ("-1 0 1 1000", "x 0.5"),
         "arch": ("", "Transformer"),
         "deep_supervision": ("", "maybe"),
+        "encoder": ("none efficientnet_lite0", "resnet_18 hf-hub:timm/resnet18 vit_tiny_patch16_224 ../x _"),
+        "stem": ("", "quarter"),
+        "encoder_weights": ("none auto", "models/run none.pth inputs/tiny/images/img00.png"),
+        "encoder_lr": ("0 1e-12 1e-3", "-1 inf 1e30"),
+        "encoder_freeze": ("0 1 1000", "-1 1.5"),
+        "encoder_freeze_bn": ("", "2"),
         "input_channels": ("", "0 2 5"),
         "num_classes": ("1", "0 5 100 101"),  # the data set has one class
         "width": ("1 3", "0 1024 1025"),  # 1024: more memory than a machine has
@@ -153,6 +159,9 @@ FLAGS = {
         "download": ("", ""),  # test_preprocess.py
         "demo": ("", ""),  # in test_other_combinations, without --raw
         "url": ("", "http://127.0.0.1:1/x"),  # not without --download
+        "fixes": ("raw", "none recipe.yml models inputs/tiny"),
+        "solution": ("", "none recipe.yml models"),  # test_dsb2018.py
+        "native": ("", "!"),  # not with --img_size
         "img_size": ("8 17 96 97", "7 4097"),
         "output": ("new/folder", "models recipe.yml"),
         "overwrite": ("!", ""),
@@ -302,7 +311,11 @@ def run(patch, script, *words):
 
 def words_of(script, flag, value):
     words = BASE[script].replace(*(("--amp off", "") if flag == "onnx" else ("", "")))  # which export.py decided
+    if flag == "encoder":
+        words += " --encoder_weights none" if value != "none" else ""
     words += " --deep_supervision True" * (flag == "head_weights")
+    if flag == "stem" or flag.startswith("encoder_"):
+        words += " --encoder efficientnet_lite0 --encoder_weights none"
     if flag in POSITIONAL:
         words = words.split(" ")
         words[POSITIONAL[flag]] = value
@@ -427,6 +440,9 @@ OTHERS = [
     (predict, "inputs/tiny/images --name run --device cpu --tta --mode tile --scale 5 -b 1", "accepted"),
     (predict, "inputs/tiny/images --name run --device cpu --mode resize --scale 2", "refused"),
     (preprocess_dsb2018, "--demo --output inputs/new", "accepted"),
+    (preprocess_dsb2018, "--demo --native --output inputs/new", "accepted"),
+    (preprocess_dsb2018, "--demo --fixes raw --output inputs/new", "refused"),
+    (preprocess_dsb2018, "--solution recipe.yml --output inputs/new", "refused"),  # without --raw
     (preprocess_dsb2018, "--demo --raw raw --output inputs/new", "refused"),
     (preprocess_dsb2018, "--raw raw --output inputs/tiny --overwrite", "refused"),  # not made by it
     (transfer_resnet18, BASE[transfer_resnet18] + " -b 1", "refused"),  # batch norm sees one value a channel

@@ -567,8 +567,7 @@ def test_a_stopped_run_leaves_nothing(tmp_path, name, status):
 
 
 if __name__ == "__main__":
-    samples, read = preprocess.find_samples(Path(sys.argv[1]))
-    everything = (preprocess.load_raw(sample, read)[1] for sample in samples.values())
+    everything = (sample.load()[1] > 0 for sample in preprocess.find_samples(Path(sys.argv[1])).values())
     for rule, values in compare_rules(everything, 96).items():
         error, overlap = values.T
         print(f"{rule:28s}{np.abs(error).mean():.6f}   {error.mean():+.6f}   {overlap.mean():.4f}")

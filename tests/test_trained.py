@@ -217,7 +217,8 @@ def test_starting_weights_that_do_not_fit(workplace):
     different = count - 30 - 8  # all but batch norms' counters; the heads would stay fresh
     assert refused(wider) == (
         "models/tiny/model.pth does not fit: conv0_0.bn1.bias is (2,) there, (3,) here "
-        f"({different} of {count} entries differ); give the --arch, --width and --input_channels it was trained with"
+        f"({different} of {count} entries differ); give the --arch, --width, --encoder and --input_channels it was "
+        "trained with"
     )
     assert "conv0_0.conv1.weight is (2, 3, 3, 3) there, (2, 1, 3, 3) here" in refused(
         NestedUNet(1, 1, deep_supervision=True, width=2)

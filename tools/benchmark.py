@@ -3,6 +3,7 @@
 python -m tools.benchmark                                # everything, in a few minutes
 python -m tools.benchmark --only inference --rounds 9    # a part of it
 python -m tools.benchmark --only transfer                # time per epoch: a plain tutorial loop and ours
+python -m tools.benchmark --only peers                   # U-Net++ with an encoder: segmentation_models_pytorch and ours
 
 To compare with another commit: `git worktree add ../before COMMIT`, then run the same command in both folders.
 
@@ -29,6 +30,7 @@ from tools.workers import in_turns, workers
 
 LEVELS = (4, 3, 2, 1)
 PACKAGES = ("torch", "numpy", "opencv-python-headless", "albumentations", "onnxruntime")
+PEERS = ("timm", "segmentation-models-pytorch")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 NAMES = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of the values of --amp
 
@@ -108,6 +110,25 @@ def training(options, found):
     return rows
 
 
+def peers(options, found):
+    """A training step with an encoder, beside that of segmentation_models_pytorch's U-Net++ with the same encoder."""
+    if missing := [name for name in PEERS if importlib.util.find_spec(name.replace("-", "_")) is None]:
+        said = f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}"
+        if options.only == ["peers"]:
+            raise ValueError(said)
+        print(f"no peers rows: {said}", file=sys.stderr)
+        return []
+    encoder = ["--encoder", "efficientnet_lite0", "--encoder_weights", "none"]
+    task = {"kind": "train", "plain": False, "words": encoder}
+    smp = "training step, efficientnet_lite0, segmentation_models_pytorch"
+    tasks = {
+        smp: {**task, "peer": True},
+        "training step, efficientnet_lite0": task,
+        "training step, efficientnet_lite0, --stem half": {**task, "words": [*encoder, "--stem", "half"]},
+    }
+    return measured(options, tasks, smp)
+
+
 def inference(options, found):
     plain = "inference L4, plain"
     tasks = {plain: {"kind": "inference", "plain": True, "level": 4}}
@@ -175,6 +196,7 @@ def transfer(options, found):
 BENCHMARKS = {
     "limit": limit,
     "training": training,
+    "peers": peers,
     "inference": inference,
     "loading": loading,
     "preprocess": preprocess,
@@ -251,7 +273,7 @@ def about_machine(options):
         "clock": options.clock,
         "batch": f"{BATCH} x {SIDE} x {SIDE}",
         "data": f"inputs/{options.dataset}",
-        "versions": versions(PACKAGES),
+        "versions": versions((*PACKAGES, *PEERS)),
     }
 
 

@@ -60,6 +60,7 @@ def training_config(task):
     from common.devices import keep_memory
 
     words = ["--deep_supervision", "True", "--dataset", task["dataset"], "--device", task["device"]]
+    words += task.get("words", [])
     if task["plain"]:
         words += ["--amp", "off", "--channels_last", "False", "--cache", "False", "--num_workers", "0"]
         archs.upsample = archs.interpolate  # PyTorch's own gradient
@@ -70,7 +71,10 @@ def training_config(task):
 
 
 def build_run(task):
-    """-> the engine.Run of a training with train.py's defaults, and its config."""
+    """-> the engine.Run of a training with train.py's defaults, and its config.
+
+    task["words"]: more options of train.py; task["peer"]: whether another package's network takes the place of ours.
+    """
     import torch
 
     import train
@@ -79,7 +83,15 @@ def build_run(task):
 
     config = training_config(task)
     torch.backends.cudnn.benchmark = True
-    return train.build_run(config, build_model(config), 1000, pick_device(config["device"])), config
+    model = peer_network() if task.get("peer") else build_model(config)
+    return train.build_run(config, model, 1000, pick_device(config["device"])), config
+
+
+def peer_network():
+    """The U-Net++ of segmentation_models_pytorch with its own defaults, on the same encoder of timm."""
+    import segmentation_models_pytorch as smp
+
+    return smp.UnetPlusPlus("tu-tf_efficientnet_lite0", encoder_weights=None, classes=1)
 
 
 # ---------------------------------------------------------------- the network
@@ -194,18 +206,19 @@ def preprocess_images(task):
     """Raw images with their instance masks to squares on disk; the plain way uses one thread."""
     import cv2
 
-    import preprocess_dsb2018 as script
+    from dsb2018 import find_samples
+    from preprocess_dsb2018 import convert
 
     cv2.setNumThreads(1)
-    samples, read = script.find_samples(Path(task["raw"]))
-    ids = list(samples)[:RAW]
+    samples = find_samples(Path(task["raw"]))
+    loads = {img_id: samples[img_id].load for img_id in list(samples)[:RAW]}
     threads = 1 if task["plain"] else os.cpu_count()
 
     def step():
         with tempfile.TemporaryDirectory() as folder:
-            script.convert(Path(folder), ids, lambda img_id: script.load_raw(samples[img_id], read), SIDE, threads)
+            convert(Path(folder), loads, SIDE, threads)
 
-    return step, {"images": len(ids)}
+    return step, {"images": len(loads)}
 
 
 # ---------------------------------------------------------------- transfer learning

@@ -1,0 +1,89 @@
+"""Label files: pictures whose values number the objects, 0 for background, as most programs for cells write them.
+
+path = find_labels("inputs/my_cells/labels", "img01")    # img01.png, .tif or .tiff
+labels = read_labels(path, shape=(256, 320))             # (256, 320) int32
+write_labels("inputs/my_cells/labels/img01.png", labels)
+
+Objects that touch keep their own numbers, which is what a mask cannot say.
+"""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from common.images import MAX_PIXELS, open_picture, quieten_opencv, read_header, upright, write_png
+from instances import sequential
+
+EXTENSIONS = (".png", ".tif", ".tiff")
+MAX_OBJECTS = np.iinfo(np.uint16).max  # in a file of 16 bits
+UNREADABLE = "unreadable: no whole PNG or TIFF of 8, 16 or 32 bits"
+EXPECTED = "expected one channel of whole numbers of 8, 16 or 32 bits"
+
+
+def find_labels(folder, img_id):
+    """The label file of an id in a folder: <id>.png, <id>.tif or <id>.tiff.
+
+    Raises ValueError unless there is exactly one.
+    """
+    found = [path for ext in EXTENSIONS if (path := Path(folder) / f"{img_id}{ext}").is_file()]
+    if not found:
+        raise ValueError(f"no labels ({folder})")
+    if len(found) > 1:
+        raise ValueError(f"several label files, {' and '.join(path.suffix for path in found)} ({folder})")
+    return found[0]
+
+
+def read_labels(path, shape=None, max_pixels=MAX_PIXELS):
+    """A PNG or TIFF of 8, 16 or 32 bits -> (H, W) int32, upright, with the numbers as in the file, 0 for background.
+
+    Only if a number is larger than the count of pixels, all become 1 ... n in the same order, so that a table with a
+    row for each number never outgrows the picture.
+    shape: the (height, width) that the labels must have.
+    Raises ValueError, naming the file, if it is damaged, has several channels or pages, fractions, negative numbers or
+    another size, and, before anything is decoded, if its header declares more than max_pixels pixels.
+    """
+    try:
+        with open(path, "rb") as file:
+            labels = _decode(file, max_pixels)
+        if shape is not None and labels.shape != tuple(shape):
+            found, expected = (f"{width} x {height}" for height, width in (labels.shape, shape))
+            raise ValueError(f"{found} pixels, its image has {expected}")
+        if labels.min() < 0:
+            raise ValueError(f"the number {labels.min()}; expected 0 for background and 1 ... n for the objects")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if labels.max() > labels.size:
+        return sequential(labels)
+    return labels.astype(np.int32)
+
+
+def _decode(file, max_pixels):
+    """An open label file -> (H, W) of whole numbers, upright. ValueError says what is wrong with it."""
+    orientation = read_header(file, max_pixels)
+    file.seek(0)
+    quieten_opencv()
+    try:
+        with open_picture(file) as picture:
+            pages = getattr(picture, "n_frames", 1)
+            file.seek(0)
+            array = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+            if array is None and picture.mode == "I":  # OpenCV before 5.0 knows no unsigned numbers of 32 bits
+                array = np.asarray(picture)
+    except Exception:  # damaged files raise errors without a common class
+        raise ValueError(UNREADABLE) from None
+    if pages > 1:
+        raise ValueError(f"{pages} pages, expected one")
+    if array is None:
+        raise ValueError(UNREADABLE)
+    if array.ndim == 3 or array.dtype.kind == "f":
+        channels = 1 if array.ndim == 2 else array.shape[2]
+        raise ValueError(f"{channels} channel(s) of {array.dtype}; {EXPECTED}")
+    return upright(array, orientation)
+
+
+def write_labels(path, labels):
+    """(H, W) of whole numbers 0 ... n -> a PNG of 16 bits. ValueError if it has more than 65,535 objects."""
+    if labels.max(initial=0) > MAX_OBJECTS:
+        raise ValueError(f"{labels.max():,} objects; a label file of 16 bits holds at most {MAX_OBJECTS:,}")
+    write_png(path, labels.astype(np.uint16))

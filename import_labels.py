@@ -21,9 +21,10 @@ from tqdm import tqdm
 from common.cli import Parser, in_one_line, listed, parse_options, run_script
 from common.files import check_place, is_plain_name, new_folder, write_yaml
 from common.images import quieten_opencv, read_picture, squeeze, to_channels, write_png
-from label_forms.labels import MAX_CLASSES, MAX_OBJECTS
 from label_forms.pairing import list_pictures
 from label_forms.recognise import FORMS, find_places, recognise
+from label_forms.source import MAX_CLASSES
+from labels import MAX_OBJECTS, write_labels
 
 NAMED = 5  # files or classes in a line
 SKIPPED_SHOWN = 20
@@ -229,7 +230,7 @@ def write_data_set(folder, pictures, source, counted):
             mask = labels.masks.get(name, np.zeros(image.shape[:2], bool))
             write_png(folder / "masks" / str(number) / f"{img_id}.png", mask.astype(np.uint8) * 255)
         if labels.objects is not None:
-            write_png(folder / "labels" / f"{img_id}.png", labels.objects.astype(np.uint16))
+            write_labels(folder / "labels" / f"{img_id}.png", labels.objects)
 
 
 def describe(images, labels, source, counted):

@@ -13,9 +13,10 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from common.images import decode, foreground
-from label_forms.labels import MAX_OBJECTS, Piece, Source, cut, load, unite
 from label_forms.outlines import decode_run_lengths, draw, ellipse, rectangle
 from label_forms.pairing import pair
+from label_forms.source import Piece, Source, cut, load, unite
+from labels import MAX_OBJECTS
 
 MAX_JSON_BYTES = 2**27  # Python needs up to twenty-five times as much memory
 

@@ -15,8 +15,9 @@ import pickletools
 
 import numpy as np
 
-from label_forms.labels import Labels, Source, check_shape, number_objects
+from instances import sequential
 from label_forms.pairing import pair
+from label_forms.source import Labels, Source, check_shape
 
 MAX_FILE_BYTES = 2**30  # a picture of 4 megapixels takes about 200 MB
 MAX_STEPS = 100_000  # of the pickle; Cellpose's have a few hundred
@@ -37,7 +38,7 @@ def find_cellpose(pictures, labels):
 def read_cellpose(path, shape):
     masks = read_masks(path)
     check_shape(masks, shape, path.name)
-    return Labels({"object": masks > 0}, number_objects(masks))
+    return Labels({"object": masks > 0}, sequential(masks))
 
 
 def read_masks(path):

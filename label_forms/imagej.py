@@ -6,9 +6,10 @@ from label_forms.imagej import find_rois
 """
 
 from common.download import ZIP_ERRORS, check_zip, open_zip
-from label_forms.labels import MAX_OBJECTS, Source, load
 from label_forms.outlines import draw, ellipse
 from label_forms.pairing import pair
+from label_forms.source import Source, load
+from labels import MAX_OBJECTS
 
 MAX_ZIP_BYTES = 2**28  # of the ROIs of one picture, unpacked; 10,000 nuclei take about 10 MB
 WITH_AREA = ("POLYGON", "RECT", "OVAL", "FREEHAND", "TRACED")  # and composite ones, which ImageJ calls RECT

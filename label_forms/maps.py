@@ -19,8 +19,9 @@ from common.images import (
     open_picture,
     upright,
 )
-from label_forms.labels import MAX_CLASSES, Labels, Source, check_shape, cut, load, number_objects
+from instances import sequential
 from label_forms.pairing import is_product, pair
+from label_forms.source import MAX_CLASSES, Labels, Source, check_shape, cut, load
 
 COLOUR = 2**24  # added to the value of a coloured pixel, 2^16 red + 2^8 green + blue
 NEARLY = 40  # JPEG: how far from 0 and 255 the pixels of a mask may lie
@@ -69,11 +70,13 @@ def _read_tiff(path, max_pixels):
     try:
         with tifffile.TiffFile(path) as file:
             [page] = file.pages
+            if page.ndim != 2:
+                raise ValueError(f"{page.ndim} axes")
             check_pixels(page.shape[::-1], max_pixels)
             array = page.asarray()
     except Exception as error:  # as above
         raise ValueError(f"{path.name} is not a readable TIFF with one page ({error})") from None
-    return _integers(array, path.name)
+    return _integers(array.astype(np.int64) if array.dtype == np.uint64 else array, path.name)
 
 
 def _integers(array, name):
@@ -125,7 +128,7 @@ def read_instance_map(path, shape):
     """Each value but 0 is an object, also where it is in several pieces."""
     array = read_map(path)
     check_shape(array, shape, path.name)
-    return Labels({"object": array > 0}, number_objects(array))
+    return Labels({"object": array > 0}, sequential(array))
 
 
 def read_class_masks(paths, shape):

@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 
-from label_forms.labels import Piece, load
+from label_forms.source import Piece, load
 
 MAX_LENGTH = 1_000_000  # of the outlines of an object, in pixels; pycocotools needs some 100 bytes for each
 

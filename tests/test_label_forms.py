@@ -11,9 +11,9 @@ import pytest
 from fuzzing import Trap, broken, fuzz, limits
 
 from label_forms import cellpose, maps
-from label_forms.labels import Piece, number_objects, paint
 from label_forms.pairing import list_pictures, pair
 from label_forms.recognise import find_places, recognise
+from label_forms.source import Piece, paint
 
 tifffile = pytest.importorskip("tifffile", reason="needs requirements-import.txt")
 
@@ -193,9 +193,9 @@ def test_a_class_mask_with_many_values():
         maps.read_class_masks({"cell": Path("labels/0.png")}, (2, 2))
 
 
-def test_objects_are_numbered_and_keep_their_pieces():
-    assert number_objects(np.array([[0, 70_000, 5], [70_000, 0, 9]])).tolist() == [[0, 3, 1], [3, 0, 2]]
-    assert number_objects(np.array([[4, 8]])).tolist() == [[1, 2]]
+def test_objects_keep_their_pieces():
+    tifffile.imwrite("a.tif", np.array([[0, 70_000, 5], [70_000, 0, 9]], np.uint64))
+    assert maps.read_instance_map(Path("a.tif"), (2, 3)).objects.tolist() == [[0, 3, 1], [3, 0, 2]]
 
 
 def test_where_objects_overlap_the_smallest_is_on_top():

@@ -10,8 +10,8 @@ from fuzzing import broken, fuzz, limits
 from matplotlib.path import Path as Outline
 
 from label_forms import annotations, imagej
-from label_forms.labels import paint
 from label_forms.outlines import draw, ellipse
+from label_forms.source import paint
 
 pytest.importorskip("pycocotools", reason="needs requirements-import.txt")
 roifile = pytest.importorskip("roifile", reason="needs requirements-import.txt")

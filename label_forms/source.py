@@ -1,6 +1,6 @@
 """What every form of labels becomes: a mask for each class and, where they are known, a map of the objects.
 
-from label_forms.labels import Labels, Piece, paint
+from label_forms.source import Labels, Piece, paint
 
 labels = paint([Piece("nucleus", 2, 3, np.ones((4, 4), bool))], (32, 32))
 labels.masks["nucleus"], labels.objects     # (32, 32) bool, (32, 32) int32: 0 background, 1 ... n the objects
@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from instances import sequential
+from labels import MAX_OBJECTS
+
 MAX_CLASSES = 100  # as train.py
-MAX_OBJECTS = 65535  # in one picture: labels/<id>.png has 16 bits
 MAX_PIECE_PIXELS = 1_000_000_000  # in the boxes of one picture's objects, a byte each
 
 
@@ -82,13 +84,6 @@ def check_shape(array, shape, name):
         raise ValueError(f"{name} has {found[0]} x {found[1]} pixels, its picture {expected[0]} x {expected[1]}")
 
 
-def number_objects(array):
-    """(H, W) integers, 0 background -> (H, W) int32 with the objects 1 ... n, in the order of their old numbers."""
-    values, objects = np.unique(array, return_inverse=True)
-    objects = objects.reshape(array.shape).astype(np.int32)
-    return objects if 0 in values else objects + 1
-
-
 def cut(name, mask):
     """(H, W) bool -> its Piece, or None for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -133,7 +128,7 @@ def paint(pieces, shape, keep=None):
         if _is_object(piece, keep):
             shared[box] |= piece.mask & (objects[box] > 0)
             objects[box][piece.mask] = number + 1
-    objects = number_objects(objects)
+    objects = sequential(objects)
     hidden = sum(_is_object(piece, keep) for piece in kept) - int(objects.max(initial=0))
     return Labels(masks, objects, int(shared.sum()), lost + hidden)
 

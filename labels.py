@@ -12,7 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common.images import MAX_PIXELS, open_picture, quieten_opencv, read_header, upright, write_png
+from common.headers import open_picture, quieten_opencv, read_header, upright
+from common.images import MAX_PIXELS, write_png
 from instances import sequential
 
 EXTENSIONS = (".png", ".tif", ".tiff")

@@ -4,12 +4,16 @@ python predict.py --name run1 slide.tif scans/ "more/*.png"
 python predict.py --onnx outputs/run1/run1_L4.onnx scans/             # a file that export.py wrote, without PyTorch
 
 PATH is a file, a folder (searched recursively) or a pattern. PNG, JPEG, TIFF, BMP, WEBP and PPM of 8 or 16 bits, grey
-or colour, of any size; EXIF orientation is followed. For each picture outputs/<name>/predict/ gets <stem>_mask.png (0
-and 255; with several classes <stem>_mask_0.png ...), <stem>_overlay.png (outlines) and, with --probability,
-<stem>_probability.png (16 bits, 65535 = 1; the mask is where it is above the threshold). A stem that several pictures
-share is prefixed with the name of their folder, and numbered where that is not enough. images.csv has one row per
-picture; objects.csv one row per connected region (8 neighbours): area, centroid and box in pixels counted from 0. The
-results of an earlier call are removed.
+or colour, of any size; EXIF orientation is followed. More than 8 bits are scaled between percentiles of the picture,
+which a hot pixel does not move. A TIFF may also hold floats, and several pages (slices, time points, positions): each
+is a picture, <stem>_p000, <stem>_p001 ..., unless --page takes one. A microscope's file of 2, 4 or more channels needs
+--channels.
+
+For each picture outputs/<name>/predict/ gets <stem>_mask.png (0 and 255; with several classes <stem>_mask_0.png ...),
+<stem>_overlay.png (outlines) and, with --probability, <stem>_probability.png (16 bits, 65535 = 1; the mask is where it
+is above the threshold). A stem that several pictures share is prefixed with the name of their folder, and numbered
+where that is not enough. images.csv has one row per picture; objects.csv one row per connected region (8 neighbours):
+area, centroid and box in pixels counted from 0. The results of an earlier call are removed.
 
 --mode resize shows the network the whole picture at the trained size, as in training. --mode tile shows it overlapping
 tiles at the scale of the median training picture, or at --scale. The default, auto, resizes, but takes tiles where
@@ -19,6 +23,7 @@ docs/RESULTS.md compares the two.
 Exit status: 0; 1 when some pictures could not be read and the others are done; 2 when nothing was done.
 """
 
+import argparse
 import collections
 import contextlib
 import csv
@@ -37,7 +42,8 @@ from tqdm import tqdm
 from common import report
 from common.cli import Parser, add_machine_options, listed, number, parse_options, run_script
 from common.files import atomic_path
-from common.images import MAX_PIXELS, check_pixels, find_pictures, read_picture, squeeze, to_channels, write_png
+from common.headers import check_pixels
+from common.images import MAX_PIXELS, PageReader, find_pictures, list_pages, squeeze, to_channels, write_png
 from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
 
 FARTHEST = 5  # times the training's scale that --mode auto resizes to; DSB2018's own pictures are up to 4.2 off
@@ -45,6 +51,14 @@ HELD_BYTES = 2**28  # of decoded pictures that wait in one batch, whatever --bat
 OWN_FILES = r"(images|objects)\.csv|.*_(mask|overlay|probability)(_\d+)?\.png"
 OWN_FILES = re.compile(rf"{OWN_FILES}|\.({OWN_FILES})\.\d+\.tmp", re.DOTALL)  # the latter of a killed call
 OBJECT_COLUMNS = ("image", "class", "object", "area", "centroid_x", "centroid_y", "left", "top", "width", "height")
+
+
+def channel_numbers(text):
+    """An argparse type: "0" -> [0], "2,1,0" -> [2, 1, 0]."""
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected one number or three, such as 0 or 2,1,0, found {text!r}")
+    return [int(part) for part in parts]
 
 
 def build_parser():
@@ -60,6 +74,9 @@ def build_parser():
     a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
     a("--threshold", type=number(float, 0, 1), default=0.5, help="the mask is where the probability is above it")
     a("--probability", action="store_true", help="write <stem>_probability.png as well")
+    a("--page", type=number(int, 0), help="of files with several pages, this one alone, counted from 0; default: all")
+    channels = "one channel, counted from 0, for grey, or three for red, green and blue: 0 or 2,1,0"
+    a("--channels", type=channel_numbers, metavar="K[,K,K]", help=channels)
     a("--max_pixels", type=number(int, 1, 2**30), default=MAX_PIXELS, help="refuse larger pictures")
     a("-b", "--batch_size", type=number(int, 1), default=8, help="pictures or tiles at once")
     add_machine_options(parser)
@@ -105,11 +122,11 @@ def seen_size(shape, options, config):
 
 def read_batches(files, options, config, failed):
     """Yields lists of consecutive Pictures whose `small` have one size. What cannot be read goes to `failed`."""
-    batch = []
+    batch, reader = [], PageReader(options.max_pixels, options.channels)
     for path in tqdm(files, "predict", unit="img", leave=False, disable=None):
         started = time.perf_counter()
         try:
-            image = to_channels(read_picture(path, options.max_pixels), config["input_channels"])
+            image = to_channels(reader.read(path), config["input_channels"])
             size = seen_size(image.shape[:2], options, config)
             check_pixels(size[::-1], options.max_pixels)
             picture = Picture(path, image, squeeze(image, size), time.perf_counter() - started)
@@ -125,6 +142,7 @@ def read_batches(files, options, config, failed):
             yield batch
             batch = []
         batch.append(picture)
+    reader.close()
     if batch:
         yield batch
 
@@ -234,6 +252,8 @@ def main():
     elif options.mode == "tile" and not config.get("scale"):
         print("the run does not know the scale of its training pictures; taking --scale 1")
     files, failed = find_pictures(options.paths, leave_out=output)
+    files, damaged = list_pages(files, options.page, options.channels)
+    failed += damaged
 
     results = Results(output, output_names(files), options)
     with results.kept():

@@ -11,17 +11,11 @@ import cv2
 import numpy as np
 
 from common.cli import listed
-from common.images import (
-    MAX_PIXELS,
-    check_pixels,
-    exif_orientation,
-    is_picture,
-    open_picture,
-    upright,
-)
+from common.headers import check_pixels, exif_orientation, open_picture, upright
+from common.images import MAX_PIXELS, is_picture
 from instances import sequential
 from label_forms.pairing import is_product, pair
-from label_forms.source import MAX_CLASSES, Labels, Source, check_shape, cut, load
+from label_forms.source import MAX_CLASSES, Labels, Source, check_shape, cut
 
 COLOUR = 2**24  # added to the value of a coloured pixel, 2^16 red + 2^8 green + blue
 NEARLY = 40  # JPEG: how far from 0 and 255 the pixels of a mask may lie
@@ -65,7 +59,8 @@ def _read_tiff(path, max_pixels):
     """A file that Pillow cannot read -> (H, W) integers, if it is a TIFF of other types, such as int64."""
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise ValueError(f"{path.name} is not a readable picture")
-    tifffile = load("tifffile")
+    import tifffile  # late: few labels have 64 bits
+
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its errors are raised as well
     try:
         with tifffile.TiffFile(path) as file:

@@ -354,14 +354,21 @@ def test_chosen_classes(here, monkeypatch):
         call(monkeypatch, import_labels, "photos --name cells --overwrite --classes cell,wall")
 
 
-def test_pictures_keep_their_values(here, monkeypatch):
+def test_pictures_keep_their_values(here, monkeypatch, capsys):
     deep = np.random.default_rng(0).integers(0, 65536, SHAPE, np.uint16)
     write("photos/a.tif", deep)
     write_pictures(ids="b", ending=".jpg")
     for img_id in BOXES:
         write(f"labels/{img_id}.png", CLASSES[img_id])
+    write("photos/c.tif", deep / np.float32(7))
+    tifffile.imwrite("photos/d.tif", np.zeros((5, *SHAPE), np.uint8), photometric="minisblack")
+    for img_id in "cd":
+        write(f"labels/{img_id}.png", CLASSES["a"])
     call(monkeypatch, import_labels, "photos labels --name cells")
     assert (read("inputs/cells/images/a.png") == deep).all()
+    scaled = read("inputs/cells/images/c.png")  # a PNG holds no floats
+    assert scaled.dtype == np.uint8 and np.corrcoef(scaled[..., 0].ravel(), deep.ravel())[0, 1] > 0.95
+    assert "skipped   d: has 5 pages, expected 1" in capsys.readouterr().out
     assert (read("inputs/cells/images/b.png") == read("photos/b.jpg")).all()
 
 

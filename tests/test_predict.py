@@ -11,12 +11,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from conftest import run_script
 from PIL import Image
 from test_inference import by_hand, soft_picture, write_run
 
 import predict
 from common import report
+from common.contrast import stretch
 from common.images import squeeze
 from predict import Picture, Results, output_names, predict_tiled
 
@@ -62,6 +64,7 @@ def test_every_kind_of_file_at_its_own_size(workplace, monkeypatch, mode):
     image = soft_picture()
     colours, grey = Image.fromarray(image), Image.fromarray(image[..., 0])
     (folder / "in").mkdir()
+    deep = 1000 + 7 * image.astype(np.uint16)
     same = []  # files of exactly these colours
     for ending in ("png", "tif", "bmp"):
         same.append(f"rgb_{ending}")
@@ -69,10 +72,10 @@ def test_every_kind_of_file_at_its_own_size(workplace, monkeypatch, mode):
         grey.save(folder / "in" / f"grey_{ending}.{ending}")
         colours.quantize(32).save(folder / "in" / f"palette_{ending}.{ending}")
     for ending in ("png", "tif"):
-        same += [f"rgba_{ending}", f"deep_{ending}"]
+        same.append(f"rgba_{ending}")
         colours.convert("RGBA").save(folder / "in" / f"rgba_{ending}.{ending}")
-        cv2.imwrite(str(folder / "in" / f"deep_{ending}.{ending}"), image[..., ::-1].astype(np.uint16) * 257)
-        cv2.imwrite(str(folder / "in" / f"deepgrey_{ending}.{ending}"), image[..., 0].astype(np.uint16) * 257)
+        cv2.imwrite(str(folder / "in" / f"deep_{ending}.{ending}"), deep[..., ::-1])
+        cv2.imwrite(str(folder / "in" / f"deepgrey_{ending}.{ending}"), deep[..., 0])
     colours.save(folder / "in" / "rgb_jpg.JPEG", quality=98)
     grey.save(folder / "in" / "grey_jpg.jpg")
     assert call(monkeypatch, "in", "--mode", mode, "--probability") == 0
@@ -91,6 +94,9 @@ def test_every_kind_of_file_at_its_own_size(workplace, monkeypatch, mode):
         if "jpg" in name:
             jpeg = cv2.imread(str(next((folder / "in").glob(f"{name}.*"))))[..., ::-1]
             np.testing.assert_allclose(found / 65535, expected(model, jpeg, size), atol=1e-4)
+        elif "deep" in name:
+            seen = stretch(deep[..., [0, 0, 0]] if "grey" in name else deep)
+            np.testing.assert_allclose(found / 65535, expected(model, seen, size), atol=1e-4)
         elif "grey" in name or name in same:
             np.testing.assert_allclose(found / 65535, plain_grey if "grey" in name else plain, atol=1e-4)
 
@@ -160,6 +166,34 @@ def test_auto_takes_tiles_where_resizing_goes_too_far(shape, resize, tile):
     assert size("resize") == (32, 48) and size("tile") == tile
     assert size("auto") == ((32, 48) if resize else tile)
     assert size("auto", scale=None) == (32, 48) and size("tile", scale=None) == shape
+
+
+def test_pages_and_channels(workplace, monkeypatch):
+    """A time series of two channels: the mask of a page is that of the same plane as an 8-bit picture."""
+    folder, _ = workplace
+    out = folder / "outputs" / "tiny" / "predict"
+    image = soft_picture()
+    series = np.stack([np.stack([image[..., k], 255 - image[..., k]]) for k in range(3)])  # (T, C, Y, X)
+    tifffile.imwrite("series.tif", series, ome=True, metadata={"axes": "TCYX"}, photometric="minisblack")
+    assert call(monkeypatch, "series.tif", "--channels", "1", "--mode", "resize") == 0
+    names = [f"series_p00{k}" for k in range(3)]
+    assert [row["image"] for row in rows(out / "images.csv")] == names
+    assert [row["path"] for row in rows(out / "images.csv")] == [f"series.tif, page {k}" for k in range(3)]
+    masks = [read(out / f"{name}_mask.png") for name in names]
+    for k in range(3):
+        cv2.imwrite("plane.png", series[k, 1])
+        assert call(monkeypatch, "plane.png", "--mode", "resize") == 0
+        np.testing.assert_array_equal(read(out / "plane_mask.png"), masks[k])
+    assert call(monkeypatch, "series.tif", "--channels", "1,0,0", "--page", "2") == 0
+    assert [row["image"] for row in rows(out / "images.csv")] == ["series_p002"]
+
+
+def test_names_of_pages_and_files_do_not_meet(workplace, monkeypatch):
+    tifffile.imwrite("a.tif", np.stack([soft_picture()[..., 0]] * 2), photometric="minisblack")
+    cv2.imwrite("a_p001.png", soft_picture())
+    assert call(monkeypatch, "a.tif", "a_p001.png") == 0
+    names = [row["image"] for row in rows("outputs/tiny/predict/images.csv")]
+    assert len(names) == len({name.casefold() for name in names}) == 3 and "a_p000" in names
 
 
 def test_an_earlier_result_is_replaced_and_strangers_stay(workplace, monkeypatch):
@@ -254,7 +288,8 @@ def test_batches_hold_pictures_of_one_size(workplace, monkeypatch):
     config, failed = {"input_channels": 3, "input_h": 32, "input_w": 48}, []
 
     def sizes(**options):
-        options = Namespace(**{"mode": "tile", "scale": 1.0, "max_pixels": 10**6, "batch_size": 2} | options)
+        given = {"mode": "tile", "scale": 1.0, "max_pixels": 10**6, "batch_size": 2, "channels": None}
+        options = Namespace(**given | options)
         return [len(batch) for batch in predict.read_batches(files, options, config, failed)]
 
     assert sizes() == [2, 1, 1, 1] and [path.name for path, _ in failed] == ["bad.png"]
@@ -334,7 +369,7 @@ def test_bad_files_are_skipped_and_named(workplace, monkeypatch, capsys):
     (folder / "in").mkdir()
     for name, data in files.items():
         (folder / "in" / name).write_bytes(data)
-    Image.fromarray(np.ones((9, 9), np.float32)).save(folder / "in" / "float.tif")
+    tifffile.imwrite(folder / "in" / "two.tif", np.ones((2, 9, 9), np.uint8), metadata={"axes": "CYX"}, ome=True)
     (folder / "gone").mkdir()
     assert call(monkeypatch, "in", "nowhere.png", "gone") == 1
     said = capsys.readouterr()
@@ -343,13 +378,14 @@ def test_bad_files_are_skipped_and_named(workplace, monkeypatch, capsys):
     assert [line.split(": ")[0] for line in complaints] == [
         "skipped nowhere.png",
         "skipped gone",
+        "skipped in/two.tif",
         "skipped in/bomb.png",
         "skipped in/cut.png",
         "skipped in/empty.jpg",
-        "skipped in/float.tif",
         "skipped in/text.png",
     ]
-    assert "60000 x 60000 pixels are more than 400,000,000; --max_pixels raises the limit" in complaints[2]
+    assert "has 2 channels (0, 1), expected 1 or 3; choose with predict.py --channels" in complaints[2]
+    assert "60000 x 60000 pixels are more than 400,000,000; --max_pixels raises the limit" in complaints[3]
     assert (folder / "outputs/tiny/predict/good_mask.png").is_file()
 
 
@@ -361,6 +397,8 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch)
     assert "required: PATH" in capsys.readouterr().err
+    said = run_script("predict.py", "a.png", "--channels", "1,2", cwd=folder, ok=False)
+    assert "--channels: expected one number or three, such as 0 or 2,1,0, found '1,2'" in said.stderr
     said = run_script("predict.py", "text.png", "nowhere.png", cwd=folder, ok=False)
     assert "nothing to predict; nowhere.png: no such file and 1 more" in said.stderr
     for args, expected_words in [
@@ -368,6 +406,8 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch, capsys):
         (["a.png", "--name", "other"], "the runs are: tiny"),
         (["a.png", "--max_pixels", "6299"], "90 x 70 pixels are more than 6,299"),
         (["a.png", "--mode", "resize", "--scale", "0.5"], "--scale is an option of --mode tile"),
+        (["a.png", "--page", "1"], "a.png: has no page 1; it has 1, counted from 0"),
+        (["a.png", "--channels", "3"], "a.png: has no channel 3; its channels are 0 red, 1 green, 2 blue"),
         (["a.png", "--onnx", "x.onnx", "--level", "2"], "--level is not an option of --onnx"),
         (["a.png", "--onnx", "x.onnx"], "x.onnx"),
         (["a.png", "--onnx", "a.png"], "a.png is not an ONNX file of export.py"),

@@ -13,7 +13,8 @@ from sklearn.model_selection import train_test_split
 
 from augmentation import augmentation
 from common.images import read_picture, to_channels
-from dataset import NAMED_AT_MOST, Dataset, build_dataset, changes, check_split, list_ids, make_loader, split_ids
+from data_folder import list_ids
+from dataset import NAMED_AT_MOST, Dataset, build_dataset, changes, check_split, make_loader, split_ids
 
 IDS = [f"img{number:02d}" for number in range(6)]
 
@@ -259,9 +260,9 @@ def test_all_that_is_wrong_is_in_one_message(cells):
         f"no mask ({zero}), 1 of the ids: img01",
         f"image unreadable: no whole picture of 8 or 16 bits ({images}), 1 of the ids: img02",
         f"mask unreadable: no whole picture of 8 or 16 bits ({one}), 1 of the ids: img02",
-        f"mask of another size than its image ({zero}), 1 of the ids: img03",
-        f"mask values other than 0 and 255, or 0 and 1 ({zero}), 1 of the ids: img04",
-        f"mask values other than 0 and 255, or 0 and 1 ({one}), 1 of the ids: img05",
+        f"mask of another size than its image ({zero}): 8 x 12 and 12 x 8 pixels in img03, 1 of the ids: img03",
+        f"mask values other than 0 and 255, or 0 and 1 ({zero}): 0, 128, 255 in img04, 1 of the ids: img04",
+        f"mask values other than 0 and 255, or 0 and 1 ({one}): 0, 1, 255 in img05, 1 of the ids: img05",
     }
 
 
@@ -272,9 +273,11 @@ def test_swapped_folders_are_called_so(cells):
     (folder / "kept").rename(folder / "images")
     with pytest.raises(ValueError) as caught:
         open_dataset(folder).check()
+    values = np.unique(cv2.imread(str(folder / "masks" / "0" / "img00.png"), cv2.IMREAD_UNCHANGED)).tolist()
     assert str(caught.value) == (
         f"{folder}: mask values other than 0 and 255, or 0 and 1 ({folder / 'masks' / '0'}; the image has these alone: "
-        f"are images and masks swapped?), 6 of the ids: {', '.join(IDS)}"
+        f"are images and masks swapped?): {', '.join(map(str, values[:5]))} and {len(values) - 5} more in img00, "
+        f"6 of the ids: {', '.join(IDS)}"
     )
 
 

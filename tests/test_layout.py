@@ -20,20 +20,16 @@ MODULES = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
 HOUSE = (
     {"utils"},
     {name for name in MODULES if name.startswith("common.")},
-    {"losses", "metrics", "instances", "augmentation", "encoders"},
+    {"losses", "metrics", "instances", "augmentation", "encoders", "data_folder"},
     {"archs", "labels"},
     {"dataset", "dsb2018", *(name for name in MODULES if name.startswith(("classification.", "label_forms.")))},
     {"engine"},
-    {"inference", "levels"},
+    {"inference", "levels", "predictions"},
     {"import_labels", "preprocess_dsb2018", "train", "val", "predict", "export", "transfer_resnet18"},
     {name for name in MODULES if name.startswith("tools.")},
 )
-NEIGHBOURS = {
-    "common",
-    "classification",
-    "label_forms",
-    "tools",
-}  # their modules may import one another; no circle, see below
+# The rows of these may import one another, but not in a circle; see below.
+NEIGHBOURS = {"common", "classification", "label_forms", "tools"}
 LIBRARIES = {
     "archs": {"torch", "encoders"},
     "losses": {"torch"},

@@ -118,6 +118,7 @@ FLAGS = {
         "level": ("", "0 5"),
         "levels": ("!", ""),
         "tta": ("!", ""),
+        "explain": ("!", ""),
         "device": DEVICES,
         "amp": ("", "on"),
         "num_workers": WORKERS,
@@ -126,6 +127,8 @@ FLAGS = {
         "paths": ("inputs inputs/tiny/images/*.png", "none"),
         "name": ("run", "none .. a/b"),
         "onnx": ("run.onnx", "none.onnx inputs/tiny/images/img00.png"),
+        "output": ("new/results", "recipe.yml inputs/tiny/images"),
+        "resume": ("!", ""),
         "level": ("", "0 5"),
         "mode": ("", "whole"),
         "scale": ("0.01 1 10", "0 1000"),
@@ -134,6 +137,7 @@ FLAGS = {
         "probability": ("!", ""),
         "page": ("0", "-1 1 x"),
         "channels": ("0 2,1,0 0,0,0", "3 0,1 -1 a _ 0,1,2,3"),
+        "html": ("!", ""),
         "max_pixels": ("1024 1073741824", "0 1 1073741825"),
         "batch_size": ("1 1000", "0"),
         "device": DEVICES,
@@ -173,6 +177,7 @@ FLAGS = {
         "name": ("a_name-1 _", ".. a/b"),
         "predict": ("", "none"),  # with a run in test_transfer.py
         "demo": ("", ""),  # test_transfer.py
+        "reject": ("", "0.5"),  # not without --predict
         "resume": RESUMING,
         "overwrite": ("!", ""),
         "seed": ("0 4294967295", "-1 4294967296"),
@@ -222,7 +227,9 @@ NEVER = {  # choices of the parser that cannot work here
     (train, "amp", "fp16"), (val, "amp", "fp16"), (predict, "amp", "fp16"), (transfer_resnet18, "amp", "fp16"),
     (train, "sync_bn", "True"), (transfer_resnet18, "sync_bn", "True"),
     *((import_labels, "form", name) for name in FORMS.keys() - {"class_map", "instance_map"}),
-    (train, "nesterov", "True"), (train, "deep_supervision", "False"),
+    (train, "nesterov", "True"), (train, "deep_supervision", "False"), (train, "resume", "True"),
+    (transfer_resnet18, "resume", "True"), (preprocess_dsb2018, "download", "True"),
+    (preprocess_dsb2018, "demo", "True"), (transfer_resnet18, "demo", "True"),
 }  # fmt: skip
 SLOW = {
     ("train", "compile"),

@@ -160,6 +160,14 @@ def test_the_log_holds_the_rate_of_each_epoch(go):
     assert log("lr").lr.tolist() == pytest.approx([0.08, 0.04, 0.02], rel=1e-9)
 
 
+def test_a_short_training_is_warned_of(go, capsys):
+    go(TINY, "--name short")
+    steps = "warning: 4 steps in all, at least 100 are recommended: --epochs 50, or a smaller --batch_size"
+    assert steps in capsys.readouterr().err
+    go("--name short --resume")
+    assert "steps in all" not in capsys.readouterr().err
+
+
 def test_a_run_that_stopped_early_stays_stopped(go, capsys):
     go(TINY, "--lr 0 --ema 0 --scheduler ConstantLR --epochs 9 --early_stopping 1 --name early")
     rows = log("early")
@@ -223,6 +231,14 @@ def test_the_recipes_of_the_repository_are_read(path):
 def test_the_config_of_a_run_is_a_recipe(go):
     go("--config", MODELS / "base" / "config.yml", "--name", "again")
     assert same_log("base", "again") and same_weights("base", "again")
+
+
+@pytest.mark.parametrize("name", ["overwrite", "resume"])
+def test_a_recipe_replaces_no_run(go, name):
+    Path("strange.yml").write_text(f"name: base\n{name}: true\n")
+    before = content("base")
+    refused(go, "--config strange.yml", match=f"strange.yml: {name} can only be given on the command line")
+    assert content("base") == before
 
 
 # ---------------------------------------------------------------- augmentation and loss
@@ -410,10 +426,19 @@ def test_mistakes_in_data_are_listed_together(go):
     with pytest.raises(ValueError, match="no mask") as caught:
         go(TINY, "--dataset", "broken", "--name", "no")
     assert all(f"img{k:02d}" in str(caught.value) for k in range(1, 10, 2))
-    refused(go, TINY, "--num_classes", 2, "--name", "no", match="masks/1")
+    said = r"^inputs/tiny/masks/1: no such folder; .* 2 classes is expected \(--num_classes 2\), found masks/0$"
+    refused(go, TINY, "--num_classes", 2, "--name", "no", match=said)
     Path("inputs/none/images").mkdir(parents=True)
     refused(go, TINY, "--dataset", "none", "--name", "no", match=r"holds no \*\.png")
-    refused(go, TINY, "--img_ext", ".bmp", "--name", "no", match=r"holds no \*\.bmp")
+    refused(
+        go,
+        TINY,
+        "--img_ext",
+        ".bmp",
+        "--name",
+        "no",
+        match=r"holds no \*\.bmp file, but \d+ \*\.png; give --img_ext \.png$",
+    )
     for name, value in (("grey", 130), ("empty", 0)):
         write_data_set(f"inputs/{name}", count=5)
         for path in Path(f"inputs/{name}/masks/0").iterdir():

@@ -24,7 +24,7 @@ HOUSE = (
     {"archs", "labels"},
     {"dataset", "dsb2018", *(name for name in MODULES if name.startswith(("classification.", "label_forms.")))},
     {"engine"},
-    {"inference", "levels", "predictions"},
+    {"inference", "levels", "predictions", "training_data"},
     {"import_labels", "preprocess_dsb2018", "train", "val", "predict", "export", "transfer_resnet18"},
     {name for name in MODULES if name.startswith("tools.")},
 )

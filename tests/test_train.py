@@ -17,8 +17,10 @@ import yaml
 from conftest import REPOSITORY, call, trained, write_data_set
 
 import train
+import training_data
 from common.cli import parse_options
 from common.files import load_checkpoint
+from dataset import build_dataset
 from engine import OPTIMIZERS, Run, Segmentation
 from inference import load_trained
 from losses import LOSSES
@@ -275,7 +277,7 @@ def test_the_validation_loss_weighs_the_heads_too(go):
     """A head without weight has no part in what a scheduler or a reader sees."""
     go(TINY, "--head_weights 0,0,0,1 --deep_supervision True --weight_decay 0 --epochs 1 --name weighed")
     model, config = load_trained("weighed", torch.device("cpu"), "last")
-    dataset = train.build_dataset(config, yaml.safe_load((MODELS / "weighed" / "split.yml").read_text())["val"])
+    dataset = build_dataset(config, yaml.safe_load((MODELS / "weighed" / "split.yml").read_text())["val"])
     images, masks = (
         torch.stack(part) for part in list(zip(*(dataset[k] for k in range(len(dataset))), strict=True))[:2]
     )
@@ -468,9 +470,9 @@ def test_suspicious_data_are_warned_about(capsys):
 
 def test_ordinary_data_raise_no_suspicion():
     usual = {"foreground": [0.8, 0.1], "two_valued": 3}
-    assert train.suspicions(Path("inputs/a"), usual, usual, 7) == []
+    assert training_data.suspicions(Path("inputs/a"), usual, usual, 7) == []
     none = usual | {"foreground": [0.2, 0]}
-    assert train.suspicions(Path("a"), none, usual, 7) == ["all training masks of a/masks/1 are empty"]
+    assert training_data.suspicions(Path("a"), none, usual, 7) == ["all training masks of a/masks/1 are empty"]
 
 
 def test_swapped_folders_stop_before_the_first_epoch(go):

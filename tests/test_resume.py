@@ -123,7 +123,7 @@ def wait_for_epochs(process, name, epochs):
 
 def test_a_second_process_is_refused_and_a_killed_one_resumes_as_if_nothing_had_happened(go, monkeypatch, capsys):
     long = "--epochs 8"
-    go(TINY, long, "--name long")
+    go(TINY, long, "--name long --overwrite")
     process = started("busy", *long.split(), "--num_workers", "2")
     try:
         wait_for_epochs(process, "busy", 2)

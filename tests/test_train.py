@@ -20,7 +20,7 @@ import train
 import training_data
 from common.cli import parse_options
 from common.files import load_checkpoint
-from dataset import build_dataset
+from dataset import build_dataset, split_ids
 from engine import OPTIMIZERS, Run, Segmentation
 from inference import load_trained
 from losses import LOSSES
@@ -310,7 +310,7 @@ def test_resume_refuses_other_options_and_other_data(go):
     refused(go, "--resume", match="--resume needs --name")
     refused(go, "--resume", "--name", "base", "--overwrite", match="give one of them")
     refused(go, "--resume", "--name", "nope", match="nope/config.yml")
-    refused(go, "--resume", "--name", "base", "--lr", 5, "--epochs", 9, match=r"epochs 9 \(run: 2\), lr 5.0 \(run:")
+    refused(go, "--resume", "--name", "base", "--lr", 5, "--width", 9, match=r"lr 5.0 \(run: 0.002\), width 9 \(run:")
     write_data_set("inputs/changing", count=5)
     go(TINY, "--dataset", "changing", "--name", "changing", "--epochs", 1)
     shutil.copy("inputs/tiny/masks/0/img00.png", "inputs/changing/masks/0/img01.png")
@@ -457,10 +457,12 @@ def test_suspicious_data_are_warned_about(capsys):
         mask = 255 - cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
         path.write_bytes(cv2.imencode(".png", mask)[1].tobytes())
         shutil.copy(path, f"inputs/odd/images/{path.name}")
-    for img_id in train.split_ids(ids)["val"]:
+    for img_id in split_ids(ids)["val"]:
         Path(f"inputs/odd/masks/0/{img_id}.png").write_bytes(flat_mask(0))
     prepared("--dataset odd --name odd")
-    bodies, inverted, empty = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    bodies, inverted, empty, few_steps = warnings
+    assert "steps in all, at least 100 are recommended" in few_steps
     assert bodies.endswith("warning: all 5 images of inputs/odd/images are pure black and white; are they masks?")
     assert re.search(
         r"8\d\.\d% of the pixels of inputs/odd/masks/0 are foreground; are the masks inverted\?$", inverted

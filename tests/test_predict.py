@@ -463,6 +463,7 @@ def test_tables_by_hand(tmp_path):
         "path": "in/cells.png",
         "width": "10",
         "height": "8",
+        "um_per_pixel": "",
         "mode": "tile",
         "scale": "1.0",
         "pixels": "10",

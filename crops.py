@@ -22,7 +22,8 @@ from skimage import measure
 from augmentation import augmentation, paste_nuclei
 from common.images import squeeze, standardise, to_channels
 from common.lookalikes import kind
-from dataset import Dataset, Item, check_places, is_two_valued, read_file
+from data_folder import check_places, find_file
+from dataset import Dataset, Item, Problem, is_two_valued, read_file
 from instances import MAPS, sequential, targets
 from labels import find_labels, read_labels
 from scaling import median_diameter, resize_labels, stretch, stretch_limits
@@ -99,15 +100,16 @@ class NucleiDataset(Dataset):
     def _read(self, img_id):
         """The Item of an id, its image not yet stretched, its mask the labels, (H, W, 1) uint16 or int32."""
         digest, problems = hashlib.blake2b(img_id.encode(), digest_size=16), []
-        image, labels = read_file(self.img_dir / f"{img_id}{self.img_ext}", "image", digest, problems), None
+        image, labels = read_file(find_file(self.img_dir, img_id, self.img_ext), "image", digest, problems), None
         try:
             path = find_labels(self.mask_dir, img_id)
             digest.update(path.read_bytes())
             labels = read_labels(path)
         except ValueError as error:
-            problems.append(str(error).replace(f"{self.mask_dir / img_id}", "labels"))  # the same text for all ids
+            text = str(error).replace(f"{self.mask_dir / img_id}", "labels")  # the same for all ids
+            problems.append(Problem(text))
         if image is not None and labels is not None and labels.shape != image.shape[:2]:
-            problems.append(f"labels of another size than their image ({self.mask_dir})")
+            problems.append(Problem(f"labels of another size than their image ({self.mask_dir})"))
         if problems:
             raise ValueError(*problems)
         if labels.max() <= np.iinfo(np.uint16).max:

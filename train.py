@@ -8,7 +8,9 @@ python train.py --config configs/nuclei.yml --name nuclei   # nuclei one by one:
 """
 
 import argparse
+import math
 import shlex
+import sys
 from pathlib import Path
 
 from augmentation import AUGMENTATIONS, OF_NUCLEI, WHOLE_IMAGES
@@ -18,6 +20,7 @@ from common.cli import (
     answer_early,
     auto_or_bool,
     check_config,
+    data_set,
     interval,
     number,
     parse_options,
@@ -25,7 +28,6 @@ from common.cli import (
     weights,
 )
 from inference import BOUNDS, INPUT_CHANNELS
-from utils import str2bool
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
@@ -36,6 +38,8 @@ NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance",
 NUCLEI_AUGMENT = "flips,copies,stain,light,noise,paste"  # with --target instances, unless --augment says otherwise
 LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS)  # the config.yml of an older run lacks them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
+ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers that know no last epoch: it may be moved
+ENOUGH_STEPS = 100  # batch norm's statistics remember some ten steps, and start from nothing
 
 
 def build_parser():
@@ -48,7 +52,8 @@ def build_parser():
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--weights", help="start from the weights of a run (its name) or a file")
     a("--seed", type=seed, default=0, help="of initial weights, order and augmentation")
-    a("--epochs", type=number(int, 1, 100_000), default=80, help="passes over the training images")
+    epochs = f"passes over the training images; more of them with --resume for {', '.join(ENDLESS)}"
+    a("--epochs", type=number(int, 1, 100_000), default=80, help=epochs)
     a("-b", "--batch_size", type=natural, default=16, help="global batch size, shared by torchrun's processes")
     a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better score; -1: never")
 
@@ -58,7 +63,7 @@ def build_parser():
     a = parser.add_argument_group("model").add_argument
     a("-a", "--arch", choices=("NestedUNet", "UNet"), default="NestedUNet", help="network; NestedUNet is U-Net++")
     heads = "NestedUNet: a loss on each of four heads, so that the network can be pruned"
-    a("--deep_supervision", type=str2bool, default=False, help=heads)
+    a("--deep_supervision", action="store_true", help=heads)
     backbone = "pretrained column X^{i,0}: none, efficientnet_lite0, resnet18, or another backbone of timm"
     a("--encoder", default="none", help=backbone)
     a("--stem", choices=("full", "half"), default="full", help="resolution of the first level, with --encoder")
@@ -66,26 +71,16 @@ def build_parser():
     a("--encoder_weights", default="auto", help=sources)
     a("--encoder_lr", type=positive, help="default: --lr for random weights, a fifth of it for pretrained ones")
     a("--encoder_freeze", type=number(int, 0), default=0, help="epochs at first in which the encoder does not learn")
-    a("--encoder_freeze_bn", type=str2bool, default=False, help="keep the encoder's batch-norm statistics")
+    a("--encoder_freeze_bn", action="store_true", help="keep the encoder's batch-norm statistics")
     a("--input_channels", type=int, choices=INPUT_CHANNELS, default=3, help="grey, RGB or RGBA")
     a("--num_classes", type=number(int, *BOUNDS["num_classes"]), default=1, help="folders masks/0, masks/1 ...")
     width = "filters of the first level, doubled four times; default: 32, or with --encoder those of its stages"
     a("--width", type=number(int, *BOUNDS["width"]), help=width)
-    a(
-        "--input_w",
-        type=number(int, *BOUNDS["input_w"]),
-        default=96,
-        help="images are resized, or cropped, to this width",
-    )
-    a(
-        "--input_h",
-        type=number(int, *BOUNDS["input_h"]),
-        default=96,
-        help="images are resized, or cropped, to this height",
-    )
+    for key, side in (("input_w", "width"), ("input_h", "height")):
+        a(f"--{key}", type=number(int, *BOUNDS[key]), default=96, help=f"{side} of resized images, or of crops")
 
     a = parser.add_argument_group("data").add_argument
-    a("--dataset", default="dsb2018_96", help="a folder of inputs/")
+    a("--dataset", type=data_set, default="dsb2018_96", help="a folder of inputs/")
     a("--img_ext", default=".png", help="ending of the images' file names")
     a("--mask_ext", default=".png", help="ending of the masks' file names")
     split = "random: 80/20; grouped: look-alikes on one side; or a split.yml; default: random, for instances grouped"
@@ -99,7 +94,7 @@ def build_parser():
         "--diameter",
         type=number(float, 4, 256),
         default=22,
-        help="to which a picture's median nucleus is scaled, pixels",
+        help="of each picture's median nucleus, to which it is scaled",
     )
     a("--scale_range", type=interval(0.1, 10), default="0.5,2", help="of the random factor of a crop's scale")
     stretched = "percentiles of each picture that become black and white, or none"
@@ -118,7 +113,7 @@ def build_parser():
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="learning rate")
     a("--momentum", type=number(float, 0, 1), default=0.9, help="SGD")
     a("--weight_decay", type=positive, default=1e-4, help="weight decay of the optimizer")
-    a("--nesterov", type=str2bool, default=False, help="SGD")
+    a("--nesterov", action="store_true", help="SGD")
     schedulers = ("ConstantLR", "CosineAnnealingLR", "MultiStepLR", "OneCycleLR", "ReduceLROnPlateau")
     a("--scheduler", choices=schedulers, default="OneCycleLR", help="how the learning rate changes")
     a("--min_lr", type=positive, default=1e-5, help="CosineAnnealingLR, ReduceLROnPlateau")
@@ -126,12 +121,13 @@ def build_parser():
     a("--patience", type=number(int, 0), default=2, help="ReduceLROnPlateau")
     a("--milestones", type=milestones, default="20,40", help="MultiStepLR: epochs")
     a("--gamma", type=positive, default=2 / 3, help="MultiStepLR")
-    a("--ema", type=number(float, 0, 0.99999), default=0.995, help="decay of the averaged weights; 0: no averaging")
+    ema = "decay of the averaged weights, less in trainings of few steps; 0: no averaging"
+    a("--ema", type=number(float, 0, 0.99999), default=0.995, help=ema)
 
     a = add_machine_options(parser, training=True).add_argument
     a("--channels_last", type=auto_or_bool, default="auto", help="memory layout; auto: with mixed precision")
-    a("--compile", type=str2bool, default=False, help="torch.compile; does not help on a CPU")
-    a("--checkpointing", type=str2bool, default=False, help="less memory, more time, same results")
+    a("--compile", action="store_true", help="torch.compile; does not help on a CPU")
+    a("--checkpointing", action="store_true", help="less memory, more time, same results")
     a("--cache", type=auto_or_bool, default="auto", help="keep decoded images in memory; auto: when they fit")
     return parser
 
@@ -169,15 +165,17 @@ from common.runs import (
     check_start,
     earlier_files,
     machine_name,
+    note_epochs,
     only_trainer,
     resolve_machine,
     resumed,
     run_folder,
     write_start,
 )
+from data_folder import check_layout
 from dataset import GROUPED, make_loader
 from encoders import convert_sync_batchnorm, load_encoder
-from engine import OPTIMIZERS, SCHEDULERS, Run, fit_and_keep, seed_everything
+from engine import OPTIMIZERS, SCHEDULERS, Run, averaging_decay, fit_and_keep, seed_everything
 from inference import read_config, start_from
 from instances import DEFAULTS, MAPS
 from losses import LOSSES, MapsLoss
@@ -191,6 +189,8 @@ from utils import count_params
 def read_recipe(path):
     """A recipe, or the config.yml of another run, whose findings about its data and machine are not options."""
     recipe = read_yaml(path)
+    if refused := sorted(recipe.keys() & set(ABOUT_THE_COMMAND)):
+        raise ValueError(f"{path}: {', '.join(refused)} can only be given on the command line")
     left_out = {*NO_OPTIONS, *DEFAULTS}
     if "environment" in recipe:
         left_out |= {"device", "num_workers"}
@@ -259,7 +259,7 @@ def resumed_config(options, given):
     config = check_config(build_parser, {**defaults, **read_config(folder)}, folder / "config.yml")
     if "level" in config:
         raise ValueError(f"{folder} is another run cut to level {config['level']}; resume the whole one")
-    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
+    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)
 
 
 # ---------------------------------------------------------------- building and training
@@ -309,7 +309,7 @@ def build_run(config, model, steps_per_epoch, device, folder=None):
         device,
         epochs=config["epochs"],
         amp=pick_amp(config["amp"], device),
-        ema=config["ema"],
+        ema=averaging_decay(config["ema"], config["epochs"] * steps_per_epoch),
         early_stopping=config["early_stopping"],
         seed=config["seed"],
         folder=folder,
@@ -327,6 +327,15 @@ def parameter_groups(model, of_encoder, config):
     return [{"params": others}, {"params": of_encoder, "lr": config["encoder_lr"]}]
 
 
+def recommend_steps(config, steps_per_epoch):
+    """Warn when the training is too short for batch norm and averaged weights to follow the network."""
+    steps = config["epochs"] * steps_per_epoch
+    if steps < ENOUGH_STEPS:
+        longer = f"--epochs {math.ceil(ENOUGH_STEPS / steps_per_epoch)}"
+        about = f"{steps} steps in all, at least {ENOUGH_STEPS} are recommended: {longer}, or a smaller --batch_size"
+        print(f"train.py: warning: {about}", file=sys.stderr)
+
+
 def prepare(config, folder, earlier, device, resume):
     """-> the Run, its training and validation loader; afterwards a new run's folder holds its config and split.
 
@@ -340,6 +349,7 @@ def prepare(config, folder, earlier, device, resume):
     model = build_model(config)
     if config["sync_bn"]:
         model = sync_batch_norm(model, device, convert_sync_batchnorm if model.encoder else None)
+    check_layout(config)
     split = chosen_split(config, folder if resume else None)
     if config["weights"] and not begun:
         start_from(model, config)
@@ -359,8 +369,11 @@ def prepare(config, folder, earlier, device, resume):
     elif resume:
         print(f"{folder} has no finished epoch yet: starting with the first")
     check_start(config, FREE_ON_RESUME, data=about["fingerprint"], epoch=run.epoch)
-    if not resume and is_main():
+    if is_main() and resume:
+        note_epochs(config, folder)
+    elif is_main():
         write_start(config, folder, earlier, device, {**split, **about})
+        recommend_steps(config, len(loader))
 
     layout = "channels_last" if config["channels_last"] else "contiguous"
     built = f"{config['arch']}, {count_params(model):,} parameters"

@@ -13,7 +13,8 @@ from pathlib import Path
 from common.files import read_yaml
 from common.lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
 from crops import build_crops
-from dataset import ABOUT, GROUPED, RANDOM, build_dataset, check_split, list_ids, split_ids
+from data_folder import list_ids
+from dataset import ABOUT, GROUPED, RANDOM, build_dataset, check_split, split_ids
 
 MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
 

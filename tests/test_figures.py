@@ -29,8 +29,16 @@ def docs(place, tmp_path, monkeypatch):
 
 def test_the_figures_of_the_newest_run(docs, monkeypatch):
     call(monkeypatch, figures)
-    assert sorted(path.name for path in docs.iterdir()) == ["features.png", "nodes.png", "picture.png"]
-    assert cv2.imread(str(docs / "nodes.png")).shape == (660, 1000, 3)
+    assert sorted(path.name for path in docs.iterdir()) == [
+        "features.png",
+        "nodes.png",
+        "nodes_encoder.png",
+        "picture.png",
+    ]
+    plain, encoded = (cv2.imread(str(docs / name)) for name in ("nodes.png", "nodes_encoder.png"))
+    assert plain.shape == encoded.shape == (660, 1000, 3) and not np.array_equal(plain, encoded)
+    colours = set(map(tuple, plain.reshape(-1, 3)[:, ::-1].tolist()))
+    assert colours >= {figures.ORANGE, figures.SKY, figures.GREEN, figures.BLUE}  # each level has its own
     assert cv2.imread(str(docs / "features.png")).shape == (960, 800, 3)
     picture = cv2.imread(str(docs / "picture.png"))[..., ::-1]
     assert np.array_equal(picture, nuclei(figures.PICTURE)[0])

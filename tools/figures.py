@@ -1,33 +1,16 @@
 """Draw the figures of the documentation from the model itself, a trained run, and logs of runs.
 
-python -m tools.figures --name run1 --image ID             # docs/nodes.png, features.png and picture.png
+python -m tools.figures --name run1 --image ID             # docs/nodes.png ... picture.png
 python -m tools.figures --curves plain_s0 fast_s0 fast_s1  # docs/fast_and_plain.png
 
-nodes.png shows the nodes of U-Net++ and features.png what a trained run sees in them (HOW_IT_WORKS.md). picture.png is
-the generated picture that the README segments, fast_and_plain.png compares the logs of several runs (SPEED.md).
+nodes.png and nodes_encoder.png show the nodes of U-Net++, and features.png what a trained run sees in them
+(HOW_IT_WORKS.md). picture.png is the generated picture that the README segments, fast_and_plain.png compares the logs
+of several runs (SPEED.md).
 """
 
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import torch
-from matplotlib.figure import Figure
-
-from archs import DEPTH, NestedUNet
-from common.cli import Parser, parse_options, run_script
-from common.files import read_yaml
-from common.images import read_picture, standardise, to_channels, write_png
-from common.report import BLUE, PALETTE
-from common.runs import newest_run, run_folder
-from common.synthetic import nuclei
-from inference import load_trained
-from utils import count_params
-
-DOCS = Path(__file__).parents[1] / "docs"
-COLOURS = [(150, 150, 150), PALETTE[6], PALETTE[1], PALETTE[2], BLUE]  # of the diagonals i + j = 0 ... 4
-SIDE = 96
-PICTURE = 13  # the seed of the README's picture to try
+from common.cli import Parser, answer_early, parse_options, run_script
 
 
 def build_parser():
@@ -36,6 +19,31 @@ def build_parser():
     parser.add_argument("--image", help="an id of its data set; default: its first validation image")
     parser.add_argument("--curves", nargs="+", metavar="NAME", help="draw the logs of these runs, and nothing else")
     return parser
+
+
+answer_early(__name__, build_parser)  # the imports below take seconds
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from archs import DEPTH, NestedUNet
+from common.files import read_yaml
+from common.images import read_picture, standardise, to_channels, write_png
+from common.report import BLUE, GREEN, ORANGE, PURPLE, SKY
+from common.runs import newest_run, run_folder
+from common.synthetic import nuclei
+from data_folder import find_file
+from inference import load_trained
+from utils import count_params
+
+DOCS = Path(__file__).parents[1] / "docs"
+COLOURS = [(150, 150, 150), ORANGE, SKY, GREEN, BLUE]  # of the diagonals i + j = 0 ... 4
+OF_ENCODER = tuple(channel / 255 for channel in PURPLE)  # arrows
+IMAGE = (-0.35, -1.35)  # where the image stands that an encoder reads
+SIDE = 96
+PICTURE = 13  # the seed of the README's picture to try
 
 
 def colour(level, light=0.0):
@@ -54,9 +62,9 @@ def arrow(axis, start, end, **style):
     axis.annotate("", end, start, arrowprops={**shape, "connectionstyle": f"arc3,rad={curve}", **style}, zorder=1)
 
 
-def draw_nodes(path):
+def draw_nodes(path, encoder=None):
     """The nodes by level, with their channels and sizes for an image of 96 x 96, and what each level keeps."""
-    model = NestedUNet(deep_supervision=True).eval()
+    model = NestedUNet(deep_supervision=True, encoder=encoder).eval()
     with torch.inference_mode():
         shapes = {node: tuple(x.shape[1:]) for node, x in model.forward_nodes(torch.zeros(1, 3, SIDE, SIDE)).items()}
     figure = Figure(figsize=(10, 6.6), dpi=100)
@@ -70,6 +78,9 @@ def draw_nodes(path):
             arrow(axis, place(i, k), place(i, j), color="#8a8a8a", linewidth=0.9, linestyle=(0, (3, 2)), curve=curve)
         if j:
             arrow(axis, place(i + 1, j - 1), place(i, j), color=colour(4), linewidth=1.4)
+        elif i in model.encoded:
+            before = place(i - 1, 0) if i - 1 in model.encoded else IMAGE
+            arrow(axis, before, place(i, 0), color=OF_ENCODER, linewidth=1.4)
         elif i:
             arrow(axis, place(i - 1, 0), place(i, 0), color="#222222", linewidth=1.4)
     for (i, j), (channels, height, width) in shapes.items():
@@ -86,10 +97,15 @@ def draw_nodes(path):
         arrow(axis, (x, y), (x, y + 1.28), color=colour(level), linewidth=1.4, shrinkB=9)
         pruned = model.prune(level)
         axis.text(x, y + 1.35, f"L{level}", ha="center", va="center", fontsize=13, weight="bold", color=colour(level))
-        kept = f"{len(pruned.nodes)} nodes, {count_params(pruned) / 1e6:.1f} M"
+        millions = count_params(pruned) / 1e6
+        kept = f"{len(pruned.nodes)} nodes, {millions:.{1 if millions > 0.1 else 3}f} M"
         axis.text(x, y + 1.66, kept, ha="center", va="center", fontsize=8.5, color="#333333")
+    halve = ("#222222", "-", "halve: maximum of 2 x 2")
+    if encoder:
+        halve = (OF_ENCODER, "-", "a stage of the encoder")
+        axis.text(*IMAGE, "image", ha="center", va="center", fontsize=9.5)
     keys = [
-        ("#222222", "-", "halve: maximum of 2 x 2"),
+        halve,
         (colour(4), "-", "double: bilinear"),
         ("#8a8a8a", "--", "skip: as it is"),
     ]
@@ -119,7 +135,7 @@ def draw_features(path, name, img_id):
     """An image, the probabilities of the heads, and of each node the channel that resembles the deepest of them."""
     model, config = load_trained(name, torch.device("cpu"), level="mean")
     img_id = img_id or read_yaml(run_folder(name) / "split.yml")["val"][0]
-    source = Path("inputs") / config["dataset"] / "images" / f"{img_id}{config['img_ext']}"
+    source = find_file(Path("inputs") / config["dataset"] / "images", img_id, config["img_ext"])
     image = to_channels(read_picture(source), config["input_channels"])
     batch = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
     with torch.inference_mode():
@@ -173,9 +189,10 @@ def main():
         return
     options.name = options.name or newest_run("arch")
     draw_nodes(DOCS / "nodes.png")
+    draw_nodes(DOCS / "nodes_encoder.png", "efficientnet_lite0")
     draw_features(DOCS / "features.png", options.name, options.image)
     write_png(DOCS / "picture.png", nuclei(PICTURE)[0])
-    print(f"nodes.png, features.png and picture.png are in {DOCS}")
+    print(f"nodes.png, nodes_encoder.png, features.png and picture.png are in {DOCS}")
 
 
 if __name__ == "__main__":

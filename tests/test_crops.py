@@ -263,7 +263,7 @@ def test_labels_without_any_nucleus(cells):
         ("--border_smoothing 0.1", "--border_smoothing is for --target masks"),
         ("--input_channels 4", "--input_channels 4: individual nuclei need 1"),
         ("--split grouped", "--split grouped: 6 images fall into .* take --split random"),
-        ("--dataset masks_only", "no labels"),
+        ("--dataset masks_only", "inputs/masks_only/labels: no such folder; nuclei one by one need label maps"),
     ],
 )
 def test_options_that_do_not_go_together(cells, monkeypatch, options, match):

@@ -24,7 +24,7 @@ from engine import OPTIMIZERS, SCHEDULERS, Run
 from inference import load_trained
 from losses import LOSSES
 from tasks import Segmentation
-from training_data import chosen_split, suspicions
+from training_data import chosen_split, input_scale, suspicions
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 2 -b 4 --device cpu --amp off --ema 0.9"
 MODELS = Path("models")
@@ -477,6 +477,16 @@ def test_ordinary_data_raise_no_suspicion():
     assert suspicions(Path("inputs/a"), places, usual, usual, 7) == []
     none = usual | {"foreground": [0.2, 0]}
     assert suspicions(Path("a"), places, none, usual, 7) == ["all training masks of a/masks/1 are empty"]
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [("scale: 0.5\nimg_size: 96", {"scale": 0.25}), ("scale: 1.0\nimg_size: native", {}), ("images: 3", {})],
+)
+def test_the_scale_of_the_input(tmp_path, about, expected):
+    """Masks of pictures of their own size are squeezed by a factor of their own each."""
+    (tmp_path / "dataset.yml").write_text(about)
+    assert input_scale(tmp_path / "dataset.yml", {"input_h": 48, "input_w": 48}) == expected
 
 
 def test_swapped_folders_stop_before_the_first_epoch(go):

@@ -20,8 +20,8 @@ MODULES = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
 HOUSE = (
     {"utils"},
     {name for name in MODULES if name.startswith("common.")},
-    {"losses", "metrics", "instances", "augmentation", "encoders"},
-    {"archs", "labels"},
+    {"losses", "metrics", "instances", "objects", "augmentation", "encoders"},
+    {"archs", "labels", "object_files"},
     {"dataset", "dsb2018", *(name for name in MODULES if name.startswith("classification."))},
     {"engine"},
     {"inference", "levels"},

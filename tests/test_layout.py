@@ -21,7 +21,7 @@ HOUSE = (
     {"utils"},
     {name for name in MODULES if name.startswith("common.")},
     {"losses", "metrics", "instances", "objects", "augmentation", "encoders"},
-    {"archs", "labels", "object_files"},
+    {"archs", "labels", "object_files", "blocks", "scale_search"},
     {"dataset", "dsb2018", *(name for name in MODULES if name.startswith("classification."))},
     {"engine"},
     {"inference", "levels"},

@@ -18,14 +18,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
+from tqdm import tqdm
 
 from augmentation import augmentation, paste
 from common.cli import listed
 from common.devices import memory
-from common.distributed import local_processes
+from common.distributed import is_main, local_processes
 from common.files import is_plain_name
 from common.images import decode, foreground, squeeze, squeeze_mask, standardise, to_channels
 from common.loaders import SharedBatches, WholeBatches, build_loader
+from data_folder import check_places, find_file
 
 ABOUT = ("sizes", "fingerprint")  # the results of Dataset.check that split.yml keeps for each part
 GROUPED = "grouped"  # the value of --split that is not a file of ids
@@ -33,19 +35,6 @@ NAMED_AT_MOST = 20  # ids per kind of problem in a message; the others are only 
 
 
 # ---------------------------------------------------------------- ids and split
-
-
-def list_ids(img_dir, img_ext):
-    """The ids of a folder of images, sorted, because the order of a directory differs between machines."""
-    if not Path(img_dir).is_dir():
-        raise FileNotFoundError(
-            f"{img_dir}: no such folder; preprocess_dsb2018.py makes a data set (--download, --demo)"
-        )
-    names = [path.name for path in Path(img_dir).iterdir() if path.is_file() and not path.name.startswith(".")]
-    ids = sorted(name.removesuffix(img_ext) for name in names if name.endswith(img_ext) and name != img_ext)
-    if not ids:
-        raise ValueError(f"{img_dir} holds no *{img_ext} file; check --dataset and --img_ext")
-    return ids
 
 
 def split_ids(ids, split_seed=41):
@@ -106,17 +95,14 @@ def _recorded(split, key, part):
     return split[key].get(part) if isinstance(split.get(key), dict) else None
 
 
-def check_places(config):
-    """ValueError when the data set or an extension in a config leads out of inputs/."""
-    folder = Path(config["dataset"])
-    if folder.is_absolute() or ".." in folder.parts or "\0" in config["dataset"]:
-        raise ValueError(f"dataset {config['dataset']!r}: expected the name of a folder of inputs/")
-    for key in ("img_ext", "mask_ext"):
-        if not is_plain_name(f"id{config[key]}"):
-            raise ValueError(f"{key} {config[key]!r}: expected the end of a file's name, such as .png")
-
-
 # ---------------------------------------------------------------- one image and its masks
+
+
+class Problem(NamedTuple):
+    """What is wrong with a file: `text` is the same for all files of its kind, `detail` is of this one."""
+
+    text: str
+    detail: str = ""
 
 
 class Item(NamedTuple):
@@ -256,7 +242,8 @@ class Dataset(torch.utils.data.Dataset):
         try:
             item = self._read(self.img_ids[index])
         except ValueError as error:  # check found nothing, so the files have changed since
-            raise OSError(f"{self.img_dir.parent}: {self.img_ids[index]}: {', '.join(error.args)}") from None
+            said = ", ".join(f"{problem.text}{problem.detail}" for problem in error.args)
+            raise OSError(f"{self.img_dir.parent}: {self.img_ids[index]}: {said}") from None
         return item.image, item.mask
 
     def check(self, cache="auto", each=None):
@@ -273,10 +260,11 @@ class Dataset(torch.utils.data.Dataset):
         if cache == "auto":
             room = memory() / 4 / local_processes()
         statistics, problems, kept, needed = Statistics(), {}, [], 0
-        for img_id, item in self._read_all():
+        shown = {"unit": "img", "leave": False, "disable": not is_main() or None}
+        for img_id, item in tqdm(self._read_all(), "read", len(self), **shown):
             if isinstance(item, ValueError):
                 for problem in item.args:
-                    problems.setdefault(problem, []).append(img_id)
+                    problems.setdefault(problem.text, []).append((img_id, problem.detail))
                 continue
             statistics.add(item)
             if each:
@@ -288,7 +276,11 @@ class Dataset(torch.utils.data.Dataset):
                 room = 0
                 kept.clear()
         if problems:
-            lines = [f"{name}, {len(ids)} of the ids: {listed(ids, NAMED_AT_MOST)}" for name, ids in problems.items()]
+            lines = []
+            for text, found in problems.items():
+                (first, detail), ids = found[0], [img_id for img_id, _ in found]
+                detail = f"{detail} in {first}" if detail else ""
+                lines.append(f"{text}{detail}, {len(ids)} of the ids: {listed(ids, NAMED_AT_MOST)}")
             raise ValueError(f"{self.img_dir.parent}: {'; '.join(lines)}")
         self._cache = kept
         return {**statistics.summary(), "bytes": needed, "cached": bool(kept)}
@@ -308,33 +300,35 @@ class Dataset(torch.utils.data.Dataset):
                 yield from zip(ids, pool.map(read, ids), strict=True)
 
     def _read(self, img_id):
-        """The Item of an id; raises a ValueError whose args are all the problems of its files."""
+        """The Item of an id; raises a ValueError whose args are the Problems of its files."""
         digest, problems = hashlib.blake2b(img_id.encode(), digest_size=16), []
 
         def content(path, what):
             if not path.is_file():
-                problems.append(f"no {what} ({path.parent})")
+                problems.append(Problem(f"no {what} ({path.parent})"))
                 return None
             data = path.read_bytes()
             digest.update(data)
             try:
                 return decode(data)
             except ValueError as error:
-                problems.append(f"{what} {error} ({path.parent})")
+                problems.append(Problem(f"{what} {error} ({path.parent})"))
                 return None
 
-        image, masks = content(self.img_dir / f"{img_id}{self.img_ext}", "image"), []
+        image, masks = content(find_file(self.img_dir, img_id, self.img_ext), "image"), []
         two_valued = image is not None and is_two_valued(image)
         for k in range(self.num_classes):
             folder = self.mask_dir / str(k)
-            mask = content(folder / f"{img_id}{self.mask_ext}", "mask")
+            mask = content(find_file(folder, img_id, self.mask_ext), "mask")
             if mask is None:
                 continue
             if image is not None and mask.shape[:2] != image.shape[:2]:
-                problems.append(f"mask of another size than its image ({folder})")
+                sizes = f": {mask.shape[1]} x {mask.shape[0]} and {image.shape[1]} x {image.shape[0]} pixels"
+                problems.append(Problem(f"mask of another size than its image ({folder})", sizes))
             if not is_two_valued(mask):
                 swapped = "; the image has these alone: are images and masks swapped?" if two_valued else ""
-                problems.append(f"mask values other than 0 and 255, or 0 and 1 ({folder}{swapped})")
+                values = f": {listed(np.unique(mask).tolist())}"
+                problems.append(Problem(f"mask values other than 0 and 255, or 0 and 1 ({folder}{swapped})", values))
             masks.append(foreground(mask))
         if problems:
             raise ValueError(*problems)

@@ -30,6 +30,8 @@ from losses import mean_over_heads, smooth_borders
 from metrics import count_pixels, summarise
 from utils import AverageMeter
 
+SHORT = 200  # steps of a training in which averaged weights should forget sooner
+
 OPTIMIZERS = {  # each takes parameters, or groups of them with learning rates of their own, and the config
     "Adam": lambda parameters, c: torch.optim.Adam(parameters, c["lr"], weight_decay=c["weight_decay"]),
     "AdamW": lambda parameters, c: torch.optim.AdamW(parameters, c["lr"], weight_decay=c["weight_decay"]),
@@ -243,7 +245,7 @@ class Run:
         elif not isinstance(self.scheduler, OneCycleLR):
             self.scheduler.step()
         self.rows.append(row)
-        better = row[f"val_{self.task.score}"] > self.best_score
+        better = row[f"val_{self.task.score}"] >= self.best_score  # of equals the later one: it has learned longer
         if better:
             self.best_score, self.best_epoch = row[f"val_{self.task.score}"], row["epoch"]
         if self.folder is None:
@@ -267,7 +269,9 @@ class Run:
 
     def over(self):
         """Why no further epoch is due, or None."""
-        if 0 < self.early_stopping <= self.epoch - self.best_epoch:
+        scores = [row[f"val_{self.task.score}"] for row in self.rows]
+        waited = self.epoch - 1 - scores.index(max(scores)) if scores else 0  # an equal score is no better one
+        if 0 < self.early_stopping <= waited:
             return f"no better val_{self.task.score} for {self.early_stopping} epochs: stopped early"
         return f"all {self.epoch} epochs are done" if self.epoch >= self.epochs else None
 
@@ -294,6 +298,15 @@ class Run:
         if is_main():
             write_log(self.rows, self.folder / "log.csv")  # a kill may have come between the two files
         print(f"resuming {self.folder} after epoch {self.epoch}")
+
+
+def averaging_decay(ema, steps):
+    """The decay of the averaged weights in a training of so many steps: `ema`, or less in a short training.
+
+    In a training of fewer than SHORT steps the memory, 1 / (1 - decay) steps, is at most a fiftieth of all steps, and
+    two at least: with few images one step is an epoch, and a longer average lags whole epochs behind.
+    """
+    return ema if steps >= SHORT else min(ema, 1 - 1 / max(2, steps / 50))
 
 
 def averaged(model, decay):

@@ -20,6 +20,7 @@ entropy, 99.99th percentile) gave an IoU within 0.0004 of each other on 200 othe
 import importlib.util
 import inspect
 import logging
+import shlex
 import tempfile
 import warnings
 from pathlib import Path
@@ -60,6 +61,7 @@ from common.files import atomic_path, read_yaml, save_checkpoint, write_yaml
 from common.images import read_picture, squeeze, to_channels
 from common.runs import newest_run, run_folder
 from common.synthetic import nuclei
+from data_folder import find_file
 from dataset import ABOUT, check_split
 from inference import answer, load_trained
 from metrics import THRESHOLDS
@@ -121,7 +123,7 @@ def images_of(config, part, count):
     ids = check_split(read_yaml(path), path)[part]
     if part == "train":  # ids are sorted or drawn; those of a stretch may be of one kind
         ids = ids[:: max(1, len(ids) // count)]
-    paths = [path for img_id in ids if (path := folder / f"{img_id}{config['img_ext']}").is_file()][:count]
+    paths = [path for img_id in ids if (path := find_file(folder, img_id, config["img_ext"])).is_file()][:count]
     pictures, source = [read_picture(path) for path in paths], f"{PARTS[part]} images of {folder.parent}"
     if not paths:
         pictures, source = [nuclei(seed)[0] for seed in range(count)], f"generated images ({folder} is gone)"
@@ -229,7 +231,7 @@ def write_run(name, options):
     write_yaml(folder / "config.yml", {**config, "name": folder.name, "level": level})
     size = (folder / "model.pth").stat().st_size / 2**20
     print(f"{folder}: {model.head_names[-1]}, {count_params(model):,} parameters in half precision, {size:.1f} MB")
-    print(f"use it: python predict.py --name {folder.name} pictures/")
+    print(f"use it: python predict.py --name {shlex.quote(folder.name)} pictures/")
 
 
 def write_deployed(name, options):

@@ -8,15 +8,18 @@ val.py, predict.py, export.py and notebooks share it. torch is imported inside t
 ONNX file can be used without PyTorch.
 """
 
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from common.devices import pick_amp, pick_device, precision, precision_name
 from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
-from common.runs import newest_run, run_folder
+from common.runs import check_kind, newest_run, run_folder
+from data_folder import check_places
 
 BOUNDS = {  # smallest and largest value of train.py's options that a run's readers use
     "num_classes": (1, 100),
@@ -38,13 +41,12 @@ MULTIPLE = 16  # what a network pads to, or twice that; tiles that begin on it s
 
 def read_config(folder):
     """The config.yml of a run of train.py. ValueError, in one line, when it describes no such run."""
-    from dataset import check_places
-
     path = folder / "config.yml"
     if not path.is_file():
         known = ", ".join(sorted(found.parent.name for found in folder.parent.glob("*/config.yml"))) or "none"
         raise FileNotFoundError(f"{path}: no such file; the runs are: {known}")
     config = read_yaml(path)
+    check_kind(config, "arch", folder)
     needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "mean", "std")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
@@ -140,13 +142,17 @@ def start_from(model, config):
         path = (path if path.is_dir() else Path("models") / path) / "model.pth"
     if not path.is_file():
         raise FileNotFoundError(f"--weights {config['weights']}: no such file, and no run: {path} does not exist")
+    cut = None
     if (path.parent / "config.yml").is_file():
         other = {**read_yaml(path.parent / "config.yml"), "input_channels": config["input_channels"]}
         config.update({key: other[key] for key in ("mean", "std") if are_channels(other, key)})
+        cut = other.get("level")
     weights, own = load_weights(path), model.state_dict()
     fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     fresh = sorted(own.keys() - fitting.keys())
     if wrong := [key for key in fresh if not key.startswith("final")]:
+        if cut:
+            raise ValueError(f"{path.parent} is a run cut to level {cut}; --weights needs the whole run")
         found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "missing"
         raise ValueError(
             f"{path} does not fit: {wrong[0]} is {found} there, {tuple(own[wrong[0]].shape)} here ({len(wrong)} of "
@@ -252,7 +258,10 @@ class OnnxPredictor:
 
         self.path, self.tta = path, tta
         content = Path(path).read_bytes()
-        providers = ["CPUExecutionProvider"] if device == "cpu" else onnxruntime.get_available_providers()
+        providers = ["CPUExecutionProvider"]
+        if device != "cpu":  # Azure's provider stands first, and runs no such file
+            available = onnxruntime.get_available_providers()
+            providers = [name for name in available if name != "AzureExecutionProvider"]
         try:
             self.session = onnxruntime.InferenceSession(content, providers=providers)
             (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()
@@ -269,7 +278,7 @@ class OnnxPredictor:
         fits = fits and self.config["input_channels"] in INPUT_CHANNELS and 0 <= self.config["scale"] < 1e6
         if not fits or not is_plain_name(self.name):
             raise ValueError(f"{path} is not an ONNX file of export.py: {self.config}")
-        self.about = f"{path}, {self.session.get_providers()[0]}"
+        self.about = f"{path}, {self.session.get_providers()[0].removesuffix('ExecutionProvider')}"
 
     def __call__(self, images):
         """uint8 (N, H, W, C) in [0, 255] -> float32 (N, H, W, classes) in [0, 1]."""
@@ -332,6 +341,8 @@ def predict_tiled(predictor, images, batch_size=8):
     lefts, column_weights = windows(right, tile[1], multiple=multiple)
     tile_h, tile_w = row_weights.shape[1], column_weights.shape[1]
     places = [(k, left, weights) for k in range(count) for left, weights in zip(lefts, column_weights, strict=True)]
+    steps = len(tops) * math.ceil(len(places) / batch_size)
+    bar = tqdm(total=steps, desc="tiles", unit="batch", leave=False, disable=None if steps > 1 else True)
     result = np.empty((count, num_classes, height, width), np.uint16)
     strip = np.zeros((count, tile_h, right, num_classes), np.float32)
     for top, end, weights_y in zip(tops, [*tops[1:], bottom], row_weights, strict=True):
@@ -339,7 +350,9 @@ def predict_tiled(predictor, images, batch_size=8):
             seen = np.stack([images[k, top : top + tile_h, left : left + tile_w] for k, left, _ in batch])
             for (k, left, weights_x), values in zip(batch, predictor(seen), strict=True):
                 strip[k, :, left : left + tile_w] += values * (weights_y[:, None] * weights_x)[..., None]
+            bar.update()
         stop = min(end, height)
         result[:, :, top:stop] = np.rint(strip[:, : stop - top, :width] * 65535).transpose(0, 3, 1, 2)
         strip = np.concatenate([strip[:, end - top :], np.zeros_like(strip[:, : end - top])], axis=1)
+    bar.close()
     return result

@@ -12,7 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common.images import MAX_PIXELS, open_picture, quieten_opencv, read_header, upright, write_png
+from common.headers import quieten_opencv, read_header, upright
+from common.images import MAX_PIXELS, write_png
+from common.tiff import Stack, is_tiff
 from instances import sequential
 
 EXTENSIONS = (".png", ".tif", ".tiff")
@@ -60,26 +62,38 @@ def read_labels(path, shape=None, max_pixels=MAX_PIXELS):
 
 def _decode(file, max_pixels):
     """An open label file -> (H, W) of whole numbers, upright. ValueError says what is wrong with it."""
-    orientation = read_header(file, max_pixels)
+    begins = file.read(4)
     file.seek(0)
-    quieten_opencv()
-    try:
-        with open_picture(file) as picture:
-            pages = getattr(picture, "n_frames", 1)
-            file.seek(0)
-            array = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
-            if array is None and picture.mode == "I":  # OpenCV before 5.0 knows no unsigned numbers of 32 bits
-                array = np.asarray(picture)
-    except Exception:  # damaged files raise errors without a common class
-        raise ValueError(UNREADABLE) from None
-    if pages > 1:
-        raise ValueError(f"{pages} pages, expected one")
-    if array is None:
-        raise ValueError(UNREADABLE)
+    array = _decode_tiff(file, max_pixels) if is_tiff(begins) else _decode_png(file, max_pixels)
     if array.ndim == 3 or array.dtype.kind == "f":
         channels = 1 if array.ndim == 2 else array.shape[2]
         raise ValueError(f"{channels} channel(s) of {array.dtype}; {EXPECTED}")
+    return array
+
+
+def _decode_tiff(file, max_pixels):
+    with Stack(file) as stack:
+        if len(stack) > 1:
+            raise ValueError(f"{len(stack)} pages, expected one")
+        stack.check(0, max_pixels)
+        array = _imdecode(file)  # knows compressed numbers of 32 bits; turns a TIFF upright
+        if array is not None:
+            return array
+        return stack.read(0, range(len(stack.channels(0))))
+
+
+def _decode_png(file, max_pixels):
+    orientation = read_header(file, max_pixels)
+    array = _imdecode(file)
+    if array is None:
+        raise ValueError(UNREADABLE)
     return upright(array, orientation)
+
+
+def _imdecode(file):
+    quieten_opencv()
+    file.seek(0)
+    return cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
 
 
 def write_labels(path, labels):

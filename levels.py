@@ -10,6 +10,7 @@ import weakref
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 from archs import probabilities
 from common.devices import precision, synchronize
@@ -27,12 +28,13 @@ PAPER = {  # Zhou et al. 2020, nuclei: million parameters, and mean IoU in per c
     "L3": {"paper_parameters": "2.2 M", "paper_miou": "about 92.2"},
     "L4": {"paper_parameters": "9.0 M", "paper_miou": "about 92.5"},
 }
+PAPER_DATA = "dsb2018"  # what the names of data sets made of the paper's nuclei begin with
 PAPER_COLUMNS = {"paper_parameters": "paper: parameters", "paper_miou": "paper: mean IoU"}
 NOTE = (
     f"Pruned models, and the mean of all heads. ms/image: median of {ROUNDS} interleaved rounds of one batch of "
-    "{batch}, {device}; peak MB: weights plus the most memory that the tensors of a batch hold at once; paper: Zhou et "
-    "al. on nuclei, 2020, mean IoU in per cent."
+    "{batch}, {device}; peak MB: weights plus the most memory that the tensors of a batch hold at once."
 )
+PAPER_NOTE = "Paper: Zhou et al. on nuclei, 2020, mean IoU in per cent."
 
 
 def seconds(answer, device):
@@ -80,7 +82,7 @@ def measure(model, images, device, amp=None, rounds=ROUNDS):
         return probabilities(output)
 
     times = {name: [] for name in models}
-    for turn in range(rounds + 1):
+    for turn in tqdm(range(rounds + 1), "levels", leave=False, disable=None):
         for name, cut in models.items():
             taken = seconds(lambda cut=cut: answer(cut), device)
             if turn:  # the first is a warm-up

@@ -19,12 +19,12 @@ from common.cli import (
     answer_early,
     auto_or_bool,
     check_config,
+    data_set,
     number,
     parse_options,
     run_script,
 )
 from inference import BOUNDS, INPUT_CHANNELS
-from utils import str2bool
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
@@ -33,7 +33,8 @@ NO_OPTIONS = ("mean", "std", "scale", "environment", "level")  # what config.yml
 ENCODER_OPTIONS = ("stem", "encoder_weights", "encoder_lr", "encoder_freeze", "encoder_freeze_bn")
 LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS)  # the config.yml of an older run lacks them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
-MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
+ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers that know no last epoch: it may be moved
+ENOUGH_STEPS = 100  # batch norm's statistics remember some ten steps, and start from nothing
 
 
 def build_parser():
@@ -46,14 +47,15 @@ def build_parser():
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--weights", help="start from the weights of a run (its name) or a file")
     a("--seed", type=seed, default=0, help="of initial weights, order and augmentation")
-    a("--epochs", type=number(int, 1, 100_000), default=80, help="passes over the training images")
+    epochs = f"passes over the training images; more of them with --resume for {', '.join(ENDLESS)}"
+    a("--epochs", type=number(int, 1, 100_000), default=80, help=epochs)
     a("-b", "--batch_size", type=natural, default=16, help="global batch size, shared by torchrun's processes")
     a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better val_iou; -1: never")
 
     a = parser.add_argument_group("model").add_argument
     a("-a", "--arch", choices=("NestedUNet", "UNet"), default="NestedUNet", help="network; NestedUNet is U-Net++")
     heads = "NestedUNet: a loss on each of four heads, so that the network can be pruned"
-    a("--deep_supervision", type=str2bool, default=False, help=heads)
+    a("--deep_supervision", action="store_true", help=heads)
     backbone = "pretrained column X^{i,0}: none, efficientnet_lite0, resnet18, or another backbone of timm"
     a("--encoder", default="none", help=backbone)
     a("--stem", choices=("full", "half"), default="full", help="resolution of the first level, with --encoder")
@@ -61,7 +63,7 @@ def build_parser():
     a("--encoder_weights", default="auto", help=sources)
     a("--encoder_lr", type=positive, help="default: --lr for random weights, a fifth of it for pretrained ones")
     a("--encoder_freeze", type=number(int, 0), default=0, help="epochs at first in which the encoder does not learn")
-    a("--encoder_freeze_bn", type=str2bool, default=False, help="keep the encoder's batch-norm statistics")
+    a("--encoder_freeze_bn", action="store_true", help="keep the encoder's batch-norm statistics")
     a("--input_channels", type=int, choices=INPUT_CHANNELS, default=3, help="grey, RGB or RGBA")
     a("--num_classes", type=number(int, *BOUNDS["num_classes"]), default=1, help="folders masks/0, masks/1 ...")
     width = "filters of the first level, doubled four times; default: 32, or with --encoder those of its stages"
@@ -70,7 +72,7 @@ def build_parser():
     a("--input_h", type=number(int, *BOUNDS["input_h"]), default=96, help="images are resized to this height")
 
     a = parser.add_argument_group("data").add_argument
-    a("--dataset", default="dsb2018_96", help="a folder of inputs/")
+    a("--dataset", type=data_set, default="dsb2018_96", help="a folder of inputs/")
     a("--img_ext", default=".png", help="ending of the images' file names")
     a("--mask_ext", default=".png", help="ending of the masks' file names")
     a("--split", help="grouped: look-alikes on one side; or a split.yml of your own; default: a seeded 80/20 split")
@@ -87,7 +89,7 @@ def build_parser():
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="learning rate")
     a("--momentum", type=number(float, 0, 1), default=0.9, help="SGD")
     a("--weight_decay", type=positive, default=1e-4, help="weight decay of the optimizer")
-    a("--nesterov", type=str2bool, default=False, help="SGD")
+    a("--nesterov", action="store_true", help="SGD")
     schedulers = ("ConstantLR", "CosineAnnealingLR", "MultiStepLR", "OneCycleLR", "ReduceLROnPlateau")
     a("--scheduler", choices=schedulers, default="OneCycleLR", help="how the learning rate changes")
     a("--min_lr", type=positive, default=1e-5, help="CosineAnnealingLR, ReduceLROnPlateau")
@@ -95,12 +97,13 @@ def build_parser():
     a("--patience", type=number(int, 0), default=2, help="ReduceLROnPlateau")
     a("--milestones", type=milestones, default="20,40", help="MultiStepLR: epochs")
     a("--gamma", type=positive, default=2 / 3, help="MultiStepLR")
-    a("--ema", type=number(float, 0, 0.99999), default=0.995, help="decay of the averaged weights; 0: no averaging")
+    ema = "decay of the averaged weights, less in trainings of few steps; 0: no averaging"
+    a("--ema", type=number(float, 0, 0.99999), default=0.995, help=ema)
 
     a = add_machine_options(parser, training=True).add_argument
     a("--channels_last", type=auto_or_bool, default="auto", help="memory layout; auto: with mixed precision")
-    a("--compile", type=str2bool, default=False, help="torch.compile; does not help on a CPU")
-    a("--checkpointing", type=str2bool, default=False, help="less memory, more time, same results")
+    a("--compile", action="store_true", help="torch.compile; does not help on a CPU")
+    a("--checkpointing", action="store_true", help="less memory, more time, same results")
     a("--cache", type=auto_or_bool, default="auto", help="keep decoded images in memory; auto: when they fit")
     return parser
 
@@ -138,22 +141,24 @@ from archs import WIDTH, build_model
 from common.devices import keep_memory, memory, pick_amp, pick_device, precision_name
 from common.distributed import is_main, processes, sync_batch_norm
 from common.files import read_yaml
-from common.lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
 from common.runs import (
     check_start,
     earlier_files,
     machine_name,
+    note_epochs,
     only_trainer,
     resolve_machine,
     resumed,
     run_folder,
     write_start,
 )
-from dataset import ABOUT, GROUPED, build_dataset, check_split, list_ids, make_loader, split_ids
+from data_folder import check_layout
+from dataset import make_loader
 from encoders import convert_sync_batchnorm, load_encoder
-from engine import OPTIMIZERS, Run, Segmentation, fit_and_keep, seed_everything
+from engine import OPTIMIZERS, Run, Segmentation, averaging_decay, fit_and_keep, seed_everything
 from inference import read_config, start_from
 from losses import LOSSES
+from training_data import build_data, chosen_split
 from utils import count_params
 
 SCHEDULERS = {  # steps: batches per epoch
@@ -182,6 +187,8 @@ SCHEDULERS = {  # steps: batches per epoch
 def read_recipe(path):
     """A recipe, or the config.yml of another run, whose findings about its data and machine are not options."""
     recipe = read_yaml(path)
+    if refused := sorted(recipe.keys() & set(ABOUT_THE_COMMAND)):
+        raise ValueError(f"{path}: {', '.join(refused)} can only be given on the command line")
     left_out = set(NO_OPTIONS)
     if "environment" in recipe:
         left_out |= {"device", "num_workers"}
@@ -225,90 +232,7 @@ def resumed_config(options, given):
     config = check_config(build_parser, {**defaults, **read_config(folder)}, folder / "config.yml")
     if "level" in config:
         raise ValueError(f"{folder} is another run cut to level {config['level']}; resume the whole one")
-    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
-
-
-# ---------------------------------------------------------------- data
-
-
-def chosen_split(config, folder):
-    """The ids of a resumed run's split.yml (in `folder`), of the user's --split file, or of a seeded 80/20 split."""
-    if folder or config["split"] not in (None, GROUPED):
-        path = folder / "split.yml" if folder else config["split"]
-        return check_split(read_yaml(path), path)
-    ids = list_ids(Path("inputs") / config["dataset"] / "images", config["img_ext"])
-    if not config["split"]:
-        return split_ids(ids, config["split_seed"])
-    sketches = Sketches()
-    build_dataset(config, ids).check(cache=False, each=sketches.add)
-    print(about_groups(groups(sketches)))
-    return grouped_split(ids, sketches, config["split_seed"])
-
-
-def build_data(config, split):
-    """-> training and validation Dataset, checked and cached, and what split.yml notes about them.
-
-    Adds what was found in the data to config: mean, std and, where dataset.yml tells it, scale (pixels of the input
-    per pixel of the raw image).
-    """
-    folder = Path("inputs") / config["dataset"]
-    train_set, val_set = build_dataset(config, split["train"], augment=True), build_dataset(config, split["val"])
-    results, problems, sketches = [], [], Sketches()
-    for dataset in (train_set, val_set):
-        try:
-            results.append(dataset.check(config["cache"], sketches.add))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("; ".join(problems))
-    found, found_val = results
-    if not any(found["foreground"]):
-        raise ValueError(f"{folder / 'masks'}: all {len(train_set)} training masks are empty; nothing could be learned")
-    config.setdefault("mean", found["mean"])
-    config.setdefault("std", found["std"])
-    for dataset in (train_set, val_set):
-        dataset.mean, dataset.std = config["mean"], config["std"]
-    if (folder / "dataset.yml").is_file():
-        config.update(input_scale(folder / "dataset.yml", config))
-
-    size = (found["bytes"] + found_val["bytes"]) / 2**20
-    kept = "kept in memory" if found["cached"] and found_val["cached"] else "read again in each epoch"
-    foreground = ", ".join(f"{part:.1%}" for part in found["foreground"])
-    print(f"{folder}: {len(train_set)} training and {len(val_set)} validation images, {size:.0f} MB, {kept}")
-    print(f"foreground of the training masks {foreground}; mean {config['mean']}, std {config['std']}")
-    for suspicion in suspicions(folder, found, found_val, len(train_set) + len(val_set)):
-        print(f"train.py: warning: {suspicion}", file=sys.stderr)
-    of_twins = twins(sketches, split["train"], split["val"])
-    print(about_twins(of_twins, len(val_set)))
-    about = {key: {"train": found[key], "val": found_val[key]} for key in ABOUT}
-    return train_set, val_set, {**about, "twins": of_twins}
-
-
-def input_scale(path, config):
-    """{"scale": pixels of the input per pixel of the raw image} where dataset.yml tells it, else {}."""
-    about = read_yaml(path)
-    known = [about[key] for key in ("scale", "img_size") if about.get(key)]
-    if not all(type(value) in (int, float) and 0 < value < 1e6 for value in known):
-        raise ValueError(f"{path}: scale and img_size must be numbers above 0, found {known}")
-    if len(known) < 2:
-        return {}
-    side = math.sqrt(config["input_h"] * config["input_w"])
-    return {"scale": round(about["scale"] * side / about["img_size"], 6)}
-
-
-def suspicions(folder, found, found_val, count):
-    """Warnings about valid data that look like a mistake. found: what Dataset.check found in training, validation."""
-    said = []
-    if found["two_valued"] + found_val["two_valued"] == count:
-        said.append(f"all {count} images of {folder / 'images'} are pure black and white; are they masks?")
-    for k, (part, part_val) in enumerate(zip(found["foreground"], found_val["foreground"], strict=True)):
-        masks = folder / "masks" / str(k)
-        if part > MOSTLY:
-            said.append(f"{part:.1%} of the pixels of {masks} are foreground; are the masks inverted?")
-        for name, share in (("training", part), ("validation", part_val)):
-            if not share:
-                said.append(f"all {name} masks of {masks} are empty")
-    return said
+    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)
 
 
 # ---------------------------------------------------------------- building and training
@@ -344,7 +268,7 @@ def build_run(config, model, steps_per_epoch, device, folder=None):
         device,
         epochs=config["epochs"],
         amp=pick_amp(config["amp"], device),
-        ema=config["ema"],
+        ema=averaging_decay(config["ema"], config["epochs"] * steps_per_epoch),
         early_stopping=config["early_stopping"],
         seed=config["seed"],
         folder=folder,
@@ -362,6 +286,15 @@ def parameter_groups(model, of_encoder, config):
     return [{"params": others}, {"params": of_encoder, "lr": config["encoder_lr"]}]
 
 
+def recommend_steps(config, steps_per_epoch):
+    """Warn when the training is too short for batch norm and averaged weights to follow the network."""
+    steps = config["epochs"] * steps_per_epoch
+    if steps < ENOUGH_STEPS:
+        longer = f"--epochs {math.ceil(ENOUGH_STEPS / steps_per_epoch)}"
+        about = f"{steps} steps in all, at least {ENOUGH_STEPS} are recommended: {longer}, or a smaller --batch_size"
+        print(f"train.py: warning: {about}", file=sys.stderr)
+
+
 def prepare(config, folder, earlier, device, resume):
     """-> the Run, its training and validation loader; afterwards a new run's folder holds its config and split.
 
@@ -375,6 +308,7 @@ def prepare(config, folder, earlier, device, resume):
     model = build_model(config)
     if config["sync_bn"]:
         model = sync_batch_norm(model, device, convert_sync_batchnorm if model.encoder else None)
+    check_layout(config)
     split = chosen_split(config, folder if resume else None)
     if config["weights"] and not begun:
         start_from(model, config)
@@ -394,8 +328,11 @@ def prepare(config, folder, earlier, device, resume):
     elif resume:
         print(f"{folder} has no finished epoch yet: starting with the first")
     check_start(config, FREE_ON_RESUME, data=about["fingerprint"], epoch=run.epoch)
-    if not resume and is_main():
+    if is_main() and resume:
+        note_epochs(config, folder)
+    elif is_main():
         write_start(config, folder, earlier, device, {**split, **about})
+        recommend_steps(config, len(loader))
 
     layout = "channels_last" if config["channels_last"] else "contiguous"
     built = f"{config['arch']}, {count_params(model):,} parameters"

@@ -6,6 +6,11 @@ python transfer_resnet18.py --data_dir my_pictures --name mine     # my_pictures
 python transfer_resnet18.py --name mine --predict a.jpg holiday/   # class and probability of new pictures
 python transfer_resnet18.py --demo                                 # generated pictures, offline, a minute
 torchrun --nproc_per_node=2 transfer_resnet18.py --name mine       # on two GPUs, or in two processes
+
+A ResNet-18 is a stem, four stages (layer1 to layer4) and a head, which is new: it answers with your classes. There are
+three kinds of training, and some defaults depend on them. "frozen" (--freeze): the features are those of --weights,
+only the head learns; fast, good for few pictures. "thawed" (the default): layer4 learns as well, slowly. "scratch"
+(--weights none): everything starts from random weights and learns at one rate; it needs many pictures.
 """
 
 import math
@@ -23,13 +28,19 @@ from common.cli import (
     parse_options,
     run_script,
 )
-from utils import str2bool
 
-DATA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
-DATA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
 RUN_FILES = ("config.yml", "log.csv", "curves.png", "model.pth", "last.pth")
-ABOUT_THE_COMMAND = ("resume", "overwrite", "predict", "demo", "download", "raw")  # config.yml does not keep these
+ABOUT_THE_COMMAND = (
+    "resume",
+    "overwrite",
+    "predict",
+    "reject",
+    "demo",
+    "download",
+    "raw",
+)  # config.yml does not keep these
 FREE_ON_RESUME = {"name", "device", "num_workers", *ABOUT_THE_COMMAND}  # the result does not depend on them
+ENDLESS = ("ConstantLR", "StepLR")  # schedulers that know no last epoch: --resume may move it
 
 RECIPES = {  # the value of an option that nobody gave, by the kind of training
     # --freeze. Features and batch-norm statistics are fixed: in training mode batch norm would see tiny batches.
@@ -49,6 +60,8 @@ def build_parser():
     a = parser.add_argument_group("run").add_argument
     a("--name", help="models/<name>; default: <folder of the data>_resnet18, with --predict the newest run")
     a("--predict", nargs="+", type=Path, metavar="PATH", help="classify files and folders with a trained run")
+    reject = "with --predict: the answer is `unknown` where no class has this probability; default: always a class"
+    a("--reject", type=number(float, 0, 1), metavar="P", help=reject)
     a("--demo", action="store_true", help="train on generated pictures of two classes, offline")
     a("--resume", action="store_true", help="continue models/<name> after its last finished epoch")
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
@@ -63,24 +76,28 @@ def build_parser():
     val_fraction = "pictures drawn for validation when there is no val folder"
     a("--val_fraction", type=number(float, 0.01, 0.9), default=0.2, help=val_fraction)
     a("--img_size", type=number(int, 32, 1024), default=224, help="side of the square that the network sees")
-    a("--augment", type=str2bool, default=True, help="random crop, mirror and colour in training")
+    a("--augment", action="store_true", default=True, help="random crop, mirror and colour in training")
     a("--min_scale", type=number(float, 0.01, 1), default=0.5, help="smallest crop, as a fraction of the area")
     a("--jitter", type=fraction, default=0.2, help="change of brightness, contrast and saturation")
-    a("--mirror", type=str2bool, default=True, help="validate and predict on picture and mirror image together")
+    a("--mirror", action="store_true", default=True, help="validate and predict on picture and mirror image together")
 
     a = parser.add_argument_group("model").add_argument
     weights = "imagenet (torchvision's, fetched once), none, or a ResNet-18 state_dict"
     a("--weights", default="imagenet", help=weights)
-    a("--freeze", action="store_true", help="train the head only, on fixed features")
-    a("--freeze_bn", type=str2bool, help="fixed batch-norm statistics; default: True with weights")
-    a("--thaw", type=number(int, 0), default=0, help="epochs in which only the head learns")
+    a("--freeze", action="store_true", help="frozen: train the head only, on the features of --weights as they are")
+    a("--freeze_bn", action="store_true", default=None, help="fixed batch-norm statistics; default: True with weights")
+    thaw = "first epochs in which only the head learns; afterwards the layers below it learn too (not with --freeze)"
+    a("--thaw", type=number(int, 0), default=0, help=thaw)
 
     a = parser.add_argument_group("optimisation").add_argument
     a("--optimizer", choices=("AdamW", "SGD"), default="SGD", help="optimizer")
     a("--lr", type=positive, help=f"learning rate of the head; default: {_by_recipe('lr')}")
     a("--body_lr", type=positive, help=f"learning rate of layer4; default: {_by_recipe('body_lr')}")
-    layer_decay = "rate of a stage relative to the stage above it; default: "
-    a("--layer_decay", type=fraction, help=layer_decay + _by_recipe("layer_decay"))
+    layer_decay = (
+        "layer3 learns at this fraction of layer4's rate, layer2 at this fraction of layer3's, and so on; 0: they stay "
+        f"as they are, 1: all learn alike; default: {_by_recipe('layer_decay')}"
+    )
+    a("--layer_decay", type=fraction, help=layer_decay)
     a("--momentum", type=fraction, default=0.9, help="SGD")
     a("--weight_decay", type=positive, default=1e-4, help="weight decay of the optimizer")
     schedulers = ("ConstantLR", "CosineAnnealingLR", "StepLR")
@@ -108,16 +125,16 @@ from classification import folders
 from classification.predict import classify, predict_files, read_run
 from classification.resnet18 import ResNet18, fill_body, imagenet_file
 from classification.scores import print_scores, write_report
-from common import download
+from classification.sources import provide_data
 from common.devices import keep_memory, pick_amp, pick_device, precision_name
 from common.distributed import copy_main, gather, is_main, launched, processes, sync_batch_norm
-from common.files import load_weights, new_folder
-from common.images import write_png
+from common.files import load_weights
 from common.loaders import EpochSampler, SharedBatches, WholeBatches, build_loader
 from common.runs import (
     check_start,
     earlier_files,
     machine_name,
+    note_epochs,
     only_trainer,
     resolve_machine,
     resumed,
@@ -165,44 +182,10 @@ def resumed_config(options, given):
     name = options.name or default_name(DEMO["data_dir"] if options.demo else options.data_dir)
     folder = run_folder(name)
     config = check_config(build_parser, read_run(folder), folder / "config.yml")
-    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND)
+    return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)
 
 
 # ---------------------------------------------------------------- data
-
-
-def provide_data(options, data_dir):
-    """Make data_dir exist as --download, --raw or --demo say; FileNotFoundError that names them otherwise."""
-    data_dir = Path(data_dir)
-    if options.raw:
-        download.safe_extract(options.raw, data_dir)
-    elif options.download and not data_dir.exists():
-        archive = Path("inputs") / Path(DATA_URL).name
-        if not archive.is_file():
-            download.fetch(DATA_URL, archive, sha256=DATA_SHA256)
-        download.safe_extract(archive, data_dir)
-    elif options.demo and not data_dir.exists():
-        write_demo(data_dir)
-    elif not data_dir.is_dir():
-        raise FileNotFoundError(
-            f"{data_dir}: no such folder; --download fetches the ants and bees, --raw ZIP unpacks a zip that you have, "
-            "--demo trains on generated pictures"
-        )
-
-
-def write_demo(output, counts=(("train", 60), ("val", 20)), size=96):
-    """Generated ants and bees as <output>/{train,val}/{ants,bees}/*.png, in place only when all are written."""
-    from common.synthetic import two_classes
-
-    seed = 0
-    with new_folder(output) as folder:
-        for part, count in counts:
-            for label in ("ants", "bees"):
-                target = folder / part / label
-                target.mkdir(parents=True)
-                for index in range(count):
-                    write_png(target / f"{index:03d}.png", two_classes(seed, label, size))
-                    seed += 1
 
 
 def build_data(config):
@@ -294,7 +277,7 @@ def train_model(model, dataloaders, criterion, optimizer, scheduler, num_epochs,
 
     For notebooks: the script itself trains a Run that is kept on disk. dataloaders: {"train": ..., "val": ...} of
     (images, labels) batches; one with set_epoch, or whose sampler has it, is told the epoch, 1, 2 ... The best epoch
-    has the highest validation accuracy, the first of equals. A loss that is not finite raises ValueError.
+    has the highest validation accuracy, the last of equals. A loss that is not finite raises ValueError.
     """
     device = device or next(model.parameters()).device
     run = Run(model, Classification(criterion), optimizer, scheduler, device, epochs=num_epochs, amp=amp)
@@ -320,7 +303,7 @@ def build_model(config, classes, folder):
 def prepare(config, options, folder, earlier, device, stops):
     """-> the Run, its loaders and data sets; afterwards a new run's folder holds its config."""
     if is_main():
-        provide_data(options, config["data_dir"])
+        provide_data(config["data_dir"], options.download, options.raw, options.demo)
     gather(None)  # the others wait for the data
     datasets, classes, fingerprint = build_data(config)
     if options.resume and (fingerprint != config.get("data") or classes != config["classes"]):
@@ -346,7 +329,9 @@ def prepare(config, options, folder, earlier, device, stops):
     elif options.resume:
         print(f"{folder} has no finished epoch yet: starting with the first")
     check_start(config, FREE_ON_RESUME, epoch=run.epoch)
-    if not options.resume and is_main():
+    if is_main() and options.resume:
+        note_epochs(config, folder)
+    elif is_main():
         write_start(config, folder, earlier, device)
     learning = f"{count_params(model):,} of {sum(p.numel() for p in model.parameters()):,} parameters learn"
     print(f"ResNet-18, {learning}, {machine_name(device)}, {precision_name(amp)}")
@@ -376,6 +361,8 @@ def main():
         if launched() > 1:
             raise ValueError("--predict runs in one process; start it without torchrun")
         return predict_files(options)
+    if options.reject is not None:
+        raise ValueError("--reject is for --predict; give both")
     keep_memory()
     config = resumed_config(options, given) if options.resume else new_config(options, given)
     folder, stops = run_folder(config["name"]), Stops()

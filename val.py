@@ -6,12 +6,11 @@ python val.py --name run1 --split my_split.yml      # the `test:` ids of a split
 python val.py --name run1 --levels                  # what each pruned model costs and gives
 """
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from common.cli import Parser, add_machine_options, answer_early, listed, number, parse_options, run_script
+from common.cli import Parser, add_machine_options, answer_early, data_set, listed, number, parse_options, run_script
 from inference import LEVELS
 
 HEADINGS = {  # of the printed tables; the definitions follow them
@@ -30,13 +29,18 @@ def build_parser():
     parser = Parser(description=__doc__)
     a = parser.add_argument
     a("--name", help="models/<name>; default: the newest run")
-    a("--dataset", help="evaluate all images of this folder of inputs/; default: the run's validation images")
+    a(
+        "--dataset",
+        type=data_set,
+        help="evaluate all images of this folder of inputs/; default: the run's validation images",
+    )
     a("--split", help="evaluate the `test:` ids of this split.yml")
     a("-b", "--batch_size", type=number(int, 1), default=16, help="affects the speed only")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--level", choices=LEVELS, help="prune to this head; mean: judge the average of all heads")
     group.add_argument("--levels", action="store_true", help="measure each level: accuracy, time, memory, parameters")
     a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
+    a("--explain", action="store_true", help="print the definition of each column; the report has them in any case")
     a = add_machine_options(parser).add_argument
     a("--num_workers", type=number(int, 0, 1024), default=0, help="loader processes")
     return parser
@@ -55,7 +59,8 @@ from common.distributed import launched
 from common.files import atomic_path, read_yaml
 from common.images import write_png
 from common.runs import run_folder
-from dataset import GROUPED, build_dataset, changes, check_split, list_ids, make_loader
+from data_folder import check_layout, classes_of, list_ids
+from dataset import GROUPED, build_dataset, changes, check_split, make_loader
 from inference import Predictor
 from metrics import (
     DEFINITIONS,
@@ -74,6 +79,15 @@ from metrics import (
 # ---------------------------------------------------------------- what to evaluate
 
 
+def check_classes(config, name, folder):
+    """ValueError when the data set has other classes than the run in `folder`; FileNotFoundError for missing files."""
+    root, count = Path("inputs") / name, config["num_classes"]
+    found = len(classes_of(root))
+    if name != config["dataset"] and found not in (0, count):
+        raise ValueError(f"{root / 'masks'} has {found} class folder(s), but {folder} predicts {count} class(es)")
+    check_layout({**config, "dataset": name})
+
+
 def chosen_images(options, config, folder):
     """-> Dataset of the run's validation images, of another data set, or of a split's test ids; and what to call it.
 
@@ -81,6 +95,7 @@ def chosen_images(options, config, folder):
     """
     name = options.dataset or config["dataset"]
     root = Path("inputs") / name
+    check_classes(config, name, folder)
     run_split = read_yaml(folder / "split.yml") if not (options.dataset or options.split) else {}
     if options.split:
         ids, part = check_split(read_yaml(options.split), options.split).get("test"), f"test ids of {options.split}"
@@ -103,6 +118,16 @@ def chosen_images(options, config, folder):
             about = f"{len(seen)} of {len(ids)} {part} were trained on by {folder}"
             print(f"val.py: warning: {about}: {listed(seen, 3)}", file=sys.stderr)
     return dataset, f"{name}, {part}", run_split
+
+
+def output_folder(options, name):
+    """outputs/<name> for the run's own validation images, a folder inside it for those of --dataset and --split."""
+    inner = []
+    if options.dataset:
+        inner.append("dataset_" + "_".join(Path(options.dataset).parts))
+    if options.split:
+        inner.append(f"split_{Path(options.split).stem}")
+    return Path("outputs", name, *inner)
 
 
 def judge(predictor, loader, label=None, on_batch=None):
@@ -132,18 +157,19 @@ class Predictions:
         self.masks.update(zip(img_ids, predicted, strict=True))  # (classes, H, W) bool
 
     def write(self, folder):
-        """Replace the folders 0, 1 ... of `folder`, and nothing else there, once all masks are written."""
+        """Replace the masks of the same images, once all are written; nothing else in `folder` changes."""
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".masks_") as temporary:
+            written = []
             for img_id, planes in self.masks.items():
                 for k, plane in enumerate(planes):
                     path = Path(temporary) / str(k) / f"{img_id}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_png(path, plane.astype(np.uint8) * 255)
-            for old in [path for path in folder.glob("[0-9]*") if path.name.isdigit()]:
-                shutil.rmtree(old)
-            for new in Path(temporary).iterdir():
-                new.rename(folder / new.name)
+                    written.append(path)
+            for path in written:
+                (folder / path.parent.name).mkdir(exist_ok=True)
+                path.replace(folder / path.parent.name / path.name)
 
 
 # ---------------------------------------------------------------- tables
@@ -177,17 +203,15 @@ def rows_of_images(img_ids, table):
 
 
 def iou_by_twins(img_ids, table, split):
-    """One line: pooled IoU of the images with and without a twin in training, as split.yml lists them; or None."""
+    """[One line]: pooled IoU of the images with and without a twin in training, as split.yml lists them; or []."""
     of_way = split.get("twins") or {}
     twins = {img_id for pairs in of_way.values() for img_id in pairs}
     has_twin = np.array([img_id in twins for img_id in img_ids])
     if has_twin.all() or not has_twin.any():
-        return None
+        return []
     with_twin, without = (summarise(table[mask])["iou"] for mask in (has_twin, ~has_twin))
-    return (
-        f"IoU {with_twin:.4f} on the {has_twin.sum()} images with a look-alike in training, {without:.4f} on the "
-        f"{(~has_twin).sum()} others"
-    )
+    about = f"IoU {with_twin:.4f} on the {has_twin.sum()} images with a look-alike in training"
+    return [f"{about}, {without:.4f} on the {(~has_twin).sum()} others"]
 
 
 def print_table(rows, columns):
@@ -202,8 +226,8 @@ def print_table(rows, columns):
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
-def print_results(by_epoch, by_class, head):
-    """The tables of heads and classes, and what each column means."""
+def print_results(by_epoch, by_class, head, explain):
+    """The tables of heads and classes and, with `explain`, what each column means."""
     for epoch, heads in by_epoch.items():
         print(f"\n{epoch}")
         print_table(heads, {"head": "head", **HEADINGS})
@@ -211,8 +235,11 @@ def print_results(by_epoch, by_class, head):
         print(f"\neach class, {head}, best epoch")
         print_table(by_class, {"class": "class", **HEADINGS})
     print()
-    for key, text in DEFINITIONS.items():
-        print(f"{HEADINGS[key]:<12}{text}")
+    if explain:
+        for key, text in DEFINITIONS.items():
+            print(f"{HEADINGS[key]:<12}{text}")
+    else:
+        print("--explain says how each column is defined")
 
 
 # ---------------------------------------------------------------- pictures and the report
@@ -258,14 +285,19 @@ def write_examples(items, path, each=2):
     report.contact_sheet(rows, path, captions=heads, size=192)
 
 
-def compare_levels(predictor, loader, tables, output):
-    """Measure and print what each level costs and gives, draw levels.png -> (heading, html) of the report's section."""
+def compare_levels(predictor, loader, tables, dataset, output):
+    """Measure and print what each level costs and gives, draw levels.png -> (heading, html) of the report's section.
+
+    dataset: its name; on the nuclei of the paper the table has the paper's figures, too.
+    """
     images = next(iter(loader))[0].to(predictor.device)
     measured = levels.measure(predictor.trained, images, predictor.device, predictor.amp)
-    rows = levels.rows_of_levels(measured, tables)
-    columns = {**levels.COST_COLUMNS, **HEADINGS, **levels.PAPER_COLUMNS}
+    rows, columns = levels.rows_of_levels(measured, tables), {**levels.COST_COLUMNS, **HEADINGS}
     sentence = levels.sufficient(rows)[1]
     about = levels.NOTE.format(batch=len(images), device=device_name(predictor.device))
+    if dataset.startswith(levels.PAPER_DATA):
+        columns.update(levels.PAPER_COLUMNS)
+        about += f" {levels.PAPER_NOTE}"
     print(f"\nlevels: {about}")
     print_table(levels.with_text(rows), columns)
     print(sentence)
@@ -276,8 +308,8 @@ def compare_levels(predictor, loader, tables, output):
     return "Levels", picture + words + report.table(levels.with_text(rows), columns)
 
 
-def write_report(path, config, what, headline, by_epoch, by_class, items, curves, more=()):
-    """The self-contained page: headline, all definitions, curves, `more` sections, gallery, configuration."""
+def write_report(path, config, what, headline, remarks, by_epoch, by_class, items, curves, more=()):
+    """The self-contained page: headline, remarks, all definitions, curves, `more` sections, gallery, configuration."""
     columns = {"head": "head", **HEADINGS}
     metrics = [report.table(rows, columns, caption=epoch) for epoch, rows in by_epoch.items()]
     legends = [report.legend()]
@@ -286,7 +318,8 @@ def write_report(path, config, what, headline, by_epoch, by_class, items, curves
         colours = report.legend([f"class {row['class']}" for row in by_class])
         legends = [report.paragraph("Truth and prediction:"), colours, report.paragraph("Errors:"), *legends]
     metrics.append(report.table([{"metric": HEADINGS[key], "definition": text} for key, text in DEFINITIONS.items()]))
-    sections = [("Summary", report.summary(headline)), ("Metrics", "".join(metrics))]
+    summary = report.summary(headline) + "".join(map(report.paragraph, remarks))
+    sections = [("Summary", summary), ("Metrics", "".join(metrics))]
     if curves.is_file():
         picture = report.picture(report.file_uri(curves), "Loss, IoU and learning rate by epoch")
         sections.append(("Training", picture))
@@ -313,7 +346,7 @@ def main():
     name, config, head = predictor.name, predictor.config, predictor.model.head_names[-1]
     if options.level == "mean":
         head = "mean"
-    folder, output = run_folder(name), Path("outputs") / name
+    folder, output = run_folder(name), output_folder(options, name)
     dataset, what, run_split = chosen_images(options, config, folder)
     loader = make_loader(dataset, options.batch_size, num_workers=options.num_workers)
     averaged = ", mean over eight flips and turns" if options.tta else ""
@@ -328,12 +361,15 @@ def main():
     table = tables[head]
     by_class, rows = rows_of_classes(table), rows_of_images(dataset.img_ids, table)
 
-    print_results(by_epoch, by_class, head)
     scores, (low, high) = summarise(table), bootstrap_interval(table)
-    print(f"\nIoU {scores['iou']:.4f} ({low:.4f} to {high:.4f}, 95 % bootstrap over images), Dice {scores['dice']:.4f}")
-    if said := iou_by_twins(dataset.img_ids, table, run_split):
-        print(said)
-    more = [compare_levels(predictor, loader, tables, output)] if options.levels else []
+    print(f"IoU {scores['iou']:.4f} ({low:.4f} to {high:.4f}, 95 % bootstrap over images), Dice {scores['dice']:.4f}")
+    remarks = iou_by_twins(dataset.img_ids, table, run_split)
+    for remark in remarks:
+        print(remark)
+    print_results(by_epoch, by_class, head, options.explain)
+    more = []
+    if options.levels:
+        more.append(compare_levels(predictor, loader, tables, options.dataset or config["dataset"], output))
 
     predictions.write(output)
     with atomic_path(output / "metrics.csv") as temporary:
@@ -346,8 +382,9 @@ def main():
         ("mIoU", f"{scores['miou']:.4f}", "foreground and background"),
         ("images", f"{len(dataset)}", what),
     ]
-    write_report(output / "report.html", config, what, headline, by_epoch, by_class, items, folder / "curves.png", more)
-    print(f"masks, metrics.csv and examples.png are in {output}; open {output / 'report.html'}")
+    page, curves = output / "report.html", folder / "curves.png"
+    write_report(page, config, what, headline, remarks, by_epoch, by_class, items, curves, more)
+    print(f"masks, metrics.csv and examples.png are in {output}; open {page}")
 
 
 if __name__ == "__main__":

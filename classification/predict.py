@@ -3,7 +3,6 @@
 python transfer_resnet18.py --name mine --predict a.jpg holiday/
 """
 
-import csv
 import sys
 from pathlib import Path
 
@@ -14,16 +13,19 @@ from tqdm import tqdm
 from classification.folders import MEAN, STD, middle, read_tensor
 from classification.resnet18 import ResNet18
 from common.devices import pick_amp, pick_device, precision, to_device
-from common.files import atomic_path, load_weights, read_yaml
+from common.files import load_weights, read_yaml
 from common.images import find_pictures, standardise
-from common.runs import newest_run, run_folder
+from common.runs import check_kind, newest_run, run_folder
+from common.tables import merge_table, read_table
 
+UNKNOWN = "unknown"  # the class of a picture that --reject leaves without an answer
 SHOWN = 40  # predictions that are printed; the file has all
 
 
 def read_run(folder):
     """The config.yml of a run; ValueError when it is not of this script."""
     config = read_yaml(folder / "config.yml")
+    check_kind(config, "classes", folder)
     classes = config.get("classes")
     if classes is None:
         raise ValueError(f"{folder} is not a run of this script (its config.yml has no `classes`); --name another one")
@@ -60,6 +62,8 @@ def predict_files(options):
     model, config = load_run(name, device)
     print(f"models/{name}: {', '.join(config['classes'])}")
     files, failed = find_pictures(options.predict)
+    target = Path("outputs") / name / "predictions.csv"
+    next(read_table(target, "path"), None)  # a table that cannot take the rows is refused before the work
     rows = []
     for start in tqdm(range(0, len(files), 32), "predict", unit="batch", leave=False, disable=None):
         images, read = [], []
@@ -74,24 +78,30 @@ def predict_files(options):
         if images:
             rows += zip(read, classify(model, torch.stack(images), device, amp).tolist(), strict=True)
     if rows:
-        write_predictions(rows, config["classes"], Path("outputs") / name / "predictions.csv")
+        write_predictions(rows, config["classes"], target, options.reject or 0)
     for path, reason in failed:
         print(f"skipped {reason if str(path) in reason else f'{path}: {reason}'}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def write_predictions(rows, classes, target):
-    """rows: (path, probabilities) -> a CSV file, and its first lines on the screen."""
+def write_predictions(rows, classes, target, reject=0.0):
+    """rows: (path, probabilities) -> rows of a CSV file that keeps those of other files, and first lines to read.
+
+    reject: the class is UNKNOWN where no probability reaches it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    width = max(map(len, classes))
-    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "class", "probability", *classes])
-        for path, values in rows:
-            best = int(np.argmax(values))
-            writer.writerow([path, classes[best], f"{values[best]:.6f}", *(f"{value:.6f}" for value in values)])
-    for path, values in rows[:SHOWN]:
-        best = int(np.argmax(values))
-        print(f"{classes[best]:<{width}}  {values[best]:.4f}  {path}")
+    answers, new = [], []
+    for path, values in rows:
+        best = max(values)
+        answers.append((path, classes[int(np.argmax(values))] if best >= reject else UNKNOWN, best))
+        probabilities = {name: f"{value:.6f}" for name, value in zip(classes, values, strict=True)}
+        answer = {"path": str(path), "class": answers[-1][1], "probability": f"{best:.6f}"}
+        new.append({**answer, **probabilities, **answer})  # a class named `path` has no column of its own
+    merge_table(target, new[0], new, "path", replaced={row["path"] for row in new})
+    width = max(len(label) for _, label, _ in answers)
+    for path, label, best in answers[:SHOWN]:
+        print(f"{label:<{width}}  {best:.4f}  {path}")
     more = f"; all {len(rows)} are" if len(rows) > SHOWN else ""
-    print(f"{len(rows)} pictures{more} in {target}")
+    unknown = [label for _, label, _ in answers].count(UNKNOWN)
+    said = f", {unknown} of them unknown (below {reject:g})" if reject else ""
+    print(f"{len(rows)} pictures{said}{more} in {target}")

@@ -8,9 +8,11 @@ notable(probabilities, labels)         # {"wrong": indices, "least certain": ...
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from classification.resnet18 import grad_cam
 from common import report
+from common.cli import listed
 
 GALLERY_NOTE = (
     "Best epoch. Each card shows the part of the picture that the network sees and, in bright colours, what supported "
@@ -35,15 +37,29 @@ def print_scores(rows, probabilities, labels, classes):
     from sklearn.metrics import confusion_matrix
 
     headline = []
-    best = max(rows, key=lambda row: row["val_acc"])
+    best = max(reversed(rows), key=lambda row: row["val_acc"])  # the last of equals, as in engine.Run
+    counts = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
+    absent = [name for name, of_class in zip(classes, counts, strict=True) if not of_class.any()]
+    without = f"; no validation picture of {listed(absent)}" if absent else ""
     for which, row in (("best", best), ("last", rows[-1])):
         low, high = wilson(round(row["val_acc"] * len(labels)), len(labels))
         interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
-        headline.append((f"{which} epoch", f"{100 * row['val_acc']:.1f} %", f"epoch {row['epoch']}; {interval}"))
-        print(f"{which} accuracy {100 * row['val_acc']:.2f} % ({interval}) at epoch {row['epoch']}")
-    counts = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
+        headline.append(
+            (f"{which} epoch", f"{100 * row['val_acc']:.1f} %", f"epoch {row['epoch']}; {interval}{without}")
+        )
+        print(f"{which} accuracy {100 * row['val_acc']:.2f} % ({interval}) at epoch {row['epoch']}{without}")
     print(format_confusion(counts, classes))
+    print(about_rejecting(probabilities, labels))
     return [*headline, ("pictures", len(labels), "in validation")], counts
+
+
+def about_rejecting(probabilities, labels, reject=0.9):
+    """One line: what an answer `unknown` below this probability would do to the validation pictures."""
+    sure, right = probabilities.max(1) >= reject, probabilities.argmax(1) == labels
+    rejected = (
+        f"{(~sure & ~right).sum()} of {(~right).sum()} wrong answers and {(~sure & right).sum()} of {right.sum()}"
+    )
+    return f"--predict with --reject {reject:g} would call {rejected} right ones unknown"
 
 
 def format_confusion(counts, classes):
@@ -80,7 +96,7 @@ def gallery_items(model, dataset, probabilities, labels, classes):
     device = next(model.parameters()).device
     items = []
     for group, indices in notable(probabilities, labels).items():
-        for index in indices:
+        for index in tqdm(indices, f"report, {group}", unit="img", leave=False, disable=None):
             answer, picture = int(probabilities[index].argmax()), dataset.seen(index)
             heat = grad_cam(model, dataset[index][0].to(device), answer)
             said = f"{classes[answer]}, is {classes[labels[index]]}" if group == "wrong" else classes[answer]

@@ -38,6 +38,12 @@ def number(kind, low=-math.inf, high=math.inf):
     return parse
 
 
+def data_set(text):
+    """An argparse type: the name of a folder of inputs/, which may also be given as the path inputs/<name>."""
+    path = Path(text)
+    return str(path.relative_to("inputs")) if path.parts[:1] == ("inputs",) and len(path.parts) > 1 else text
+
+
 def auto_or_bool(text):
     """An argparse type: "auto" stays as it is, anything else is read by str2bool."""
     return text if text == "auto" else str2bool(text)
@@ -52,8 +58,18 @@ def add_machine_options(parser, training=False):
     if training:
         workers = "loader processes; -1: none on a CPU, up to 8 with a GPU"
         a("--num_workers", type=number(int, -1, 1024), default=-1, help=workers)
-        a("--sync_bn", type=str2bool, default=False, help="torchrun: batch norm over the batches of all GPUs")
+        a("--sync_bn", action="store_true", help="torchrun: batch norm over the batches of all GPUs")
     return group
+
+
+class Switch(argparse.Action):
+    """An option that is on when it is given alone, and takes True or False as well: `--tta`, `--tta False`."""
+
+    def __init__(self, option_strings, dest, default=False, required=False, help=None):  # noqa: A002 (argparse names it)
+        super().__init__(option_strings, dest, "?", True, default, str2bool, None, required, help, "BOOL")
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        setattr(namespace, self.dest, value)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -71,9 +87,27 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+        self.register("action", "store_true", Switch)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does; but a word after a switch is its value only if it says True or False, not a file."""
+        switches = {name for action in self._actions if isinstance(action, Switch) for name in action.option_strings}
+        words = list(sys.argv[1:] if args is None else args)
+        for place, word in enumerate(words):
+            if word in switches and not any(map(_says_bool, words[place + 1 : place + 2])):
+                words[place] = f"{word}=True"
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {in_one_line(message)} (--help lists the options)\n")
+
+
+def _says_bool(word):
+    try:
+        str2bool(word)
+    except argparse.ArgumentTypeError:
+        return False
+    return True
 
 
 def answer_early(name, build_parser):
@@ -110,7 +144,7 @@ def parse_options(build_parser, argv=None, read_config=None):
 
 def check_config(build_parser, config, source):
     """A run's config.yml with each option read again by its own type; a wrong value ends in one line, status 2."""
-    defaults = {action.dest: action.default for action in build_parser()._actions if action.nargs != 0}  # no switches
+    defaults = {action.dest: action.default for action in build_parser()._actions if action.nargs != 0}  # not --help
     unset = {key for key, default in defaults.items() if default is None and config.get(key) is None}
     given = {key: config[key] for key in defaults.keys() & config.keys() - unset}
     found = _parse(build_parser, [f"--{key}={value}" for key, value in given.items()], source)

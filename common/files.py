@@ -78,6 +78,19 @@ def new_folder(output, check=None):
         raise OSError(f"{output} was not written: {error.strerror or error}{missing}") from None
 
 
+def check_place(output, mark, overwrite):
+    """FileExistsError if the folder `output` may not be written: it holds something that is not to be replaced.
+
+    mark: a file that the script writes into its results. Only a folder that has it may be replaced, with overwrite.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / mark).is_file():
+        raise FileExistsError(f"{output} exists and is not a result of this script (no {mark}); choose another name")
+    if not overwrite:
+        raise FileExistsError(f"{output} exists; give --overwrite to replace it, or choose another name")
+
+
 def _replace(target, new, old):
     """Rename `new` to `target`. An existing target becomes `old`, and gets its name back if the second rename fails."""
     try:

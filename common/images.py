@@ -1,29 +1,37 @@
 """Picture files and their pixels, for both jobs: find, read, convert, shrink, standardise and write pictures.
 
 files, failed = find_pictures(["slide.tif", "scans/", "more/*.png"])
+pictures, damaged = list_pages(files)            # files of one page, and each page of the others: see PageReader
 image = to_channels(read_picture(files[0]), 3)   # the nuclei job: (H, W, 3) uint8, RGB, all the pixels of the file
 small = read_thumbnail(files[0], 320)            # the transfer job: (H, W, 3) uint8, RGB, a shorter side of 320 at most
 
-Both readers accept PNG, JPEG, TIFF, BMP, WEBP, PPM and PGM, check the size in the header before they decode anything,
+All readers accept PNG, JPEG, TIFF, BMP, WEBP, PPM and PGM, check the size in the header before they decode anything,
 and turn the picture as its EXIF orientation says.
 """
 
 import glob
 import io
-import logging
-import struct
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from common.cli import listed
+from common.contrast import stretch
+from common.headers import (
+    PNG_BEGINS,
+    UNREADABLE,
+    exif_orientation,
+    open_picture,
+    quieten_opencv,
+    read_header,
+    upright,
+)
+from common.tiff import Stack, is_tiff
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".webp")
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "PPM")  # the only decoders of Pillow that see an untrusted file
 MAX_PIXELS = 400_000_000  # default limit for an untrusted file: a few bytes can claim gigabytes of pixels
-UNREADABLE = "unreadable: no whole picture of 8 or 16 bits"
-PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 # ---------------------------------------------------------------- files
@@ -52,98 +60,116 @@ def find_pictures(paths, leave_out=None):
             inside = (file for file in sorted(folder.rglob("*")) if is_picture(file) and file.is_file())
             found += [file for file in inside if file.parent.resolve() != left_out]
         if not found:
-            failed.append((path, "holds no picture" if matches else "no such file"))
+            failed.append((path, _why_nothing(matches)))
         files.update((file.resolve(), file) for file in found)
     return list(files.values()), failed
 
 
-# ---------------------------------------------------------------- headers
+def _why_nothing(folders):
+    if not folders:
+        return "no such file"
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    endings = sorted({file.suffix.lower() for file in files if not is_picture(file)} - {""})
+    return f"holds no picture; its files end in {listed(endings)}" if endings else "holds no picture"
 
 
-def quieten_opencv():
-    """Silence OpenCV, whose warnings do not name the file and are triggered by the private TIFF tags of microscopes."""
-    if hasattr(cv2, "setLogLevel"):  # up to OpenCV 4.12
-        cv2.setLogLevel(0)
-    else:
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+@dataclass(frozen=True)
+class Page:
+    """A page of a TIFF file that has several; it can stand where the path of a picture stands."""
+
+    path: Path
+    number: int  # from 0
+
+    def __str__(self):
+        return f"{self.path}, page {self.number}"
+
+    @property
+    def stem(self):
+        """cells_p003 for page 3 of cells.tif."""
+        return f"{self.path.stem}_p{self.number:03d}"
+
+    @property
+    def parent(self):
+        return self.path.parent
+
+    def absolute(self):
+        return self.path.absolute()
+
+    def resolve(self):
+        """A path as its text gives it, so that pages can be compared."""
+        return Path(str(self)).resolve()
 
 
-def open_picture(file):
-    """An open file -> Pillow's picture, of which only the header has been read. The caller checks its size."""
-    from PIL import Image  # late: data sets of PNG do without it
+def list_pages(files, number=None, channels=None):
+    """Files -> (pictures, failed): their pages, or page `number` of each alone, and a list of (path, reason).
 
-    Image.MAX_IMAGE_PIXELS = None  # check_pixels replaces Pillow's own limit
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # about tags that do not affect the result; they name no file
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its errors are raised as well
-    return Image.open(file, formats=FORMATS)
-
-
-def check_pixels(size, max_pixels):
-    """ValueError when width x height is more than max_pixels."""
-    if size[0] * size[1] > max_pixels:
-        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {max_pixels:,}")
-
-
-def read_header(file, max_pixels):
-    """The header of an open picture file -> the EXIF orientation, 1 to 8, that OpenCV leaves to its caller.
-
-    Raises ValueError when it is none of FORMATS or declares more than max_pixels pixels.
+    A file of one page is a picture by its path, any other gives a Page for each. `channels` is that of PageReader;
+    a file that does not fit it has failed as a whole.
     """
-    begins = file.read(24)
-    if begins.startswith(PNG_BEGINS) and begins[12:16] == b"IHDR" and len(begins) == 24:
-        check_pixels(struct.unpack(">II", begins[16:]), max_pixels)
-        if not _has_exif(file):  # tens of thousands of masks are read without Pillow
-            return 1
-    try:
-        picture = open_picture(file)
-    except Exception:  # damaged headers raise errors without a common class
-        raise ValueError(UNREADABLE) from None
-    with picture:
-        check_pixels(picture.size, max_pixels)
-        if picture.format == "TIFF":  # the only format that IMREAD_UNCHANGED turns, from OpenCV 4.11 to 5.0
-            return 1
-        return exif_orientation(picture)
+    pictures, failed = [], []
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                count = _count_pages(file, channels)
+        except (ValueError, OSError) as error:
+            failed.append((path, getattr(error, "strerror", None) or str(error)))
+            continue
+        if number is not None and number >= count:
+            failed.append((path, f"has no page {number}; it has {count}, counted from 0"))
+        elif count == 1:
+            pictures.append(path)
+        else:
+            pictures += [Page(path, k) for k in range(count) if number in (None, k)]
+    return pictures, failed
 
 
-def _has_exif(png):
-    """Whether an open PNG file has an eXIf chunk."""
-    png.seek(len(PNG_BEGINS))
-    while len(begins := png.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", begins)
-        if kind == b"eXIf":
-            return True
-        png.seek(length + 4, io.SEEK_CUR)  # its data and CRC
-    return False
-
-
-def exif_orientation(picture):
-    """The EXIF orientation of Pillow's open picture, 1 to 8; 1 (upright) when it has none or the EXIF is damaged."""
-    try:
-        found = picture.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF raises errors without a common class; the pixels may be whole
+def _count_pages(file, channels):
+    """How many pages an open file has: 1 unless it is a TIFF. ValueError when its channels have to be chosen."""
+    if not is_tiff(file.read(4)):
         return 1
-    return found if found in range(1, 9) else 1
+    with Stack(file) as stack:
+        _wanted_channels(stack, 0, channels)
+        return len(stack)
 
 
-def upright(array, orientation):
-    """(H, W[, C]) as stored -> as meant by its EXIF orientation, 1 to 8; width and height swap for 5 to 8."""
-    if orientation in (5, 6, 7, 8):
-        array = array.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    return np.ascontiguousarray(array)
+class PageReader:
+    """Reads what list_pages found: read(picture) returns and raises what `decode` does.
+
+    The file of a page stays open for the next one, until close().
+    channels: the numbers of the channels to read, one for grey or three for red, green and blue; None for all, of which
+    there may be one or three, or those of a colour picture.
+    """
+
+    def __init__(self, max_pixels=MAX_PIXELS, channels=None):
+        self.max_pixels, self.channels = max_pixels, channels
+        self.path, self.file, self.stack = None, None, None
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
+        self.path = None
+
+    def read(self, picture):
+        if not isinstance(picture, Page):
+            with open(picture, "rb") as file:
+                return _decode(file, self.max_pixels, self.channels)
+        if picture.path != self.path:
+            self.close()
+            self.file = open(picture.path, "rb")  # noqa: SIM115
+            self.path, self.stack = picture.path, Stack(self.file)
+        return _decode_page(self.stack, picture.number, self.max_pixels, self.channels)
 
 
 # ---------------------------------------------------------------- files to arrays
 
 
 def decode(data, max_pixels=MAX_PIXELS):
-    """The bytes of a picture file -> (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, uint8 or uint16 as stored, upright.
+    """The bytes of a picture file of one page -> its pixels as stored, upright; alpha is the fourth channel.
 
-    Raises ValueError when the file is damaged or holds other than 8 or 16 bits per channel, and, before anything is
-    decoded, when its header declares more than max_pixels pixels.
+    (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or uint16; from a TIFF also of other integers and floats. The
+    three channels of a microscope's TIFF are RGB, each scaled to uint8 by `stretch` if it has more than 8 bits.
+    Raises ValueError when the file is damaged, no picture, or holds several pages or other numbers of channels, and,
+    before anything is decoded, when its header declares more than max_pixels pixels.
     """
     return _decode(io.BytesIO(data), max_pixels)
 
@@ -154,38 +180,90 @@ def read_picture(path, max_pixels=MAX_PIXELS):
         return _decode(file, max_pixels)
 
 
-def _decode(file, max_pixels):
-    orientation = read_header(file, max_pixels)
+def _decode(file, max_pixels, chosen=None):
     file.seek(0)
+    begins = file.read(4)
+    file.seek(0)
+    if is_tiff(begins):
+        with Stack(file) as stack:
+            if len(stack) > 1:
+                raise ValueError(f"has {len(stack)} pages, expected 1; save each page as a file of its own")
+            return _decode_page(stack, 0, max_pixels, chosen)
+    orientation = read_header(file, max_pixels)
+    array = _decode_plain(file)
+    if array is None or array.dtype not in (np.uint8, np.uint16):
+        raise ValueError(UNREADABLE)
+    if chosen is not None:
+        names = ["grey"] if array.ndim == 2 else ["red", "green", "blue", "alpha"][: array.shape[2]]
+        array = np.atleast_3d(array)[..., _choose_channels(chosen, names)]
+    return upright(array, orientation)
+
+
+def _decode_plain(file):
+    """What OpenCV reads of an open file, RGB or RGBA where it has colours; None when that is nothing."""
     quieten_opencv()
+    file.seek(0)
     try:
         array = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:  # more pixels than OpenCV accepts (2^30)
-        array = None
-    if array is None or array.dtype not in (np.uint8, np.uint16):
-        raise ValueError(UNREADABLE)
-    if array.ndim == 3:  # OpenCV keeps blue first
-        array = cv2.cvtColor(array, cv2.COLOR_BGR2RGB if array.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
-    return upright(array, orientation)
+        return None
+    if array is not None and array.ndim == 3:  # OpenCV keeps blue first
+        return cv2.cvtColor(array, cv2.COLOR_BGR2RGB if array.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+    return array
+
+
+def _decode_page(stack, number, max_pixels, chosen):
+    """A page of a TIFF -> what `decode` returns. chosen: the numbers of its channels, in the order RGB, or None."""
+    stack.check(number, max_pixels)
+    if stack.is_plain and not stack.is_simple and chosen is None:
+        array = _decode_plain(stack.file)
+        if array is not None and array.dtype in (np.uint8, stack.dtype(0)):
+            return array
+    array = stack.read(number, _wanted_channels(stack, number, chosen))
+    if array.ndim == 2 or stack.is_colour(number):
+        return array
+    return np.dstack([to_channels(array[..., k], 1) for k in range(array.shape[2])])
+
+
+def _wanted_channels(stack, number, chosen):
+    """The numbers of the channels to read of a page."""
+    names = stack.channels(number)
+    if chosen is not None:
+        return _choose_channels(chosen, names)
+    if not stack.is_colour(number) and len(names) not in (1, 3):
+        found = f"has {len(names)} channels ({_numbered(names)}), expected 1 or 3"
+        raise ValueError(f"{found}; choose with predict.py --channels (0, or 2,1,0), or save those to use alone")
+    return list(range(len(names)))
+
+
+def _choose_channels(chosen, names):
+    """The numbers `chosen` as they are; ValueError when there is no such channel."""
+    if max(chosen) >= len(names):
+        raise ValueError(f"has no channel {max(chosen)}; its channels are {_numbered(names)}")
+    return list(chosen)
+
+
+def _numbered(names):
+    """["DAPI", "GFP"] -> "0 DAPI, 1 GFP"; names that are the numbers stand alone."""
+    return listed([str(k) if name == str(k) else f"{k} {name}" for k, name in enumerate(names)], most=12)
 
 
 def read_thumbnail(path, shorter_side, max_pixels=MAX_PIXELS):
     """A file -> (H, W, 3) uint8, RGB, upright, its shorter side at most `shorter_side` pixels; never enlarged.
 
-    Transparent parts become white, and 16 bits become the upper 8. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its
-    size, which is several times faster than decoding all of it. Raises ValueError, naming the file, when it is damaged.
+    Transparent parts become white, and more than 8 bits are scaled by `stretch`. A large JPEG is decoded at 1/2, 1/4 or
+    1/8 of its size, which is several times faster than decoding all of it. Raises ValueError, naming the file, when it
+    is damaged or `decode` would refuse it.
     """
     from PIL import Image, ImageOps
 
     try:
         # not by its path: Pillow would map it into memory and mix up the width and height of a TIFF to be turned
-        with open(path, "rb") as file, open_picture(file) as image:
-            check_pixels(image.size, max_pixels)
+        with open(path, "rb") as file:
+            image = _deep_picture(file, max_pixels) if _is_deep(file) else _open_checked(file, max_pixels)
             image.draft("RGB", _shrunk(image.size, 2 * shorter_side))
             if exif_orientation(image) != 1:
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -194,6 +272,31 @@ def read_thumbnail(path, shorter_side, max_pixels=MAX_PIXELS):
         raise ValueError(f"{path} is not a readable picture ({str(error) or type(error).__name__})") from None
     size = _shrunk(image.size, shorter_side)
     return np.array(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
+
+
+def _is_deep(file):
+    """Whether Pillow would not give all that an open file holds: more than 8 bits, several pages or channels."""
+    begins = file.read(26)
+    if is_tiff(begins):
+        with Stack(file) as stack:
+            return not (stack.is_plain and stack.dtype(0) in (np.uint8, bool))
+    return begins.startswith((b"P5", b"P6")) or (begins.startswith(PNG_BEGINS) and begins[24:25] == b"\x10")
+
+
+def _deep_picture(file, max_pixels):
+    """An open file -> Pillow's picture, RGB or RGBA, of what `decode` returns."""
+    from PIL import Image
+
+    array = _decode(file, max_pixels)
+    return Image.fromarray(to_channels(array, 4 if array.shape[2:] == (4,) else 3))
+
+
+def _open_checked(file, max_pixels):
+    """An open file -> Pillow's picture; ValueError as read_header raises it."""
+    file.seek(0)
+    read_header(file, max_pixels)
+    file.seek(0)
+    return open_picture(file)
 
 
 def _shrunk(size, shorter_side):
@@ -207,17 +310,10 @@ def _shrunk(size, shorter_side):
 def to_channels(array, channels):
     """What `decode` returns -> (H, W, channels) uint8 in [0, 255]: 1 grey, 3 RGB or 4 RGBA; a missing alpha is opaque.
 
-    16-bit values are scaled from the smallest of 10, 12, 14 and 16 bits that holds the brightest pixel, because cameras
-    store 12 bits in 16. Scaling by the picture's own maximum instead would change the brightness of dim pictures.
+    Values of other types than uint8 are scaled by `stretch`.
     """
-    if array.dtype == np.uint16:
-        array = array.reshape(*array.shape[:2], -1)
-        scales = np.full(array.shape[2], 65535.0)  # for alpha: opaque is 65535, whatever the camera
-        scales[:3] = next(2**bits - 1 for bits in (10, 12, 14, 16) if array[..., :3].max() < 2**bits)
-        narrow = np.empty(array.shape, np.uint8)
-        for line in range(0, len(array), 64):  # float64 for all lines at once would take eight times the picture
-            narrow[line : line + 64] = np.round(array[line : line + 64] * (255 / scales))
-        array = narrow
+    if array.dtype != np.uint8:
+        array = stretch(array)
     conversions = {
         (1, 3): cv2.COLOR_GRAY2RGB,
         (1, 4): cv2.COLOR_GRAY2RGBA,

@@ -23,6 +23,10 @@ MAKERS = {  # a key that only the config.yml of one script's runs has, and a com
     "arch": "python train.py --name run1",
     "classes": "python transfer_resnet18.py --demo",
 }
+USES = {  # how to use such a run
+    "arch": "python predict.py --name {name} PATH",
+    "classes": "python transfer_resnet18.py --name {name} --predict PATH",
+}
 
 
 def run_folder(name):
@@ -41,6 +45,18 @@ def newest_run(key):
         if (path.parent / "config.yml").is_file() and key in read_yaml(path.parent / "config.yml"):
             return path.parent.name
     raise FileNotFoundError(f"no trained run in {MODELS}/; train one first: {MAKERS[key]}")
+
+
+def check_kind(config, key, folder):
+    """ValueError when the config.yml of `folder` is of a run of the other script, and not of one that has `key`.
+
+    key: a key of MAKERS.
+    """
+    (other,) = MAKERS.keys() - {key}
+    if key not in config and other in config:
+        script = MAKERS[other].split()[1]
+        use = USES[other].format(name=shlex.quote(folder.name))
+        raise ValueError(f"{folder} is a run of {script}; use it with: {use}")
 
 
 def earlier_files(folder, names, options):
@@ -175,12 +191,12 @@ def resolve_machine(config):
     return config | found
 
 
-def resumed(config, folder, options, given, free, leave_out):
+def resumed(config, folder, options, given, free, leave_out, endless=()):
     """The config of the run in `folder`, to continue it; ValueError when an option was given that differs.
 
     given: names of the options that the user gave; free: those that may differ, because no result depends on them;
-    leave_out: those that config.yml does not keep. A run that was stopped in its first epoch has nothing but its
-    config; resuming starts it again.
+    leave_out: those that config.yml does not keep; endless: schedulers that allow more epochs. A run that was stopped
+    in its first epoch has nothing but its config; resuming starts it again.
     """
     if options.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; give one of them")
@@ -190,6 +206,8 @@ def resumed(config, folder, options, given, free, leave_out):
         raise ValueError(f"{folder}/config.yml is damaged: {', '.join(missing)} missing")
     config = {**config, "name": folder.name}
     given = given - set(leave_out)
+    if "epochs" in given and options.epochs > config["epochs"]:
+        config["epochs"] = _longer(config, folder, options.epochs, endless)
     resolved = resolve_machine({**config, **{key: getattr(options, key) for key in given & free}})
     refused, changed = [], {}
     for key in sorted(given):
@@ -209,6 +227,25 @@ def resumed(config, folder, options, given, free, leave_out):
         said = ", ".join(f"{key} {value} (run: {config[key]})" for key, value in changed.items())
         print(f"options that differ from {folder} and do not change the result: {said}")
     return {**config, **changed}
+
+
+def _longer(config, folder, epochs, endless):
+    """The larger number of epochs; ValueError when the learning rate was planned to end with the run."""
+    if config["scheduler"] not in endless:
+        raise ValueError(
+            f"{folder} ends at epoch {config['epochs']}, because {config['scheduler']} plans the learning rate up to "
+            f"there ({', '.join(endless)} can be resumed with more --epochs); to train on, start another run with "
+            f"--weights {shlex.quote(str(folder / 'model.pth'))}"
+        )
+    print(f"{folder}: {epochs} epochs instead of {config['epochs']}")
+    return epochs
+
+
+def note_epochs(config, folder):
+    """Write a resumed run's number of epochs to its config.yml, when there are more of them than before."""
+    kept = read_yaml(folder / "config.yml")
+    if kept["epochs"] != config["epochs"]:
+        write_yaml(folder / "config.yml", {**kept, "epochs": config["epochs"]})
 
 
 def write_log(rows, path):

@@ -131,13 +131,34 @@ def test_values_of_the_file_are_checked_by_their_option(tmp_path, capsys):
         ("batch_size: 4.5", "argument -b/--batch_size: expected an integer from 1, found '4.5'"),
         ("lr: .nan", "argument --lr/--learning_rate: expected a number from 0, found 'nan'"),
         ("nesterov: 7", "argument --nesterov: '7' is neither True nor False"),
-        ("overwrite: true", "argument --overwrite: ignored explicit argument 'True'"),  # for the command line only
+        ("overwrite: 2", "argument --overwrite: '2' is neither True nor False"),
     ):
         config.write_text(line)
         with pytest.raises(SystemExit) as caught:
             options_of("--config", config)
         err = capsys.readouterr().err
         assert caught.value.code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "switch", "files"),
+    [
+        ("", False, []),
+        ("--tta", True, []),
+        ("--tta a.png", True, ["a.png"]),  # a file is no value
+        ("--tta True a.png", True, ["a.png"]),
+        ("--tta no a.png", False, ["a.png"]),
+        ("a.png --tta=False", False, ["a.png"]),
+        ("a.png --tta", True, ["a.png"]),
+        ("--tta --tta False", False, []),
+    ],
+)
+def test_switches_stand_alone_or_take_a_bool(words, switch, files):
+    parser = Parser()
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument_group("group").add_argument("--tta", action="store_true")
+    options = parser.parse_args(words.split())
+    assert (options.tta, options.paths) == (switch, files)
 
 
 def test_a_value_with_a_dash_or_a_space_in_the_file(tmp_path):

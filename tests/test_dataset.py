@@ -5,13 +5,16 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import write_data_set
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from augmentation import augmentation
-from dataset import NAMED_AT_MOST, Dataset, build_dataset, changes, check_split, list_ids, make_loader, split_ids
+from common.images import read_picture, to_channels
+from data_folder import list_ids
+from dataset import NAMED_AT_MOST, Dataset, build_dataset, changes, check_split, make_loader, split_ids
 
 IDS = [f"img{number:02d}" for number in range(6)]
 
@@ -179,6 +182,36 @@ def test_red_is_the_first_channel_whoever_wrote_the_file(tmp_path, ending, mode)
         assert tensor.mean((1, 2)).tolist() == pytest.approx([200 / 255, 120 / 255, 40 / 255], abs=0.01)
 
 
+def test_sixteen_bits_are_trained_on_as_they_are_predicted(tmp_path):
+    """A dim picture with a hot pixel, and a mask of floats."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks" / "0").mkdir(parents=True)
+    dim = 100 + 3 * np.repeat(np.arange(32, dtype=np.uint16)[None], 24, 0)
+    dim[5, 6] = 65535
+    tifffile.imwrite(tmp_path / "images" / "a.tif", dim)
+    tifffile.imwrite(tmp_path / "masks" / "0" / "a.tif", (dim > 150).astype(np.float32))
+    dataset = Dataset(["a"], tmp_path / "images", tmp_path / "masks", ".tif", ".tif", 1)
+    dataset.check()
+    image, mask = dataset.arrays(0)
+    assert np.array_equal(image, to_channels(read_picture(tmp_path / "images" / "a.tif"), 3))
+    assert image[0, [0, 31]].tolist() == [[0, 0, 0], [255, 255, 255]] and np.array_equal(mask[..., 0], dim > 150)
+
+
+def test_stacks_and_channels_are_named(tmp_path):
+    (tmp_path / "images").mkdir()
+    for img_id, array, axes in (("a", (3, 8, 9), "TYX"), ("b", (3, 8, 9), "TYX"), ("c", (2, 8, 9), "CYX")):
+        file = tmp_path / "images" / f"{img_id}.tif"
+        tifffile.imwrite(file, np.zeros(array, np.uint8), ome=True, metadata={"axes": axes}, photometric="minisblack")
+        write(tmp_path / "masks" / "0" / f"{img_id}.png", np.zeros((8, 9), np.uint8))
+    dataset = Dataset(["a", "b", "c"], tmp_path / "images", tmp_path / "masks", ".tif", ".png", 1)
+    with pytest.raises(ValueError) as caught:
+        dataset.check()
+    images = tmp_path / "images"
+    first, second = str(caught.value).removeprefix(f"{tmp_path}: ").split("; image ")
+    pages = f"image has 3 pages, expected 1; save each page as a file of its own ({images}), 2 of the ids: a, b"
+    assert first == pages and second.startswith("has 2 channels (0, 1), expected 1 or 3; ")
+
+
 def test_image_and_mask_are_turned_upright(tmp_path):
     """Both were stored lying on their side: the top left quarter is bright, the top right one as meant."""
     exif = Image.Exif()
@@ -227,9 +260,9 @@ def test_all_that_is_wrong_is_in_one_message(cells):
         f"no mask ({zero}), 1 of the ids: img01",
         f"image unreadable: no whole picture of 8 or 16 bits ({images}), 1 of the ids: img02",
         f"mask unreadable: no whole picture of 8 or 16 bits ({one}), 1 of the ids: img02",
-        f"mask of another size than its image ({zero}), 1 of the ids: img03",
-        f"mask values other than 0 and 255, or 0 and 1 ({zero}), 1 of the ids: img04",
-        f"mask values other than 0 and 255, or 0 and 1 ({one}), 1 of the ids: img05",
+        f"mask of another size than its image ({zero}): 8 x 12 and 12 x 8 pixels in img03, 1 of the ids: img03",
+        f"mask values other than 0 and 255, or 0 and 1 ({zero}): 0, 128, 255 in img04, 1 of the ids: img04",
+        f"mask values other than 0 and 255, or 0 and 1 ({one}): 0, 1, 255 in img05, 1 of the ids: img05",
     }
 
 
@@ -240,9 +273,11 @@ def test_swapped_folders_are_called_so(cells):
     (folder / "kept").rename(folder / "images")
     with pytest.raises(ValueError) as caught:
         open_dataset(folder).check()
+    values = np.unique(cv2.imread(str(folder / "masks" / "0" / "img00.png"), cv2.IMREAD_UNCHANGED)).tolist()
     assert str(caught.value) == (
         f"{folder}: mask values other than 0 and 255, or 0 and 1 ({folder / 'masks' / '0'}; the image has these alone: "
-        f"are images and masks swapped?), 6 of the ids: {', '.join(IDS)}"
+        f"are images and masks swapped?): {', '.join(map(str, values[:5]))} and {len(values) - 5} more in img00, "
+        f"6 of the ids: {', '.join(IDS)}"
     )
 
 

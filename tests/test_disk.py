@@ -210,7 +210,7 @@ def test_data_that_vanish(straight, place, monkeypatch, damage, workers):
     options = ("--name run --cache False --num_workers", workers)
     refused(monkeypatch, train, TINY, *options, match=expected)
     if damage == "all":
-        refused(monkeypatch, train, "--name run --resume", match="inputs/tiny")
+        refused(monkeypatch, train, "--name run --resume", match="tiny: no such folder in inputs/")
     shutil.rmtree(inputs, ignore_errors=True)
     shutil.copytree(straight / "inputs" / "tiny", inputs)
     call(monkeypatch, train, "--name run --resume")
@@ -288,7 +288,8 @@ def test_a_full_disk_while_predict_writes(straight, place, monkeypatch):
         cv2.imwrite(f"{k}.png", picture)
     with mounted(place / "outputs", "size=300k") as disk:
         options = "0.png 1.png 2.png 3.png --name run --device cpu -b 1"
-        refused(monkeypatch, predict, options, match=r"No space left on device: 'outputs/run/predict/\d_overlay.png'$")
+        said = r"No space left on device: 'outputs/run/predict/\d_overlay.png'; \d of 4 pictures are done; .* --resume$"
+        refused(monkeypatch, predict, options, match=said)
         left = content(disk)
         assert left and all(path.suffix in (".png", ".csv") for path in left)
         for path, data in left.items():
@@ -298,7 +299,7 @@ def test_a_full_disk_while_predict_writes(straight, place, monkeypatch):
 def test_a_picture_that_vanishes_while_predict_is_at_work(straight, place, monkeypatch, capsys):
     shutil.copytree(straight / "models", place / "models")
     pictures = sorted(Path("inputs/tiny/images").iterdir())
-    at_call(monkeypatch, predict, "read_picture", pictures[4].unlink, lambda path, *_: path == pictures[2])
+    at_call(monkeypatch, predict.PageReader, "read", pictures[4].unlink, lambda _, path: path == pictures[2])
     assert call(monkeypatch, predict, "inputs/tiny/images --name run --device cpu -b 1") == 1
     assert f"skipped {pictures[4]}: No such file or directory" in capsys.readouterr().err
     assert len(list(Path("outputs/run/predict").glob("*_mask.png"))) == len(pictures) - 1

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 import engine
 from common.files import load_checkpoint
-from engine import Classification, Run, Segmentation, averaged, evaluate, fit, train_one_epoch
+from engine import Classification, Run, Segmentation, averaged, averaging_decay, evaluate, fit, train_one_epoch
 from losses import BCEDiceLoss, smooth_borders
 
 CPU = torch.device("cpu")
@@ -198,10 +198,10 @@ def finish(run, *scores, loss=1.0):
 def test_the_best_epoch_is_kept_in_memory():
     run = run_of(linear(), epochs=4)
     run.optimizer.step()
-    assert finish(run, 0.0, 0.5, 0.5, 0.25) == [True, True, False, False]  # the first of equals
-    assert (run.best_score, run.best_epoch, run.over()) == (0.5, 2, "all 4 epochs are done")
+    assert finish(run, 0.0, 0.5, 0.5, 0.25) == [True, True, True, False]  # the last of equals
+    assert (run.best_score, run.best_epoch, run.over()) == (0.5, 3, "all 4 epochs are done")
     run.load_best()
-    assert run.model.bias.tolist() == [2, 2]
+    assert run.model.bias.tolist() == [3, 3]
 
 
 def test_the_best_weights_are_of_the_whole_model_and_on_disk(tmp_path):
@@ -239,6 +239,13 @@ def test_early_stopping_by_hand():
     for never in (-1, 0):
         run.early_stopping = never
         assert run.over() is None
+
+
+def test_the_average_of_a_short_training_forgets_soon():
+    assert averaging_decay(0.995, 80 * 34) == 0.995 and averaging_decay(0.999, 300 * 34) == 0.999  # our recipes
+    assert averaging_decay(0.995, 200) == 0.995 and averaging_decay(0.995, 199) == 1 - 50 / 199
+    assert averaging_decay(0.995, 150) == 1 - 1 / 3 and averaging_decay(0.995, 80) == averaging_decay(0.995, 1) == 0.5
+    assert averaging_decay(0.3, 80) == 0.3 and averaging_decay(0.0, 80) == 0.0
 
 
 def test_averaged_weights_by_hand():

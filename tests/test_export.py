@@ -253,6 +253,11 @@ def test_a_run_cut_to_a_level_answers_like_that_level(exported, go, tmp_path, mo
         (export, "--run tiny --overwrite", "models/tiny is a training of its own"),
         (train, "--resume", "is another run cut to level 2; resume the whole one"),
         (train, "--dataset cells", "models/small exists; --overwrite replaces it"),
+        (
+            train,
+            "--dataset cells --name other --weights small",
+            "small is a run cut to level 2; --weights needs",
+        ),
     ):
         assert expected in refused(go, script, "--name small", options)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -10,6 +10,7 @@ raise anything else, warn, print from inside a library, take longer than LIMIT_S
 code from a file, or write anywhere but into its own output.
 """
 
+import contextlib
 import io
 import pickle
 import random
@@ -24,11 +25,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import tifffile
 from fuzzing import Trap, broken, fuzz, judge, mutated
 from PIL import Image
 
 import preprocess_dsb2018
-from common import download, images
+from common import download, images, tiff
 
 # ---------------------------------------------------------------- pictures
 
@@ -47,6 +49,14 @@ def png_of(width, height, depth=8, colour=0, rows=b"", more=()):
 def file_of(array, kind, **options):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tiff_of(array, **options):
+    buffer = io.BytesIO()
+    if array.ndim > 2 and not {"photometric", "imagej"} & options.keys():
+        options["photometric"] = "minisblack"
+    tifffile.imwrite(buffer, array, **options)
     return buffer.getvalue()
 
 
@@ -74,6 +84,21 @@ def pictures():
         "png_exif": file_of(colour, "PNG", exif=exif),
         "webp_exif": file_of(colour, "WEBP", exif=exif),
         "ppm": file_of(colour, "PPM"),
+        "float": tiff_of(grey.astype(np.float32)),
+        "ome": tiff_of(np.dstack([deep] * 3).transpose(2, 0, 1), ome=True, metadata={"axes": "CYX"}),
+        "tiles": tiff_of(np.tile(colour, (2, 2, 1)), photometric="rgb", tile=(16, 16), metadata=None),
+        "big_endian": tiff_of(deep, bigtiff=True, byteorder=">"),
+    }
+
+
+def stacks():
+    """{name: bytes} of whole TIFF files of several pages."""
+    deep = np.random.default_rng(0).integers(0, 65536, (2, 3, 17, 23)).astype(np.uint16)
+    return {
+        "imagej": tiff_of(deep, imagej=True, metadata={"axes": "TCYX", "unit": "um"}, resolution=(2, 2)),
+        "ome": tiff_of(deep, ome=True, metadata={"axes": "TCYX", "PhysicalSizeX": 1, "PhysicalSizeY": 1}),
+        "shaped": tiff_of(deep, compression="zlib", photometric="minisblack"),
+        "plain": tiff_of((deep >> 8).astype(np.uint8), photometric="minisblack", metadata=None),
     }
 
 
@@ -105,13 +130,32 @@ def test_pictures_of_the_nuclei_jobs(count, sandbox, capfd):
     def call(data):
         Path("free/picture").write_bytes(data)
         for array in (images.decode(data), images.read_picture("free/picture")):
-            assert array.dtype in (np.uint8, np.uint16) and array.ndim in (2, 3) and array.size
+            assert array.dtype.kind in "uif" and array.ndim in (2, 3) and array.size
             images.to_channels(array, 3)
 
     fuzz("images.decode, read_picture", cases, call, sandbox, capfd)
     assert all(judge(call, data) == "accepted" for data in whole.values())
     for name, data in hostile_pictures().items():
         assert judge(call, data) == "refused", name
+
+
+def test_stacks(count, sandbox, capfd):
+    whole = stacks()
+    cases = [*whole.items(), *broken(whole, 2 * count, 7, list(whole.values()))]
+    path = Path("free/stack.tif")
+
+    def call(data):
+        path.write_bytes(data)
+        tiff.pixel_size(path)
+        pages, failed = images.list_pages([path])
+        with contextlib.closing(images.PageReader()) as reader:
+            for page in pages[:30]:
+                images.to_channels(reader.read(page), 3)
+        if failed:
+            raise ValueError(failed[0][1])
+
+    fuzz("images.list_pages, PageReader", cases, call, sandbox, capfd)
+    assert all(judge(call, data) == "accepted" for data in whole.values())
 
 
 def test_pictures_of_the_transfer_job(count, sandbox, capfd):

@@ -37,6 +37,7 @@ from common.cli import parse_options
 from common.files import load_checkpoint, load_weights, read_yaml, write_yaml
 from common.images import standardise
 from common.runs import run_folder
+from data_folder import check_places
 from inference import load_trained, start_from
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -183,7 +184,7 @@ def test_recipes(count, sandbox, capfd):
         run_folder(config["name"])
         with torch.device("meta"):
             build_model(config)
-        dataset.check_places(config)
+        check_places(config)
 
     fuzz("train.py --config", spoilt(whole, 2 * count, 13), read, sandbox, capfd)
     assert judge(read, whole) == "accepted"

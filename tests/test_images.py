@@ -70,6 +70,10 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
         ["out/more/f.pgm", "b.png"],
         ["empty: holds no picture", "nothing.png: no such file", "*.gif: no such file"],
     )
+    for name in ("phone/a.HEIC", "phone/b.heic", "phone/notes.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert found("phone") == ([], ["phone: holds no picture; its files end in .heic, .txt"])
 
 
 @pytest.mark.parametrize("ending", EXTENSIONS)
@@ -130,32 +134,23 @@ def test_one_bit_is_black_and_white(kind):
     assert np.array_equal(to_channels(found, 1)[..., 0], bits * 255)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-@pytest.mark.parametrize(
-    ("brightest", "full_scale"), [(700, 1023), (1024, 4095), (4095, 4095), (4096, 16383), (40000, 65535)]
-)
-def test_sixteen_bits_hold_a_camera_of_fewer(kind, brightest, full_scale):
-    image = noise(9, 7, dtype=np.uint16, high=brightest)
-    image[4, 4] = brightest
-    found = decode(file_of(image, kind))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_kept_and_then_scaled(kind):
+    """The limits of a ramp are its ends: contrast.py has the other cases."""
+    image = np.repeat(np.arange(500, 4580, 16, dtype=np.uint16)[None], 200, 0)
+    found = decode(file_of(image, kind) if kind != "PPM" else b"P5 255 200 65535\n" + image.astype(">u2").tobytes())
     assert found.dtype == np.uint16 and np.array_equal(found, image)
-    expected = np.array([[round(int(value) / full_scale * 255) for value in row] for row in image])
+    expected = np.repeat(np.round(np.arange(255) / 254 * 255)[None], 200, 0)
     assert np.array_equal(to_channels(found, 1)[..., 0], expected)
     assert np.array_equal(to_channels(found, 3), np.dstack([expected] * 3))
 
 
 def test_sixteen_bits_in_colour():
-    image = np.zeros((2, 2, 3), np.uint16)
-    image[0, 0], image[1, 1] = (4095, 0, 0), (0, 819, 1638)  # red, greenish blue: 1/5 and 2/5 of 12 bits
+    image = np.zeros((20, 20, 3), np.uint16)
+    image[:10, :10], image[10:, 10:] = (4095, 0, 0), (0, 819, 1638)  # red, greenish blue: 1/5 and 2/5
     found = decode(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
-    assert to_channels(found, 3).tolist() == [[[255, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 51, 102]]]
-
-
-def test_sixteen_bit_alpha_does_not_darken_twelve_bit_colours():
-    image = np.full((1, 2, 4), 65535, np.uint16)
-    image[0, :, :3], image[0, 1, 3] = (4095, 819, 1638), 32768
-    assert to_channels(image, 4).tolist() == [[[255, 51, 102, 255], [255, 51, 102, 128]]]
-    assert to_channels(image, 3).tolist() == [[[255, 51, 102]] * 2]
+    small = to_channels(found, 3)[::19, ::19]
+    assert small.tolist() == [[[255, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 51, 102]]]
 
 
 def test_grey_to_and_from_colours():
@@ -181,9 +176,38 @@ def test_a_truncated_file_is_no_picture(kind, part):
 def test_what_is_no_picture():
     broken = bytearray(file_of(noise(80, 90, 3)))
     broken[len(broken) // 2] ^= 0xFF  # the checksum of a PNG tells
-    for data in (bytes(broken), b"<html>404</html>", b"\0" * 1000, file_of(noise(9, 7).astype(np.float32), "TIFF")):
+    for data in (bytes(broken), b"<html>404</html>", b"\0" * 1000):
         with pytest.raises(ValueError, match=UNREADABLE):
             decode(data)
+
+
+@pytest.mark.parametrize(
+    ("begins", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1", "AVIF"),
+        (b"GIF89a", "GIF"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"ZISRAWFILE\0", "Zeiss CZI"),
+        (b"\xda\xce\xbe\n", "Nikon ND2"),
+        (bytes(128) + b"DICM", "DICOM"),
+    ],
+)
+def test_other_formats_are_named_by_both_jobs(begins, name, tmp_path):
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(begins + bytes(200))
+    expected = f"unreadable: the file is {name}; convert it to PNG or TIFF"
+    with pytest.raises(ValueError) as caught:
+        read_picture(path)
+    assert str(caught.value) == expected
+    with pytest.raises(ValueError) as caught:
+        read_thumbnail(path, 20)
+    assert str(caught.value) == f"{path} is not a readable picture ({expected})"
+
+
+def test_a_gif_of_pillow_is_named():
+    with pytest.raises(ValueError, match="the file is GIF;"):
+        decode(file_of(noise(9, 7), "GIF"))
 
 
 def test_a_broken_tiff_says_nothing_of_its_own(capfd):
@@ -242,6 +266,17 @@ def test_red_is_the_first_channel_of_a_thumbnail(tmp_path, ending):
     save(tmp_path / f"a.{ending}", (200, 200), (200, 120, 40))
     for side in (200, 20):  # as it is, and shrunk while a JPEG is decoded
         assert np.abs(read_thumbnail(tmp_path / f"a.{ending}", side).mean((0, 1)) - (200, 120, 40)).max() <= 2
+
+
+@pytest.mark.parametrize("channels", [(), (3,), (4,)])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_thumbnails_of_more_than_8_bits_are_scaled_alike(tmp_path, ending, channels):
+    image = noise(40, 50, *channels, dtype=np.uint16, high=900)
+    if channels == (4,):
+        image[..., 3] = 65535
+    assert cv2.imwrite(str(tmp_path / f"a.{ending}"), image)
+    expected = to_channels(read_picture(tmp_path / f"a.{ending}"), 3)
+    assert expected.max() > 200 and np.array_equal(read_thumbnail(tmp_path / f"a.{ending}", 40), expected)
 
 
 def test_thumbnails_of_damaged_files(tmp_path):

@@ -91,11 +91,11 @@ def test_the_picture(tmp_path):
 def runs(tmp_path_factory):
     """A folder with two tiny runs, `deep` and `plain`."""
     folder = tmp_path_factory.mktemp("levels")
-    write_data_set(folder / "inputs" / "tiny")
+    write_data_set(folder / "inputs" / "dsb2018_tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, deep in (("deep", True), ("plain", False)):
-            options = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 1 --device cpu"
+            options = "--dataset dsb2018_tiny --width 2 --input_w 32 --input_h 32 --epochs 1 --device cpu"
             call(patch, train, options, "--name", name, "--deep_supervision", deep)
     return folder
 
@@ -130,6 +130,9 @@ def test_val_levels(go):
     assert cv2.imread("outputs/deep/levels.png") is not None
     page = Path("outputs/deep/report.html").read_text(encoding="utf-8")
     assert "Levels" in page and "about 92.3" in page
+    shutil.copytree("inputs/dsb2018_tiny", "inputs/cells")
+    said = go("--name deep --levels --dataset cells")
+    assert "half a point" in said and "paper" not in said.lower() and "92.3" not in said  # the paper is on nuclei
 
 
 def test_val_level_judges_the_pruned_model(go):

@@ -22,6 +22,7 @@ from fuzzing import judge
 import archs
 import engine
 import export
+import import_labels
 import inference
 import losses
 import predict
@@ -29,6 +30,7 @@ import preprocess_dsb2018
 import train
 import transfer_resnet18
 import val
+from label_forms.recognise import FORMS
 from tools import benchmark
 from utils import str2bool
 
@@ -40,11 +42,14 @@ BASE = {
     val: "--name run --device cpu --amp off",
     predict: "inputs/tiny/images/img00.png --name run --device cpu --amp off",
     export: "--name run --overwrite",
+    import_labels: "inputs/tiny/images inputs/tiny/masks/0 --name new",
     preprocess_dsb2018: "--raw raw --output inputs/new --img_size 16 --num_workers 1",
     transfer_resnet18: "--data_dir inputs/pictures --weights none --img_size 32 --epochs 1 -b 4 --device cpu --amp off "
     "--num_workers 0 --name new",
     benchmark: "--only limit --rounds 1 --threads 1 --data_dir inputs/pictures --device cpu",
 }
+
+POSITIONAL = {"paths": 0, "images": 0, "labels": 1}  # where BASE has them
 
 DEVICES = ("auto cpu", "gpu cuda:99 cpu:x")
 WORKERS = ("0 3", "-2 1025 1.5")
@@ -113,6 +118,7 @@ FLAGS = {
         "level": ("", "0 5"),
         "levels": ("!", ""),
         "tta": ("!", ""),
+        "explain": ("!", ""),
         "device": DEVICES,
         "amp": ("", "on"),
         "num_workers": WORKERS,
@@ -121,12 +127,17 @@ FLAGS = {
         "paths": ("inputs inputs/tiny/images/*.png", "none"),
         "name": ("run", "none .. a/b"),
         "onnx": ("run.onnx", "none.onnx inputs/tiny/images/img00.png"),
+        "output": ("new/results", "recipe.yml inputs/tiny/images"),
+        "resume": ("!", ""),
         "level": ("", "0 5"),
         "mode": ("", "whole"),
         "scale": ("0.01 1 10", "0 1000"),
         "tta": ("!", ""),
         "threshold": ("0 0.5 1", "-1 2"),
         "probability": ("!", ""),
+        "page": ("0", "-1 1 x"),
+        "channels": ("0 2,1,0 0,0,0", "3 0,1 -1 a _ 0,1,2,3"),
+        "html": ("!", ""),
         "max_pixels": ("1024 1073741824", "0 1 1073741825"),
         "batch_size": ("1 1000", "0"),
         "device": DEVICES,
@@ -138,6 +149,15 @@ FLAGS = {
         "output": ("a.onnx new/folder/a.onnx", "models"),
         "int8": ("!", ""),
         "run": ("small", "run ../x ."),
+        "overwrite": ("!", ""),
+    },
+    import_labels: {
+        "images": ("inputs/tiny/images/img00.png", "none recipe.yml"),
+        "labels": ("inputs/tiny/masks/0/img00.png inputs/tiny/masks", "none recipe.yml models"),
+        "name": ("a_name-1", ".. a/b _"),
+        "form": ("", "masks"),
+        "classes": ("255", "a 255,b"),
+        "check": ("!", ""),
         "overwrite": ("!", ""),
     },
     preprocess_dsb2018: {
@@ -157,6 +177,7 @@ FLAGS = {
         "name": ("a_name-1 _", ".. a/b"),
         "predict": ("", "none"),  # with a run in test_transfer.py
         "demo": ("", ""),  # test_transfer.py
+        "reject": ("", "0.5"),  # not without --predict
         "resume": RESUMING,
         "overwrite": ("!", ""),
         "seed": ("0 4294967295", "-1 4294967296"),
@@ -205,7 +226,10 @@ FLAGS = {
 NEVER = {  # choices of the parser that cannot work here
     (train, "amp", "fp16"), (val, "amp", "fp16"), (predict, "amp", "fp16"), (transfer_resnet18, "amp", "fp16"),
     (train, "sync_bn", "True"), (transfer_resnet18, "sync_bn", "True"),
-    (train, "nesterov", "True"), (train, "deep_supervision", "False"),
+    *((import_labels, "form", name) for name in FORMS.keys() - {"class_map", "instance_map"}),
+    (train, "nesterov", "True"), (train, "deep_supervision", "False"), (train, "resume", "True"),
+    (transfer_resnet18, "resume", "True"), (preprocess_dsb2018, "download", "True"),
+    (preprocess_dsb2018, "demo", "True"), (transfer_resnet18, "demo", "True"),
 }  # fmt: skip
 SLOW = {
     ("train", "compile"),
@@ -301,8 +325,10 @@ def words_of(script, flag, value):
     words += " --deep_supervision True" * (flag == "head_weights")
     if flag == "stem" or flag.startswith("encoder_"):
         words += " --encoder efficientnet_lite0 --encoder_weights none"
-    if flag == "paths":
-        return f"{value} {words.split(' ', 1)[1]}"
+    if flag in POSITIONAL:
+        words = words.split(" ")
+        words[POSITIONAL[flag]] = value
+        return " ".join(words)
     return f"{words} --{flag}" if value == "!" else f"{words} --{flag}={value}"
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 from test_images import file_of, noise
 
-from common.images import decode, read_picture, read_thumbnail
+from common.images import decode, read_picture, read_thumbnail, to_channels
 
 STORED = {
     "grey": np.repeat(np.repeat(noise(3, 5), 8, 0), 8, 1),
@@ -53,8 +53,7 @@ def test_the_orientation_is_followed_by_both_jobs(kind, form, orientation, tmp_p
     (tmp_path / "picture").write_bytes(data)
     assert np.array_equal(read_picture(tmp_path / "picture"), found)
     thumbnail = read_thumbnail(tmp_path / "picture", 24)
-    eight_bits = found >> 8 if form == "deep" else found
-    colours = eight_bits[..., :3] if eight_bits.ndim == 3 else np.dstack([eight_bits] * 3)
+    colours = to_channels(found, 3)
     assert thumbnail.shape == colours.shape and np.abs(thumbnail - colours.astype(int)).max() <= close
 
 
@@ -101,12 +100,13 @@ def test_masks_are_read_without_pillow(monkeypatch):
     """It costs as much as decoding a small mask."""
     mask = noise(9, 7, high=2) * 255
     data = file_of(mask)
-    monkeypatch.setattr("common.images.open_picture", None)
+    monkeypatch.setattr("common.headers.open_picture", None)
     assert np.array_equal(decode(data), mask)
 
 
 def test_a_header_of_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr("common.images.cv2.imdecode", None)
+    monkeypatch.setattr("common.tiff.Stack.read", None)
     for kind in ("PNG", "JPEG", "TIFF"):
         data = with_orientation(noise(9, 7, 3), kind, 6)
         (tmp_path / "picture").write_bytes(data)

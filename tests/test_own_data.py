@@ -2,33 +2,32 @@
 
 import re
 import shlex
-import subprocess
-import sys
 
 import cv2
 import numpy as np
-import pytest
 from conftest import REPOSITORY, run_script
 
 PAGE = REPOSITORY / "docs" / "OWN_DATA.md"
 SMALLER = ["--epochs", "1", "--width", "2", "--input_w", "32", "--input_h", "32", "--batch_size", "4"]
 
 
-def blocks():
-    """-> [("bash" or "python", text), ...] of the page, in its order."""
-    return re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def commands():
+    """-> the commands of the page, in its order."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return "".join(blocks).splitlines()
 
 
 def write_user_data(folder, count=6):
-    """photos/ and labels/: a bright square of class 1 and a disc of class 2 on noise."""
+    """photos/ and labels/: bright squares of class 1 and discs of class 2 on noise."""
     rng = np.random.default_rng(0)
     for name in ("photos", "labels"):
         (folder / name).mkdir()
     for number in range(count):
         labels = np.zeros((40, 48), np.uint8)
         x, y = map(int, rng.integers(4, 20, 2))
-        cv2.rectangle(labels, (x, y), (x + 8, y + 8), 1, -1)
-        cv2.circle(labels, (48 - x, 40 - y), 5, 2, -1)
+        for shift in (-4, 10):
+            cv2.rectangle(labels, (x + shift, y), (x + shift + 8, y + 8), 1, -1)
+            cv2.circle(labels, (44 - x - shift, 38 - y), 5, 2, -1)
         photo = rng.integers(0, 60, (40, 48, 3), np.uint8)
         photo[labels > 0] += np.array([[60, 20, 120], [20, 120, 60]], np.uint8)[labels[labels > 0] - 1]
         cv2.imwrite(str(folder / "photos" / f"day{number}.png"), photo)
@@ -42,34 +41,19 @@ def run_line(line, folder):
     if words[0] == "pip":  # the file is there; what it lists, make test has installed
         assert words[1:3] == ["install", "-r"] and (REPOSITORY / words[3]).is_file()
         return ""
-    return subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True).stdout
+    raise AssertionError(f"a command of another kind: {line}")
 
 
 def test_the_page_from_its_first_command_to_its_last(tmp_path):
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(package, reason="needs requirements-onnx.txt")
     write_user_data(tmp_path)
-    said = []
-    for language, text in blocks():
-        if language == "python":
-            result = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
-            said.append(result.stdout)
-        else:
-            said += [run_line(line, tmp_path) for line in text.strip().splitlines()]
+    said = "".join(run_line(line, tmp_path) for line in commands())
     labels = cv2.imread(str(tmp_path / "labels" / "day3.png"), cv2.IMREAD_GRAYSCALE)
     for k in (0, 1):
         mask = cv2.imread(str(tmp_path / f"inputs/my_cells/masks/{k}/day3.png"), cv2.IMREAD_GRAYSCALE)
         assert ((mask == 255) == (labels == k + 1)).all() and (mask > 0).any()
-    assert "is the smallest level within half a point" in "".join(said)
+    assert "is the smallest level within half a point" in said
     assert (tmp_path / "outputs/cells/report.html").is_file() and any((tmp_path / "outputs/cells/predict").iterdir())
-    assert (tmp_path / "outputs/cells/cells_L2.onnx").is_file()
     assert (tmp_path / "models/cells_small/model.pth").is_file()
-    assert said[-1].startswith("(1, 32, 32, 2) [")
-    scripts = [
-        line.split()[1] for kind, text in blocks() if kind == "bash" for line in re.findall("^python .*", text, re.M)
-    ]
-    assert scripts == ["train.py", "val.py", "predict.py", "export.py", "export.py"]
 
 
 def test_files_that_the_pages_name_are_there():

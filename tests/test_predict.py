@@ -1,5 +1,6 @@
 """predict.py: every kind of file at its own size, tables counted by hand, bad inputs."""
 
+import base64
 import csv
 import itertools
 import re
@@ -10,15 +11,20 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
+import tifffile
 from conftest import run_script
 from PIL import Image
 from test_inference import by_hand, soft_picture, write_run
 
 import predict
+import predictions
 from common import report
+from common.contrast import stretch
 from common.images import squeeze
-from predict import Picture, Results, output_names, predict_tiled
+from predict import Picture, predict_tiled
+from predictions import Results, output_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +68,7 @@ def test_every_kind_of_file_at_its_own_size(workplace, monkeypatch, mode):
     image = soft_picture()
     colours, grey = Image.fromarray(image), Image.fromarray(image[..., 0])
     (folder / "in").mkdir()
+    deep = 1000 + 7 * image.astype(np.uint16)
     same = []  # files of exactly these colours
     for ending in ("png", "tif", "bmp"):
         same.append(f"rgb_{ending}")
@@ -69,10 +76,10 @@ def test_every_kind_of_file_at_its_own_size(workplace, monkeypatch, mode):
         grey.save(folder / "in" / f"grey_{ending}.{ending}")
         colours.quantize(32).save(folder / "in" / f"palette_{ending}.{ending}")
     for ending in ("png", "tif"):
-        same += [f"rgba_{ending}", f"deep_{ending}"]
+        same.append(f"rgba_{ending}")
         colours.convert("RGBA").save(folder / "in" / f"rgba_{ending}.{ending}")
-        cv2.imwrite(str(folder / "in" / f"deep_{ending}.{ending}"), image[..., ::-1].astype(np.uint16) * 257)
-        cv2.imwrite(str(folder / "in" / f"deepgrey_{ending}.{ending}"), image[..., 0].astype(np.uint16) * 257)
+        cv2.imwrite(str(folder / "in" / f"deep_{ending}.{ending}"), deep[..., ::-1])
+        cv2.imwrite(str(folder / "in" / f"deepgrey_{ending}.{ending}"), deep[..., 0])
     colours.save(folder / "in" / "rgb_jpg.JPEG", quality=98)
     grey.save(folder / "in" / "grey_jpg.jpg")
     assert call(monkeypatch, "in", "--mode", mode, "--probability") == 0
@@ -91,6 +98,9 @@ def test_every_kind_of_file_at_its_own_size(workplace, monkeypatch, mode):
         if "jpg" in name:
             jpeg = cv2.imread(str(next((folder / "in").glob(f"{name}.*"))))[..., ::-1]
             np.testing.assert_allclose(found / 65535, expected(model, jpeg, size), atol=1e-4)
+        elif "deep" in name:
+            seen = stretch(deep[..., [0, 0, 0]] if "grey" in name else deep)
+            np.testing.assert_allclose(found / 65535, expected(model, seen, size), atol=1e-4)
         elif "grey" in name or name in same:
             np.testing.assert_allclose(found / 65535, plain_grey if "grey" in name else plain, atol=1e-4)
 
@@ -155,49 +165,209 @@ def test_auto_takes_tiles_where_resizing_goes_too_far(shape, resize, tile):
     config = {"input_h": 32, "input_w": 48, "scale": 0.5}
 
     def size(mode, **changes):
-        return predict.seen_size(shape, Namespace(mode=mode, scale=None), config | changes)
+        options = Namespace(mode=mode, scale=None)
+        tiled = predict.in_tiles(shape, options, config | changes)
+        return predict.seen_size(shape, tiled, options, config | changes)
 
     assert size("resize") == (32, 48) and size("tile") == tile
     assert size("auto") == ((32, 48) if resize else tile)
     assert size("auto", scale=None) == (32, 48) and size("tile", scale=None) == shape
 
 
-def test_an_earlier_result_is_replaced_and_strangers_stay(workplace, monkeypatch):
+def test_pages_and_channels(workplace, monkeypatch):
+    """A time series of two channels: the mask of a page is that of the same plane as an 8-bit picture."""
     folder, _ = workplace
+    out = folder / "outputs" / "tiny" / "predict"
+    image = soft_picture()
+    series = np.stack([np.stack([image[..., k], 255 - image[..., k]]) for k in range(3)])  # (T, C, Y, X)
+    tifffile.imwrite("series.tif", series, ome=True, metadata={"axes": "TCYX"}, photometric="minisblack")
+    assert call(monkeypatch, "series.tif", "--channels", "1", "--mode", "resize") == 0
+    names = [f"series_p00{k}" for k in range(3)]
+    assert [row["image"] for row in rows(out / "images.csv")] == names
+    assert [row["path"] for row in rows(out / "images.csv")] == [f"series.tif, page {k}" for k in range(3)]
+    masks = [read(out / f"{name}_mask.png") for name in names]
+    for k in range(3):
+        cv2.imwrite("plane.png", series[k, 1])
+        assert call(monkeypatch, "plane.png", "--mode", "resize") == 0
+        np.testing.assert_array_equal(read(out / "plane_mask.png"), masks[k])
+    assert call(monkeypatch, "series.tif", "--channels", "1,0,0", "--page", "2") == 0
+    assert {row["image"] for row in rows(out / "images.csv")} == {*names, "plane"}
+    assert "channels 1,0,0" in rows(out / "images.csv")[-1]["settings"]
+
+
+def test_names_of_pages_and_files_do_not_meet(workplace, monkeypatch):
+    tifffile.imwrite("a.tif", np.stack([soft_picture()[..., 0]] * 2), photometric="minisblack")
+    cv2.imwrite("a_p001.png", soft_picture())
+    assert call(monkeypatch, "a.tif", "a_p001.png") == 0
+    names = [row["image"] for row in rows("outputs/tiny/predict/images.csv")]
+    assert len(names) == len({name.casefold() for name in names}) == 3 and "a_p000" in names
+
+
+# ---------------------------------------------------------------- what is printed, and the page
+
+
+def test_what_a_call_did_is_one_line_and_odd_pictures_are_named(workplace, monkeypatch, capsys):
+    for name in ("a", "b"):
+        cv2.imwrite(f"{name}.png", soft_picture(64, 96))
+    cv2.imwrite("large.png", soft_picture(400, 480))
+    assert call(monkeypatch, "a.png", "b.png", "large.png") == 0
+    images = rows("outputs/tiny/predict/images.csv")
+    assert [(row["mode"], row["scale"]) for row in images] == [("resize", "0.5")] * 2 + [("tile", "0.5")]
+    seconds = sum(float(row["seconds"]) for row in images) / 3
+    objects = sum(int(row["objects"]) for row in images)
+    said = f"3 pictures, {objects:,} objects; 2 resized, 1 in tiles, scale 0.5; {seconds:.2f} s per picture\n"
+    out, err = capsys.readouterr()
+    assert out.endswith(f"outputs/tiny/predict: {said}") and "warning" not in err
+    assert call(monkeypatch, "a.png", "b.png", "--threshold", "1") == 0
+    assert "warning: no foreground in 2 of 2 pictures: a, b; look at" in capsys.readouterr().err
+    monkeypatch.setattr(predict, "predict_tiled", lambda *_: np.full((1, 1, 32, 48), 65535, np.uint16))
+    assert call(monkeypatch, "a.png") == 0
+    assert "warning: nothing but foreground in 1 of 1 pictures: a; look at" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_pictures_of_all_calls(workplace, monkeypatch, capsys):
+    for name in ("a", "b<i>"):
+        cv2.imwrite(f"{name}.png", soft_picture(700, 900))
+        assert call(monkeypatch, f"{name}.png", "--html") == 0
+    assert capsys.readouterr().out.endswith("open outputs/tiny/predict/report.html\n")
+    page = Path("outputs/tiny/predict/report.html").read_text()
+    pictures = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page)
+    sizes = [cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), 1).shape for data in pictures]
+    assert sizes == [(498, 640, 3)] * 2 and "b&lt;i&gt;" in page and "b<i>" not in page
+    table = Path("outputs/tiny/predict/images.csv")
+    table.write_text(re.sub(r",0\.\d+,\d+,(?=[^,]+,)", ",,?,", table.read_text()))  # as by hand
+    assert call(monkeypatch, "a.png", "--html", "--resume") == 0
+    monkeypatch.setattr(predictions, "ON_PAGE", 1)
+    assert call(monkeypatch, "a.png", "--html") == 0
+    page = Path("outputs/tiny/predict/report.html").read_text()
+    assert "The first 1 of 2 pictures." in page and page.count("data:image/jpeg") == 1
+
+
+# ---------------------------------------------------------------- several calls, one folder
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_a_second_call_replaces_its_own_names_and_nothing_else(workplace, monkeypatch):
     for name in ("a", "b"):
         cv2.imwrite(f"{name}.png", soft_picture())
-    out = folder / "outputs" / "tiny" / "predict"
+    out = workplace[0] / "outputs" / "tiny" / "predict"
     assert call(monkeypatch, "a.png", "--probability") == 0
-    (out / "notes.txt").write_text("mine")
-    (out / ".a_mask.png.123.tmp").write_text("what a killed call was writing")
+    (out / "hand_corrected_mask.png").write_text("mine")
     Path("bad.png").write_text("no picture")
-    with pytest.raises(ValueError):  # nothing new: the old results stay
+    before = content(out)
+    with pytest.raises(ValueError):
         call(monkeypatch, "bad.png")
-    assert (out / "a_mask.png").is_file()
+    assert content(out) == before
     assert call(monkeypatch, "b.png") == 0
-    assert sorted(path.name for path in out.iterdir()) == [
-        "b_mask.png",
-        "b_overlay.png",
-        "images.csv",
-        "notes.txt",
-        "objects.csv",
-    ]
+    after = content(out)
+    assert set(after) - set(before) == {"b_mask.png", "b_overlay.png"}
+    assert {name for name in before if after[name] != before[name]} == {"images.csv", "objects.csv"}
+    for table in ("images.csv", "objects.csv"):
+        assert {row["image"] for row in rows(out / table)} == {"a", "b"}
+
+    count = len(rows(out / "objects.csv"))
+    table = pd.read_csv(out / "images.csv").assign(remark="by hand")  # as a spreadsheet would save it
+    table.to_csv(out / "images.csv", index=False, encoding="utf-8-sig")
+    cv2.imwrite("a.png", np.zeros((30, 40, 3), np.uint8))
+    assert call(monkeypatch, "a.png", "--threshold", "1") == 0  # nothing is above it
+    b, a = rows(out / "images.csv")
+    assert (a["image"], a["width"], a["objects"], a["remark"]) == ("a", "40", "0", "")
+    assert (b["image"], b["remark"]) == ("b", "by hand") and len(rows(out / "objects.csv")) == count / 2
 
 
-def test_an_interrupted_run_keeps_its_tables(workplace, monkeypatch):
+def test_output_takes_another_folder_but_not_that_of_the_pictures(workplace, monkeypatch):
+    Path("in").mkdir()
+    for name in ("a.png", "a_mask.png"):  # the second is a label by hand
+        cv2.imwrite(f"in/{name}", soft_picture())
+    before = content("in")
+    for paths in (["in"], ["in/a.png"], ["in/*.png"]):
+        with pytest.raises(ValueError, match="in is the pictures' own folder, .*; give another --output"):
+            call(monkeypatch, *paths, "--output", "in")
+    with pytest.raises(ValueError, match="in/a.png is a file"):
+        call(monkeypatch, "in", "--output", "in/a.png")
+    assert call(monkeypatch, "in", "--output", "new/results") == 0
+    assert content("in") == before and not Path("outputs").exists()
+    assert {path.name for path in Path("new/results").glob("*_overlay.png")} == {"a_overlay.png", "a_mask_overlay.png"}
+
+
+def test_folders_with_equal_names_share_an_output(workplace, monkeypatch):
+    """Results of another call's picture are never replaced; those of the same picture are."""
+    for folder, height in (("A", 20), ("B", 30)):
+        Path(folder).mkdir()
+        cv2.imwrite(f"{folder}/cell.png", soft_picture(height, 40))
+    for path in ("A", "B", "A/cell.png", "./B"):
+        assert call(monkeypatch, path, "--output", "out") == 0
+    assert {row["image"]: row["height"] for row in rows("out/images.csv")} == {"cell": "20", "B_cell": "30"}
+    assert read("out/cell_mask.png").shape == (20, 40) and read("out/B_cell_mask.png").shape == (30, 40)
+
+
+def test_an_interrupted_call_goes_on_with_resume(workplace, monkeypatch, capsys):
     for name in ("a", "b", "c"):
         cv2.imwrite(f"{name}.png", soft_picture())
-    calls = itertools.count()
+    calls = []
 
     def interrupted(*args):
-        if next(calls) == 2:
+        calls.append(args)
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return predict_tiled(*args)
 
     monkeypatch.setattr(predict, "predict_tiled", interrupted)
+    words = ("a.png", "b.png", "c.png", "--batch_size", "1")
     with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, "a.png", "b.png", "c.png", "--batch_size", "1")
+        call(monkeypatch, *words)
+    said = "2 of 3 pictures are done; to go on, repeat the command with --resume"
+    assert said in capsys.readouterr().out
     assert [row["image"] for row in rows("outputs/tiny/predict/images.csv")] == ["a", "b"]
+    Path("outputs/tiny/predict/a_overlay.png").unlink()  # then it is not done
+    assert call(monkeypatch, *words, "--resume") == 0
+    assert "1 of 3 pictures are done already" in capsys.readouterr().out and len(calls) == 5
+    assert [row["image"] for row in rows("outputs/tiny/predict/images.csv")] == ["b", "a", "c"]
+    assert call(monkeypatch, *words, "--resume") == 0 and len(calls) == 5
+    assert call(monkeypatch, *words, "--resume", "--threshold", "0.6") == 0 and len(calls) == 8  # other results
+
+
+def test_tables_are_saved_while_a_long_call_is_at_work(workplace, monkeypatch):
+    """What kill -9 leaves can be resumed."""
+    for name in ("a", "b"):
+        cv2.imwrite(f"{name}.png", soft_picture())
+    monkeypatch.setattr(predictions, "SAVE_SECONDS", 0)
+    seen = []
+
+    def tiled(*args):
+        path = Path("outputs/tiny/predict/images.csv")
+        seen.append([row["image"] for row in rows(path)] if path.exists() else None)
+        return predict_tiled(*args)
+
+    monkeypatch.setattr(predict, "predict_tiled", tiled)
+    assert call(monkeypatch, "a.png", "b.png", "--batch_size", "1") == 0
+    assert seen == [None, ["a"]]
+    objects = rows("outputs/tiny/predict/objects.csv")
+    assert len(objects) == sum(int(row["objects"]) for row in rows("outputs/tiny/predict/images.csv")) > 0
+
+
+@pytest.mark.parametrize(
+    ("table", "text", "expected_words"),
+    [
+        ("images.csv", "a;b\n1;2\n", "has no column 'image'"),
+        ("objects.csv", "\n", "has no column 'image'"),
+        ("images.csv", "image,path\n../../x,a.png\n", "is damaged"),
+        ("images.csv", "image,path\na,\n", "is damaged"),
+        ("images.csv", 'image,path\na,"' + "x" * 200_000 + '"\n', "not a readable table"),
+    ],
+)
+def test_a_table_that_cannot_be_continued_is_refused_before_the_work(
+    workplace, monkeypatch, table, text, expected_words
+):
+    cv2.imwrite("a.png", soft_picture())
+    Path("out").mkdir()
+    Path("out", table).write_text(text)
+    with pytest.raises(ValueError, match=expected_words):
+        call(monkeypatch, "a.png", "--output", "out")
+    assert content("out") == {table: text.encode()}
 
 
 def test_tta_from_the_command_line(workplace, monkeypatch):
@@ -230,6 +400,8 @@ def test_output_names():
     found = output_names(paths)
     assert len({name.casefold() for name in found.values()}) == 5
     assert found[Path("y/x_a.png")] == "x_a" and found[Path("x_a_2.png")] == "x_a_2" and found[Path("y/a.png")] == "y_a"
+    earlier = output_names([Path("y/a.png"), Path("z/b.png"), Path("x/a.png")], {"a": "x/a.png", "b_1": "gone/b.png"})
+    assert earlier == {Path("x/a.png"): "a", Path("y/a.png"): "y_a", Path("z/b.png"): "b"}
     long = names(f"x/{'é' * 120}.png", f"x/{'é' * 119}n.png")
     assert len(set(long)) == 2 and all(len(name.encode()) < 210 for name in long)
 
@@ -254,7 +426,8 @@ def test_batches_hold_pictures_of_one_size(workplace, monkeypatch):
     config, failed = {"input_channels": 3, "input_h": 32, "input_w": 48}, []
 
     def sizes(**options):
-        options = Namespace(**{"mode": "tile", "scale": 1.0, "max_pixels": 10**6, "batch_size": 2} | options)
+        given = {"mode": "tile", "scale": 1.0, "max_pixels": 10**6, "batch_size": 2, "channels": None}
+        options = Namespace(**given | options)
         return [len(batch) for batch in predict.read_batches(files, options, config, failed)]
 
     assert sizes() == [2, 1, 1, 1] and [path.name for path, _ in failed] == ["bad.png"]
@@ -274,8 +447,8 @@ def test_tables_by_hand(tmp_path):
     planes[0, 5, 0], planes[0, 6, 1] = 40000, 32768  # one object, joined by a corner
     planes[0, 7, 9] = 32767  # 0.49999, below the threshold
     image = np.full((8, 10, 3), 100, np.uint8)
-    picture = Picture(Path("in/cells.png"), image, image, 1.5)
-    results = Results(tmp_path / "p", {picture.path: "cells"}, Namespace(threshold=0.5, probability=True))
+    picture = Picture(Path("in/cells.png"), image, image, True, 1.5)
+    results = Results(tmp_path / "p", {picture.path: "cells"}, "models/run L4", 0.5, probability=True)
     results.add(picture, planes)
     results.write_tables()
     [row] = rows(tmp_path / "p" / "images.csv")
@@ -285,10 +458,12 @@ def test_tables_by_hand(tmp_path):
         "path": "in/cells.png",
         "width": "10",
         "height": "8",
+        "mode": "tile",
         "scale": "1.0",
         "pixels": "10",
         "fraction": "0.125",
         "objects": "2",
+        "settings": "models/run L4",
     }
     assert (tmp_path / "p" / "objects.csv").read_text().split() == [
         "image,class,object,area,centroid_x,centroid_y,left,top,width,height",
@@ -307,11 +482,11 @@ def test_outlines_are_the_inner_edge():
     mask[15:, 15:] = True  # at the border of the picture it stays open
     edge = mask.copy()
     edge[6:9, 5:9] = edge[16:, 16:] = False
-    drawn = predict.draw_outlines(image, [mask])
+    drawn = predictions.draw_outlines(image, [mask])
     np.testing.assert_array_equal(drawn, np.where(edge[..., None], np.uint8(report.PALETTE[0]), np.uint8(255)))
-    two = predict.draw_outlines(image[..., :1], [mask, ~mask])
+    two = predictions.draw_outlines(image[..., :1], [mask, ~mask])
     assert {tuple(map(int, colour)) for colour in two.reshape(-1, 3)} == {(255,) * 3, *report.PALETTE[:2]}
-    wide = predict.draw_outlines(np.zeros((600, 40, 3), np.uint8), [np.ones((600, 40), bool)] * 9)
+    wide = predictions.draw_outlines(np.zeros((600, 40, 3), np.uint8), [np.ones((600, 40), bool)] * 9)
     assert not wide.any()
 
 
@@ -334,22 +509,26 @@ def test_bad_files_are_skipped_and_named(workplace, monkeypatch, capsys):
     (folder / "in").mkdir()
     for name, data in files.items():
         (folder / "in" / name).write_bytes(data)
-    Image.fromarray(np.ones((9, 9), np.float32)).save(folder / "in" / "float.tif")
+    tifffile.imwrite(folder / "in" / "two.tif", np.ones((2, 9, 9), np.uint8), metadata={"axes": "CYX"}, ome=True)
     (folder / "gone").mkdir()
     assert call(monkeypatch, "in", "nowhere.png", "gone") == 1
     said = capsys.readouterr()
-    assert re.search(r"\noutputs/tiny/predict: 1 pictures, \d+ objects, 7 skipped\n$", said.out)
+    about = (
+        r"\noutputs/tiny/predict: 1 picture, \d+ objects; resized, scale 0\.\d+; \d\.\d\d s per picture, 7 skipped\n$"
+    )
+    assert re.search(about, said.out)
     complaints = [line.split(": ", 1)[1] for line in said.err.strip().split("\n") if line.startswith("predict.py: ")]
     assert [line.split(": ")[0] for line in complaints] == [
         "skipped nowhere.png",
         "skipped gone",
+        "skipped in/two.tif",
         "skipped in/bomb.png",
         "skipped in/cut.png",
         "skipped in/empty.jpg",
-        "skipped in/float.tif",
         "skipped in/text.png",
     ]
-    assert "60000 x 60000 pixels are more than 400,000,000; --max_pixels raises the limit" in complaints[2]
+    assert "has 2 channels (0, 1), expected 1 or 3; choose with predict.py --channels" in complaints[2]
+    assert "60000 x 60000 pixels are more than 400,000,000; --max_pixels raises the limit" in complaints[3]
     assert (folder / "outputs/tiny/predict/good_mask.png").is_file()
 
 
@@ -361,6 +540,8 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch)
     assert "required: PATH" in capsys.readouterr().err
+    said = run_script("predict.py", "a.png", "--channels", "1,2", cwd=folder, ok=False)
+    assert "--channels: expected one number or three, such as 0 or 2,1,0, found '1,2'" in said.stderr
     said = run_script("predict.py", "text.png", "nowhere.png", cwd=folder, ok=False)
     assert "nothing to predict; nowhere.png: no such file and 1 more" in said.stderr
     for args, expected_words in [
@@ -368,6 +549,8 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch, capsys):
         (["a.png", "--name", "other"], "the runs are: tiny"),
         (["a.png", "--max_pixels", "6299"], "90 x 70 pixels are more than 6,299"),
         (["a.png", "--mode", "resize", "--scale", "0.5"], "--scale is an option of --mode tile"),
+        (["a.png", "--page", "1"], "a.png: has no page 1; it has 1, counted from 0"),
+        (["a.png", "--channels", "3"], "a.png: has no channel 3; its channels are 0 red, 1 green, 2 blue"),
         (["a.png", "--onnx", "x.onnx", "--level", "2"], "--level is not an option of --onnx"),
         (["a.png", "--onnx", "x.onnx"], "x.onnx"),
         (["a.png", "--onnx", "a.png"], "a.png is not an ONNX file of export.py"),

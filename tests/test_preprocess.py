@@ -337,6 +337,7 @@ def test_kinds_of_png(run, tmp_path):
     colour = np.dstack([grey, grey.T, 255 - grey])
     half = np.dstack([colour, np.where(grey < 128, 0, 255).astype(np.uint8)])
     bar = (grey > 100).astype(np.uint8)
+    stretched = np.dstack([np.round(grey * (255 / 248))] * 3)  # 16 bits become 8 between their ends
     images = {
         "grey": (png(grey), np.dstack([grey] * 3)),
         "grey_alpha": (saved(grey, "LA"), np.dstack([grey] * 3)),
@@ -344,9 +345,9 @@ def test_kinds_of_png(run, tmp_path):
         "rgba": (png(half), colour),
         "palette": (saved((bar * 255), "P"), np.dstack([bar * 255] * 3)),
         "one_bit": (saved((bar * 255), "1"), np.dstack([bar * 255] * 3)),
-        "full_16": (png(grey.astype(np.uint16) * 257), np.dstack([grey] * 3)),
-        "camera_12": (png(grey.astype(np.uint16) * 16), np.dstack([grey] * 3)),
-        "dim_16": (png(grey.astype(np.uint16)), np.dstack([grey // 4] * 3)),
+        "full_16": (png(grey.astype(np.uint16) * 257), stretched),
+        "camera_12": (png(1000 + grey.astype(np.uint16) * 8), stretched),
+        "dim_16": (png(grey.astype(np.uint16)), stretched),
     }
     masks = {
         "255": png(bar * 255),

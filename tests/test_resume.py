@@ -83,6 +83,37 @@ def started(name, *options):
     return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.parametrize("schedule", ["ConstantLR", "MultiStepLR --milestones 2", "ReduceLROnPlateau --patience 0"])
+def test_more_epochs_where_the_schedule_has_no_end(go, capsys, schedule):
+    """The longer training is the one that was asked for later, bit for bit."""
+    words = f"{TINY} --ema 0 --scheduler {schedule}"
+    go(words, "--epochs 3 --name long --overwrite")
+    go(words, "--epochs 1 --name longer --overwrite")
+    capsys.readouterr()
+    go("--name longer --resume --epochs 3")
+    assert "models/longer: 3 epochs instead of 1\n" in capsys.readouterr().out
+    assert yaml.safe_load(Path("models/longer/config.yml").read_text())["epochs"] == 3
+    one, other = (torch.load(f"models/{name}/last.pth", weights_only=True) for name in ("long", "longer"))
+    assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+    assert lines("long") == lines("longer") and len(lines("long")) == 4
+    go("--name longer --resume")
+    assert "all 3 epochs are done" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"but these differ: epochs 2 \(run: 3\)"):
+        go("--name longer --resume --epochs 2")
+
+
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "CosineAnnealingLR"])
+def test_no_more_epochs_where_the_schedule_ends(go, schedule):
+    go(TINY, "--epochs 1 --name ended --overwrite --scheduler", schedule)
+    kept = Path("models/ended/config.yml").read_bytes()
+    said = (
+        f"models/ended ends at epoch 1, because {schedule} .* start another run with --weights models/ended/model.pth$"
+    )
+    with pytest.raises(ValueError, match=said):
+        go("--name ended --resume --epochs 2")
+    assert Path("models/ended/config.yml").read_bytes() == kept
+
+
 def wait_for_epochs(process, name, epochs):
     log = Path("models", name, "log.csv")
     while not log.is_file() or len(log.read_text().splitlines()) <= epochs:
@@ -92,7 +123,7 @@ def wait_for_epochs(process, name, epochs):
 
 def test_a_second_process_is_refused_and_a_killed_one_resumes_as_if_nothing_had_happened(go, monkeypatch, capsys):
     long = "--epochs 8"
-    go(TINY, long, "--name long")
+    go(TINY, long, "--name long --overwrite")
     process = started("busy", *long.split(), "--num_workers", "2")
     try:
         wait_for_epochs(process, "busy", 2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from classification.scores import format_confusion, heat_overlay, notable, print_scores, wilson
+from classification.scores import about_rejecting, format_confusion, heat_overlay, notable, print_scores, wilson
 
 
 @pytest.mark.parametrize(
@@ -22,11 +22,18 @@ def test_accuracy_and_confusion_by_hand(capsys):
     headline, counts = print_scores(rows, np.eye(4)[answers], labels, ["a", "b", "c", "d"])
     assert counts.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]]
     low, high = (f"{100 * bound:.1f}" for bound in wilson(4, 6))
-    assert headline[0] == ("best epoch", "66.7 %", f"epoch 2; 95 % interval {low} to {high} %")
+    without = "; no validation picture of d"
+    assert headline[0] == ("best epoch", "66.7 %", f"epoch 3; 95 % interval {low} to {high} %{without}")
     assert headline[1][:2] == ("last epoch", "50.0 %") and headline[2][:2] == ("pictures", 6)
     said = capsys.readouterr().out
-    assert f"best accuracy 66.67 % (95 % interval {low} to {high} %) at epoch 2\n" in said
-    assert "last accuracy 50.00 %" in said and said.endswith(format_confusion(counts, ["a", "b", "c", "d"]) + "\n")
+    assert f"best accuracy 66.67 % (95 % interval {low} to {high} %) at epoch 3{without}\n" in said
+    assert "last accuracy 50.00 %" in said and format_confusion(counts, ["a", "b", "c", "d"]) + "\n" in said
+
+
+def test_what_rejecting_does_by_hand():
+    probabilities = np.array([[0.95, 0.05], [0.6, 0.4], [0.3, 0.7], [0.01, 0.99], [0.9, 0.1]])
+    said = about_rejecting(probabilities, np.array([0, 0, 0, 0, 0]))  # wrong: the third, unsure, and the fourth, sure
+    assert said == "--predict with --reject 0.9 would call 1 of 2 wrong answers and 1 of 3 right ones unknown"
 
 
 def test_a_confusion_matrix_lines_up():

@@ -17,8 +17,10 @@ import yaml
 from conftest import REPOSITORY, call, trained, write_data_set
 
 import train
+import training_data
 from common.cli import parse_options
 from common.files import load_checkpoint
+from dataset import build_dataset, split_ids
 from engine import OPTIMIZERS, Run, Segmentation
 from inference import load_trained
 from losses import LOSSES
@@ -160,6 +162,14 @@ def test_the_log_holds_the_rate_of_each_epoch(go):
     assert log("lr").lr.tolist() == pytest.approx([0.08, 0.04, 0.02], rel=1e-9)
 
 
+def test_a_short_training_is_warned_of(go, capsys):
+    go(TINY, "--name short")
+    steps = "warning: 4 steps in all, at least 100 are recommended: --epochs 50, or a smaller --batch_size"
+    assert steps in capsys.readouterr().err
+    go("--name short --resume")
+    assert "steps in all" not in capsys.readouterr().err
+
+
 def test_a_run_that_stopped_early_stays_stopped(go, capsys):
     go(TINY, "--lr 0 --ema 0 --scheduler ConstantLR --epochs 9 --early_stopping 1 --name early")
     rows = log("early")
@@ -225,6 +235,14 @@ def test_the_config_of_a_run_is_a_recipe(go):
     assert same_log("base", "again") and same_weights("base", "again")
 
 
+@pytest.mark.parametrize("name", ["overwrite", "resume"])
+def test_a_recipe_replaces_no_run(go, name):
+    Path("strange.yml").write_text(f"name: base\n{name}: true\n")
+    before = content("base")
+    refused(go, "--config strange.yml", match=f"strange.yml: {name} can only be given on the command line")
+    assert content("base") == before
+
+
 # ---------------------------------------------------------------- augmentation and loss
 
 
@@ -259,7 +277,7 @@ def test_the_validation_loss_weighs_the_heads_too(go):
     """A head without weight has no part in what a scheduler or a reader sees."""
     go(TINY, "--head_weights 0,0,0,1 --deep_supervision True --weight_decay 0 --epochs 1 --name weighed")
     model, config = load_trained("weighed", torch.device("cpu"), "last")
-    dataset = train.build_dataset(config, yaml.safe_load((MODELS / "weighed" / "split.yml").read_text())["val"])
+    dataset = build_dataset(config, yaml.safe_load((MODELS / "weighed" / "split.yml").read_text())["val"])
     images, masks = (
         torch.stack(part) for part in list(zip(*(dataset[k] for k in range(len(dataset))), strict=True))[:2]
     )
@@ -292,7 +310,7 @@ def test_resume_refuses_other_options_and_other_data(go):
     refused(go, "--resume", match="--resume needs --name")
     refused(go, "--resume", "--name", "base", "--overwrite", match="give one of them")
     refused(go, "--resume", "--name", "nope", match="nope/config.yml")
-    refused(go, "--resume", "--name", "base", "--lr", 5, "--epochs", 9, match=r"epochs 9 \(run: 2\), lr 5.0 \(run:")
+    refused(go, "--resume", "--name", "base", "--lr", 5, "--width", 9, match=r"lr 5.0 \(run: 0.002\), width 9 \(run:")
     write_data_set("inputs/changing", count=5)
     go(TINY, "--dataset", "changing", "--name", "changing", "--epochs", 1)
     shutil.copy("inputs/tiny/masks/0/img00.png", "inputs/changing/masks/0/img01.png")
@@ -410,10 +428,19 @@ def test_mistakes_in_data_are_listed_together(go):
     with pytest.raises(ValueError, match="no mask") as caught:
         go(TINY, "--dataset", "broken", "--name", "no")
     assert all(f"img{k:02d}" in str(caught.value) for k in range(1, 10, 2))
-    refused(go, TINY, "--num_classes", 2, "--name", "no", match="masks/1")
+    said = r"^inputs/tiny/masks/1: no such folder; .* 2 classes is expected \(--num_classes 2\), found masks/0$"
+    refused(go, TINY, "--num_classes", 2, "--name", "no", match=said)
     Path("inputs/none/images").mkdir(parents=True)
     refused(go, TINY, "--dataset", "none", "--name", "no", match=r"holds no \*\.png")
-    refused(go, TINY, "--img_ext", ".bmp", "--name", "no", match=r"holds no \*\.bmp")
+    refused(
+        go,
+        TINY,
+        "--img_ext",
+        ".bmp",
+        "--name",
+        "no",
+        match=r"holds no \*\.bmp file, but \d+ \*\.png; give --img_ext \.png$",
+    )
     for name, value in (("grey", 130), ("empty", 0)):
         write_data_set(f"inputs/{name}", count=5)
         for path in Path(f"inputs/{name}/masks/0").iterdir():
@@ -430,10 +457,12 @@ def test_suspicious_data_are_warned_about(capsys):
         mask = 255 - cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
         path.write_bytes(cv2.imencode(".png", mask)[1].tobytes())
         shutil.copy(path, f"inputs/odd/images/{path.name}")
-    for img_id in train.split_ids(ids)["val"]:
+    for img_id in split_ids(ids)["val"]:
         Path(f"inputs/odd/masks/0/{img_id}.png").write_bytes(flat_mask(0))
     prepared("--dataset odd --name odd")
-    bodies, inverted, empty = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    bodies, inverted, empty, few_steps = warnings
+    assert "steps in all, at least 100 are recommended" in few_steps
     assert bodies.endswith("warning: all 5 images of inputs/odd/images are pure black and white; are they masks?")
     assert re.search(
         r"8\d\.\d% of the pixels of inputs/odd/masks/0 are foreground; are the masks inverted\?$", inverted
@@ -443,9 +472,9 @@ def test_suspicious_data_are_warned_about(capsys):
 
 def test_ordinary_data_raise_no_suspicion():
     usual = {"foreground": [0.8, 0.1], "two_valued": 3}
-    assert train.suspicions(Path("inputs/a"), usual, usual, 7) == []
+    assert training_data.suspicions(Path("inputs/a"), usual, usual, 7) == []
     none = usual | {"foreground": [0.2, 0]}
-    assert train.suspicions(Path("a"), none, usual, 7) == ["all training masks of a/masks/1 are empty"]
+    assert training_data.suspicions(Path("a"), none, usual, 7) == ["all training masks of a/masks/1 are empty"]
 
 
 def test_swapped_folders_stop_before_the_first_epoch(go):

@@ -144,7 +144,7 @@ def test_a_damaged_config_is_one_line(workplace, changed, message):
     ("content", "message"),
     [
         ("a: 1", r"models/tiny/config.yml is not of a run of train.py: arch, dataset, .*, mean, std missing$"),
-        ("classes: [ants, bees]\nseed: 0", "is not of a run of train.py: arch, "),  # of transfer_resnet18.py
+        ("classes: [ants, bees]\nseed: 0", "models/tiny is a run of transfer_resnet18.py; use it with: "),
         ("[1, 2]", "expected `key: value` lines, found list"),
         ("a: [", "is not a readable YAML file"),
         ("\0", "is not a readable YAML file"),

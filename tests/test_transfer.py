@@ -21,7 +21,8 @@ from torch import nn
 
 import engine
 import transfer_resnet18 as script
-from classification import folders, resnet18
+from classification import folders, resnet18, sources
+from classification import predict as classify_module
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--weights", "none", "--img_size", "32", "-b", "4", "--device", "cpu", "--name", "run"]
@@ -104,9 +105,9 @@ def toy(values, num_epochs=None):
     return script.train_model(*arguments)
 
 
-def test_train_model_returns_the_first_best_epoch_and_logs_the_rate_it_used():
+def test_train_model_returns_the_last_best_epoch_and_logs_the_rate_it_used():
     model, rows = toy([2, 3, 3, 1])
-    assert int(model.trained) == 2
+    assert int(model.trained) == 3
     assert [row["val_acc"] for row in rows] == [0.5, 0.75, 0.75, 0.25]
     assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.01, 0.01])
     assert rows[0]["loss"] == pytest.approx(np.log(2)) and rows[0]["acc"] == 1.0
@@ -120,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops():
 # ---------------------------------------------------------------- a run
 
 
-def test_a_run_leaves_everything_and_predicts(capsys, place):
+def test_a_run_leaves_everything_and_predicts(capsys, place, monkeypatch):
     Path("inputs/hymenoptera_data/train/ants/imageNotFound.gif").write_bytes(b"GIF89a")
     assert run(*SMALL, "--epochs", 2) == 0
     text = capsys.readouterr().out
@@ -161,7 +162,16 @@ def test_a_run_leaves_everything_and_predicts(capsys, place):
     assert run("--name", "run", "--predict", "broken.jpg", one, "absent.png", "empty", one) == 1
     captured = capsys.readouterr()
     assert len(captured.err.strip().split("\n")) == 3 and "broken.jpg" in captured.err and "absent.png" in captured.err
-    assert len(Path("outputs/run/predictions.csv").read_text().strip().split("\n")) == 2
+    real = classify_module.classify
+    monkeypatch.setattr(classify_module, "classify", lambda *args: np.float32([[0.25, 0.75]] * len(real(*args))))
+    for reject, label in ((0.75, "bees"), (0.76, "unknown")):
+        assert run("--name", "run", "--predict", one, "--reject", reject) == 0
+        said = f"1 pictures, {int(label == 'unknown')} of them unknown (below {reject})"
+        assert f"{label}  0.7500  {one}\n{said}" in capsys.readouterr().out
+    monkeypatch.setattr(classify_module, "classify", real)
+    assert "--reject is for --predict" in refused(*SMALL, "--reject", 0.5)
+    with open("outputs/run/predictions.csv", newline="") as file:  # the row of the second call, and the five others
+        assert [row["path"] for row in csv.DictReader(file)] == [*(r["path"] for r in rows if r["path"] != one), one]
 
 
 @pytest.mark.parametrize("extra", [["--freeze"], ["--optimizer", "AdamW", "--amp", "off"]])
@@ -335,10 +345,10 @@ def test_download_fetches_checks_and_unpacks(archive, monkeypatch):
     handler.log_message = lambda *arguments: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(script, "DATA_URL", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+        monkeypatch.setattr(sources, "DATA_URL", f"http://127.0.0.1:{server.server_port}/{archive.name}")
         assert "sha256" in refused(*SMALL, "--epochs", 1, "--download")
         assert not Path("inputs/hymenoptera_data").exists()
-        monkeypatch.setattr(script, "DATA_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+        monkeypatch.setattr(sources, "DATA_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
         assert run(*SMALL, "--epochs", 1, "--download") == 0
         server.shutdown()
     assert run(*SMALL, "--epochs", 1, "--download", "--overwrite") == 0  # there already, no server needed
@@ -357,8 +367,8 @@ def test_more_classes_and_no_val_folder(capsys):
 
 
 def test_demo_runs_offline(monkeypatch):
-    fewer = functools.partial(script.write_demo, counts=(("train", 8), ("val", 4)), size=64)
-    monkeypatch.setattr(script, "write_demo", fewer)
+    fewer = functools.partial(sources.write_demo, counts=(("train", 8), ("val", 4)), size=64)
+    monkeypatch.setattr(sources, "write_demo", fewer)
     assert run("--demo", "--epochs", 1, "--img_size", 32, "--device", "cpu") == 0
     assert len(list(Path("inputs/two_classes/train/bees").glob("*.png"))) == 8
     assert Path("outputs/two_classes_resnet18/report.html").is_file()

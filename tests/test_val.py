@@ -1,6 +1,7 @@
 """val.py: its figures against a slow count of the written masks, its files, and what becomes of bad input."""
 
 import contextlib
+import html
 import io
 import re
 import shutil
@@ -36,9 +37,9 @@ def place(tmp_path_factory, one_thread):
     kept = folder / "outputs" / "two" / "predict" / "mine.png"
     kept.parent.mkdir(parents=True)
     kept.write_text("not val's")
-    stale = folder / "outputs" / "two" / "3" / "stale.png"
-    stale.parent.mkdir()
-    stale.write_text("of an earlier run")
+    (folder / "outputs" / "two" / "2024").mkdir()
+    (folder / "outputs" / "two" / "0").mkdir()
+    (folder / "outputs" / "two" / "0" / "corrected.tif").write_text("not val's either")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         call(patch, train, TRAIN, "--dataset two --num_classes 2 --deep_supervision True --name two")
@@ -91,7 +92,7 @@ def test_every_figure_is_that_of_the_written_masks(place):
         pooled.append([iou, dice, *np.mean(images, axis=0), iou, miou])
         for i, both in zip(ids, images, strict=True):
             per_image[i].append(both)
-    table, _, rest = said.partition("last epoch")
+    table, _, rest = said[said.index("best epoch") :].partition("last epoch")
     classes = re.search(r"each class.*\nclass .*\n0 +(.*)\n1 +(.*)\n", rest)
     for line, expected in zip(classes.groups(), pooled, strict=True):
         assert [float(value) for value in line.split()][:6] == pytest.approx(expected, abs=5.1e-5)
@@ -107,18 +108,24 @@ def test_every_figure_is_that_of_the_written_masks(place):
     assert log.val_iou.max() == pytest.approx(np.mean(pooled, axis=0)[0], abs=1e-9)
 
 
-def test_the_headline_has_its_interval_and_every_metric_its_definition(place):
+def test_the_headline_has_its_interval_and_every_metric_its_definition(place, go):
     said = place[1]
     iou, low, high = map(float, re.search(r"IoU (\S+) \((\S+) to (\S+), 95 % bootstrap", said).groups())
     assert 0 < low < iou < high < 1
     assert all(heading in said for heading in val.HEADINGS.values()) and "outputs/two/report.html" in said
+    assert said.split("\n")[1].startswith("IoU ")  # before the tables
+    assert "two-class mIoU: " not in said and "--explain" in said
+    definitions = go("--name two --explain").out
+    page = (place[0] / "outputs" / "two" / "report.html").read_text()
+    assert all(text in definitions and text in html.unescape(page) for text in val.DEFINITIONS.values())
 
 
 def test_earlier_output_is_replaced_and_nothing_else(place):
     output = place[0] / "outputs" / "two"
     written = ["0", "1", "examples.png", "metrics.csv", "report.html"]
-    assert sorted(path.name for path in output.iterdir()) == sorted([*written, "predict"])
+    assert sorted(path.name for path in output.iterdir()) == sorted([*written, "2024", "predict"])
     assert (output / "predict" / "mine.png").read_text() == "not val's"
+    assert (output / "0" / "corrected.tif").read_text() == "not val's either"
 
 
 def test_the_report_asks_the_network_for_nothing_and_names_the_classes(place):
@@ -140,12 +147,19 @@ def test_no_figure_depends_on_the_batch_size(go):
 
 
 def test_newest_run_other_data_and_splits(go, place):
+    def own():
+        return {path: path.read_bytes() for path in Path("outputs/one").glob("*") if path.is_file()}
+
     assert go().out.startswith("models/one: one, validation images of the run, 2 images")
+    before = own()
     assert go("--dataset other").out.startswith("models/one: other, images of the folder, 3 images")
     ids = [f"img{k:02d}" for k in range(6)]
     Path("mine.yml").write_text(yaml.safe_dump({"train": ids[:2], "val": ids[2:3], "test": ids[3:]}))
     assert go("--split mine.yml").out.startswith("models/one: one, test ids of mine.yml, 3 images")
-    assert sorted(path.stem for path in Path("outputs/one/0").iterdir()) == ids[3:]
+    for folder, expected in (("dataset_other", ids[:3]), ("split_mine", ids[3:])):
+        assert sorted(path.stem for path in Path("outputs/one", folder, "0").iterdir()) == expected
+        assert (Path("outputs/one") / folder / "report.html").is_file()
+    assert before and own() == before
 
 
 def test_warns_when_the_data_have_changed(go):
@@ -212,6 +226,7 @@ def test_images_with_and_without_a_twin_are_scored_apart(go):
 
         one, two = pooled([first]), pooled(others)
         assert f"IoU {one:.4f} on the 1 images with a look-alike in training, {two:.4f} on the 2 others" in said
+        assert said.split("\n")[2] in Path("outputs/two/report.html").read_text()
         path.write_text(yaml.safe_dump({**split, "twins": none}))
         assert "look-alike" not in go("--name two --amp off").out
     finally:
@@ -260,8 +275,12 @@ def test_refuses_spoilt_weights_and_what_is_not_there(go):
         ("--name nope", "the runs are: one, two"),
         ("--name a/b", "plain name"),
         ("--name ..", "plain name"),
-        ("--name one --dataset nope", "no such folder"),
-        ("--name two --dataset one", "masks/1"),
+        ("--name one --dataset nope", "no such folder in inputs/; the data sets are: one, other, two; "),
+        ("--name two --dataset one", r"inputs/one/masks has 1 class folder\(s\), but models/two predicts 2 class"),
+        (
+            "--name one --dataset inputs/two",
+            r"inputs/two/masks has 2 class folder\(s\), but models/one predicts 1 class",
+        ),
         ("--name one --split nope.yml", "no such file"),
         ("--name one --split models/one/split.yml", "no `test:` ids"),
     ):

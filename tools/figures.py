@@ -10,18 +10,31 @@ of several runs (SPEED.md).
 
 from pathlib import Path
 
+from common.cli import Parser, answer_early, parse_options, run_script
+
+
+def build_parser():
+    parser = Parser(description=__doc__)
+    parser.add_argument("--name", help="models/<name>, trained with deep supervision; default: the newest run")
+    parser.add_argument("--image", help="an id of its data set; default: its first validation image")
+    parser.add_argument("--curves", nargs="+", metavar="NAME", help="draw the logs of these runs, and nothing else")
+    return parser
+
+
+answer_early(__name__, build_parser)  # the imports below take seconds
+
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from archs import DEPTH, NestedUNet
-from common.cli import Parser, parse_options, run_script
 from common.files import read_yaml
 from common.images import read_picture, standardise, to_channels, write_png
 from common.report import BLUE, GREEN, ORANGE, PURPLE, SKY
 from common.runs import newest_run, run_folder
 from common.synthetic import nuclei
+from data_folder import find_file
 from inference import load_trained
 from utils import count_params
 
@@ -31,14 +44,6 @@ OF_ENCODER = tuple(channel / 255 for channel in PURPLE)  # arrows
 IMAGE = (-0.35, -1.35)  # where the image stands that an encoder reads
 SIDE = 96
 PICTURE = 13  # the seed of the README's picture to try
-
-
-def build_parser():
-    parser = Parser(description=__doc__)
-    parser.add_argument("--name", help="models/<name>, trained with deep supervision; default: the newest run")
-    parser.add_argument("--image", help="an id of its data set; default: its first validation image")
-    parser.add_argument("--curves", nargs="+", metavar="NAME", help="draw the logs of these runs, and nothing else")
-    return parser
 
 
 def colour(level, light=0.0):
@@ -130,7 +135,7 @@ def draw_features(path, name, img_id):
     """An image, the probabilities of the heads, and of each node the channel that resembles the deepest of them."""
     model, config = load_trained(name, torch.device("cpu"), level="mean")
     img_id = img_id or read_yaml(run_folder(name) / "split.yml")["val"][0]
-    source = Path("inputs") / config["dataset"] / "images" / f"{img_id}{config['img_ext']}"
+    source = find_file(Path("inputs") / config["dataset"] / "images", img_id, config["img_ext"])
     image = to_channels(read_picture(source), config["input_channels"])
     batch = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
     with torch.inference_mode():

@@ -12,6 +12,22 @@ bootstrap over images of the pooled IoU of all seeds together.
 import statistics
 from pathlib import Path
 
+from common.cli import Parser, answer_early, parse_options, run_script
+
+
+def build_parser():
+    parser = Parser(description=__doc__)
+    a = parser.add_argument
+    a("names", nargs="+", metavar="NAME", help="runs: models/<NAME>")
+    a("--each", action="store_true", help="print one row per run instead of one for all")
+    a("--tta", action="store_true", help="average the eight flips and turns")
+    a("--head", help="L1, L2, L3, L4 or mean; default: the deepest")
+    a("--worst", type=Path, metavar="FILE", help="draw the images with most wrong pixels instead")
+    return parser
+
+
+answer_early(__name__, build_parser)  # the imports below take seconds
+
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -19,7 +35,6 @@ from PIL import Image
 import train
 import val
 from common import report
-from common.cli import Parser, parse_options, run_script
 from common.devices import keep_memory
 from common.files import read_yaml
 from common.runs import run_folder
@@ -35,17 +50,6 @@ OTHERS = {  # definitions beside the pooled IoU, and their headings
     "miou_ten": "mIoU10",
 }
 SHOWN, SIDE = 12, 96  # images of --worst, and pixels of each
-
-
-def build_parser():
-    parser = Parser(description=__doc__)
-    a = parser.add_argument
-    a("names", nargs="+", metavar="NAME", help="runs: models/<NAME>")
-    a("--each", action="store_true", help="print one row per run instead of one for all")
-    a("--tta", action="store_true", help="average the eight flips and turns")
-    a("--head", help="L1, L2, L3, L4 or mean; default: the deepest")
-    a("--worst", type=Path, metavar="FILE", help="draw the images with most wrong pixels instead")
-    return parser
 
 
 def command(config):

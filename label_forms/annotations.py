@@ -1,0 +1,204 @@
+"""Labels in JSON: COCO (polygons and run lengths, one file for all pictures) and LabelMe (one file per picture).
+
+from label_forms.annotations import find_json, run_lengths
+
+mask = run_lengths({"size": [2, 3], "counts": [1, 2, 3]}, (2, 3))     # [[0, 1, 0], [1, 0, 0]] as bool
+"""
+
+import base64
+import json
+import math
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from common.images import decode, foreground
+from label_forms.outlines import decode_run_lengths, draw, ellipse, rectangle
+from label_forms.pairing import pair
+from label_forms.source import Piece, Source, cut, load, unite
+from labels import MAX_OBJECTS
+
+MAX_JSON_BYTES = 2**27  # Python needs up to twenty-five times as much memory
+
+
+def find_json(pictures, labels):
+    """A .json file, or a folder of them -> [Source] of the form "coco" or "labelme", [] if there is neither."""
+    files = sorted(labels.glob("*.json")) if labels.is_dir() else [labels]
+    for path in files:
+        if path.suffix.lower() != ".json":
+            continue
+        try:
+            content = read_json(path)
+        except ValueError:
+            if len(files) == 1:
+                raise
+            continue
+        if not isinstance(content, dict):
+            continue
+        if "images" in content and "annotations" in content:
+            source = coco_source(path, content, pictures)
+            if len(files) > 1:
+                source.notes.append(f"not read: {len(files) - 1} other .json files in {labels}")
+            return [source]
+        if "shapes" in content:
+            return [labelme_source(files, pictures)]
+    return []
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def read_json(path):
+    """The content of a JSON file. ValueError, naming it, when it is damaged, too large or nested without end."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, more than {MAX_JSON_BYTES:,}; split it into several data sets")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def check_size(found, shape, name):
+    """ValueError unless (width, height) in a JSON file are the picture's; None stands for what it does not say."""
+    for value, expected in zip(found, shape[::-1], strict=True):
+        if value is not None and value != expected:
+            raise ValueError(f"{name} says {found[0]} x {found[1]} pixels, the picture has {shape[1]} x {shape[0]}")
+
+
+# ---------------------------------------------------------------- COCO
+
+
+def read_coco(item, shape):
+    """(entry of "images", [(class, annotation), ...]) -> yields the Piece of each annotation."""
+    image, annotations = item
+    check_size((image.get("width"), image.get("height")), shape, "the JSON file")
+    if len(annotations) > MAX_OBJECTS:
+        raise ValueError(f"{len(annotations):,} objects, more than {MAX_OBJECTS:,}")
+    for name, annotation in annotations:
+        yield _coco_piece(name, annotation, shape)
+
+
+def _coco_piece(name, annotation, shape):
+    try:
+        segmentation = annotation["segmentation"]
+        if isinstance(segmentation, dict):
+            piece = cut(name, run_lengths(segmentation, shape))
+        else:
+            piece = draw(name, segmentation, shape)
+    except (TypeError, KeyError, OverflowError, ValueError) as error:
+        raise ValueError(f"annotation {annotation.get('id')}: {error}") from None
+    return piece and piece._replace(single=not annotation.get("iscrowd"))
+
+
+def run_lengths(segmentation, shape):
+    """COCO's {"size": [height, width], "counts": numbers or their compressed text} -> (H, W) bool.
+
+    Runs go down the columns and begin with background. pycocotools reads past the end of a damaged text and leaves
+    pixels of too few runs unset, so the text is checked before, and encoded again, after it is decoded.
+    """
+    counts, damaged = segmentation["counts"], ValueError("run lengths do not fill the picture")
+    check_size(segmentation["size"][::-1], shape, "the annotation")
+    if isinstance(counts, list):
+        runs = np.asarray(counts, np.int64)
+        if runs.ndim != 1 or (runs < 0).any() or (runs > math.prod(shape)).any() or runs.sum() != math.prod(shape):
+            raise damaged
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape[::-1]).T
+    text = counts.encode() if isinstance(counts, str) else b""
+    if not text or not all(48 <= byte < 112 for byte in text) or (text[-1] - 48) & 32:  # 32: more is to follow
+        raise damaged
+    try:
+        mask = decode_run_lengths({"size": list(shape), "counts": text})
+    except ValueError:
+        raise damaged from None
+    if load("pycocotools.mask").encode(np.asfortranarray(mask, np.uint8))["counts"] != text:
+        raise damaged
+    return mask
+
+
+def coco_source(path, content, pictures):
+    """The content of a COCO file -> Source. Its images are the pictures of the same names, in whatever folder."""
+    entries, notes, boxes = {}, [], 0
+    try:
+        names = {category["id"]: str(category["name"]) for category in content["categories"]}
+        for image in content["images"]:
+            parts = PurePosixPath(str(image["file_name"]).replace("\\", "/")).parts
+            if not parts or ".." in parts:
+                raise ValueError(f"file_name {image['file_name']!r} leads out of the folder of pictures")
+            if image["id"] in entries:
+                raise ValueError(f"two images have the id {image['id']}")
+            entries[image["id"]] = (parts[-1], image, [])
+        for annotation in content["annotations"]:
+            image_id, category_id = annotation["image_id"], annotation["category_id"]
+            if image_id not in entries or category_id not in names:
+                raise ValueError(f"an annotation names image {image_id}, category {category_id}; one is not listed")
+            if annotation.get("segmentation"):
+                entries[image_id][2].append((names[category_id], annotation))
+            else:
+                boxes += 1
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not COCO as expected: {what}") from None
+    if boxes:
+        notes.append(f"not used: {boxes:,} annotations without an outline (boxes or key points)")
+    stems = {}
+    for name, image, annotations in entries.values():
+        other = stems.setdefault(PurePosixPath(name).stem, (image, annotations))
+        if other[0] is not image:
+            raise ValueError(f"{path} has two images named {name}; each picture needs a name of its own")
+    pairs = {img_id: stems[img_id] for img_id in pictures if img_id in stems}
+    total = sum(len(annotations) for _, annotations in pairs.values())
+    says = f"{path.name}, {total:,} annotations of {len(pairs):,} pictures"
+    return Source("coco", says, pairs, read_coco, sorted(stems.keys() - pairs.keys()), notes)
+
+
+# ---------------------------------------------------------------- LabelMe
+
+
+def labelme_source(files, pictures):
+    """LabelMe's files -> Source. A file belongs to the picture of its own name; its imagePath is not followed."""
+    pairs, alone = pair(pictures, files)
+    pairs = {img_id: next(iter(paths.values())) for img_id, paths in pairs.items()}
+    return Source("labelme", f"{len(files):,} .json files", pairs, read_labelme, [path.name for path in alone])
+
+
+def read_labelme(path, shape):
+    """A LabelMe file -> yields the Pieces of its objects. Entries of the same label and group_id are one object."""
+    content, objects = read_json(path), {}
+    try:
+        check_size((content.get("imageWidth"), content.get("imageHeight")), shape, path.name)
+        for number, entry in enumerate(content["shapes"]):
+            group = entry.get("group_id")
+            key = (str(entry["label"]), number if group is None else f"group {group}")
+            objects.setdefault(key, []).append(entry)
+        for (name, _), entries in objects.items():
+            yield unite((_labelme_piece(name, entry, shape) for entry in entries), shape)
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path.name} is not LabelMe as expected: {type(error).__name__}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def _labelme_piece(name, entry, shape):
+    """An entry of "shapes" -> its Piece, or None for a line or a point, which have no area."""
+    kind, points = entry.get("shape_type") or "polygon", entry["points"]
+    if kind == "mask":
+        return _labelme_mask(name, entry, shape)
+    if kind in ("polygon", "oriented_rectangle"):
+        return draw(name, [points], shape)
+    if kind == "rectangle":
+        (x, y), (other_x, other_y) = points
+        return draw(name, [rectangle(x, y, other_x, other_y)], shape)
+    if kind == "circle":  # its centre and a point on it
+        (x, y), end = points
+        radius = math.dist((x, y), end)
+        return draw(name, [ellipse(x - radius, y - radius, x + radius, y + radius)], shape)
+    return None
+
+
+def _labelme_mask(name, entry, shape):
+    """An entry with a mask, a PNG within a box whose corners are pixels -> its Piece."""
+    left, top = (int(value) for value in entry["points"][0])
+    mask = foreground(decode(base64.b64decode(entry["mask"]), math.prod(shape)))
+    if left < 0 or top < 0 or top + mask.shape[0] > shape[0] or left + mask.shape[1] > shape[1]:
+        raise ValueError(f"a mask of {mask.shape[1]} x {mask.shape[0]} at ({left}, {top}) leads out of the picture")
+    return Piece(name, top, left, mask)

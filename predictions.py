@@ -1,0 +1,225 @@
+"""What predict.py leaves in a folder: masks, outlines, and tables that keep the rows of earlier calls.
+
+    names = output_names(files, earlier={"a": "scans/a.png"})
+    results = Results(Path("outputs/run1/predict"), names, settings="models/run1 L4, threshold 0.5")
+    with results.kept(count=len(files)):
+        results.add(picture, probabilities)
+
+A file is replaced when a result has its name; nothing else in the folder is touched.
+"""
+
+import collections
+import contextlib
+import itertools
+import math
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from common import report
+from common.cli import in_one_line
+from common.files import atomic_path, is_plain_name
+from common.images import read_picture, squeeze, write_png
+from common.tables import merge_table, read_table
+
+OBJECT_COLUMNS = ("image", "class", "object", "area", "centroid_x", "centroid_y", "left", "top", "width", "height")
+ON_PAGE, PAGE_SIDE = 200, 640  # pictures of a page, and pixels of their longer side
+SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most
+
+
+# ---------------------------------------------------------------- names, and what an earlier call left
+
+
+def output_names(files, earlier=()):
+    """{file: the beginning of the names of its results}, all different even where case makes no difference.
+
+    It is the stem; <folder>_<stem> where several files share the stem; with _2, _3 ... where that is not enough.
+    earlier: {name: path} of the pictures that have results already. They keep their names, and no other gets them.
+    """
+    earlier = dict(earlier)
+    kept = {Path(path).resolve(): name for name, path in earlier.items()}
+    names = {file: kept[file.resolve()] for file in files if file.resolve() in kept}
+    taken = {name.casefold() for name in earlier}
+    stems = collections.Counter(path.stem.casefold() for path in files)
+    stems.update(name for name in taken)  # taken by a picture of an earlier call
+    new = [file for file in files if file not in names]
+    for path in sorted(new, key=lambda path: stems[path.stem.casefold()] > 1):  # those that keep their stem first
+        name = path.stem if stems[path.stem.casefold()] == 1 else f"{path.absolute().parent.name}_{path.stem}"
+        name = name.encode(errors="surrogateescape")[:200].decode(errors="ignore")  # names of files end at 255 bytes
+        candidates = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2)))
+        names[path] = next(candidate for candidate in candidates if candidate.casefold() not in taken)
+        taken.add(names[path].casefold())
+    return names
+
+
+def earlier_results(folder):
+    """{name: row of images.csv} of the pictures that a folder has results of; ValueError when a table is damaged."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; the results need a folder")
+    next(read_table(folder / "objects.csv", "image"), None)  # better refused now than after the work
+    rows = {row["image"]: row for row in read_table(folder / "images.csv", "image")}
+    for name, row in rows.items():
+        if not is_plain_name(name) or not row.get("path"):
+            raise ValueError(f"{folder / 'images.csv'} is damaged: it has {name!r} without a usable name and path")
+    return rows
+
+
+def is_done(folder, row, settings):
+    """Whether a row of images.csv, or None, is of a picture whose results are there, made with the same settings."""
+    return bool(row) and row.get("settings") == settings and (folder / f"{row['image']}_overlay.png").is_file()
+
+
+# ---------------------------------------------------------------- pictures and tables
+
+
+def draw_outlines(image, masks):
+    """(H, W, C) uint8, a boolean (H, W) per class -> (H, W, 3) uint8: the image, brightened, with the masks' edges."""
+    drawn = report.brighten(image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2))
+    width = 3 if max(image.shape) < 512 else 5  # lines of 1 pixel, or 2
+    for mask, colour in zip(masks, itertools.cycle(report.PALETTE), strict=False):
+        inner = cv2.erode(mask.view(np.uint8), np.ones((width, width), np.uint8))
+        drawn[mask & (inner == 0)] = colour
+    return drawn
+
+
+def object_rows(name, k, mask):
+    """A boolean (H, W) mask of class k -> a row of objects.csv for each of its connected regions (8 neighbours)."""
+    count, _, boxes, centroids = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    rows = []
+    for index in range(1, count):  # 0 is the background
+        left, top, width, height, area = boxes[index].tolist()
+        x, y = (round(value, 2) for value in centroids[index].tolist())
+        values = (name, k, index, area, x, y, left, top, width, height)
+        rows.append(dict(zip(OBJECT_COLUMNS, values, strict=True)))
+    return rows
+
+
+class Results:
+    """The results of one call, written to `folder` picture by picture.
+
+    names: see output_names. settings: text that tells what the results depend on; a column of images.csv. threshold:
+    the mask is where the probability is above it. probability: whether to write the probabilities, too.
+    `images` holds this call's rows of images.csv, `objects` the rows of objects.csv that are not yet in the file, and
+    `saved` the number of pictures whose rows are.
+    """
+
+    def __init__(self, folder, names, settings, threshold=0.5, probability=False):
+        self.folder, self.names, self.settings = folder, names, settings
+        self.threshold, self.probability = threshold, probability
+        self.images, self.objects, self.saved, self.saved_at = [], [], 0, time.monotonic()
+
+    def add(self, picture, probabilities):
+        """Write the results of a predict.Picture. probabilities: (num_classes, h, w) uint16 of picture.small."""
+        started = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name, (height, width) = self.names[picture.path], picture.image.shape[:2]
+        masks, columns, objects = [], {}, []
+        for k, plane in enumerate(probabilities):
+            ending = f"_{k}" if len(probabilities) > 1 else ""
+            plane = squeeze(plane, (height, width))
+            mask = plane > self.threshold * 65535
+            if self.probability:
+                self.write_picture(f"{name}_probability{ending}.png", plane)
+            self.write_picture(f"{name}_mask{ending}.png", mask.view(np.uint8) * 255)
+            found, area = object_rows(name, k, mask), int(mask.sum())
+            columns[f"pixels{ending}"] = area
+            columns[f"fraction{ending}"] = area / mask.size
+            columns[f"objects{ending}"] = len(found)
+            objects += found
+            masks.append(mask)
+        self.write_picture(f"{name}_overlay.png", draw_outlines(picture.image, masks))
+        seconds = round(picture.seconds + time.perf_counter() - started, 4)
+        scale = round(math.sqrt(picture.small.size / picture.image.size), 4)
+        about = {"image": name, "path": picture.path, "width": width, "height": height}
+        how = {"mode": "tile" if picture.tiled else "resize", "scale": scale}
+        self.images.append({**about, **how, **columns, "seconds": seconds, "settings": self.settings})
+        self.objects += objects
+        if time.monotonic() - self.saved_at > SAVE_SECONDS:
+            self.write_tables()
+
+    def write_picture(self, name, array):
+        with atomic_path(self.folder / name) as temporary:
+            write_png(temporary, array)
+
+    def write_tables(self):
+        """Bring images.csv and objects.csv up to date."""
+        names = [row["image"] for row in self.images]
+        if len(names) > self.saved:
+            new = set(names[self.saved :])
+            merge_table(self.folder / "objects.csv", OBJECT_COLUMNS, self.objects, "image", replaced=new)
+            merge_table(self.folder / "images.csv", self.images[0], self.images, "image", replaced=set(names))
+            self.saved, self.objects = len(names), []
+        self.saved_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def kept(self, count):
+        """A block at whose end the tables are written. One that is interrupted says how many of `count` are done."""
+        try:
+            yield
+            self.write_tables()
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                self.write_tables()
+            done = f"{self.saved} of {count} pictures are done; to go on, repeat the command with --resume"
+            if isinstance(error, OSError):
+                raise OSError(f"{in_one_line(error)}; {done}") from None
+            if isinstance(error, KeyboardInterrupt):
+                print(f"\n{done}")
+            raise
+
+    def about(self):
+        """One line on this call: how many pictures and objects, how they were seen, and how long a picture took."""
+        count = len(self.images)
+        objects = sum(value for row in self.images for key, value in row.items() if key.startswith("objects"))
+        tiled = sum(row["mode"] == "tile" for row in self.images)
+        modes = f"{count - tiled} resized, {tiled} in tiles"
+        if tiled in (0, count):
+            modes = "in tiles" if tiled else "resized"
+        scales = sorted({f"{row['scale']:.3g}" for row in self.images}, key=float)
+        scale = f"scale {scales[0]}" + (f" to {scales[-1]}" if len(scales) > 1 else "")
+        seconds = sum(row["seconds"] for row in self.images) / count
+        pictures = "1 picture" if count == 1 else f"{count:,} pictures"
+        return f"{pictures}, {objects:,} objects; {modes}, {scale}; {seconds:.2f} s per picture"
+
+    def suspicions(self):
+        """Warnings about pictures with nothing but background or nothing but foreground: [(words, names), ...]."""
+        said = {"no foreground": [], "nothing but foreground": []}
+        for row in self.images:
+            fractions = [value for key, value in row.items() if key.startswith("fraction")]
+            if not any(fractions):
+                said["no foreground"].append(row["image"])
+            elif 1 in fractions:
+                said["nothing but foreground"].append(row["image"])
+        return [(words, names) for words, names in said.items() if names]
+
+
+# ---------------------------------------------------------------- a page to look at
+
+
+def write_page(folder, subtitle):
+    """Write <folder>/report.html: the outlines of the pictures in images.csv, those of earlier calls, too."""
+    rows = list(earlier_results(folder).values())
+    items = []
+    for row in rows[:ON_PAGE]:
+        path = folder / f"{row['image']}_overlay.png"
+        if path.is_file():
+            items.append(_card(row, read_picture(path, 2**30)))
+    keys = items[0]["values"] if items else ()
+    note = f"The first {ON_PAGE} of {len(rows)} pictures." if len(rows) > ON_PAGE else ""
+    sections = [("Pictures", report.gallery(items, list(keys), note))]
+    report.write_page(folder / "report.html", f"{len(rows)} pictures", sections, subtitle)
+
+
+def _card(row, overlay):
+    """A row of images.csv and its overlay, (H, W, 3) uint8 -> an item of report.gallery."""
+    height, width = overlay.shape[:2]
+    shrink = min(1, PAGE_SIDE / max(height, width))
+    overlay = squeeze(overlay, (max(1, round(height * shrink)), max(1, round(width * shrink))))
+    values = {}
+    for key, text in row.items():
+        if key.startswith(("objects", "fraction")):
+            with contextlib.suppress(TypeError, ValueError):  # a table may have been edited
+                values[key] = float(text) if key.startswith("fraction") else int(text)
+    return {"title": row["image"], "panels": [("outlines", overlay)], "values": values}

@@ -123,7 +123,7 @@ def draw_precision(rows, key, path):
         look = {"color": [channel / 255 for channel in colours[k % len(colours)]], "linewidth": 1.5, "markersize": 4}
         if row[key] == "all":
             look.update(color="black", linewidth=2.5)
-        label = f"{row[key]}: {row['official']:.3f} ({row['images']} images)"
+        label = f"{row[key]}: {row['official']:.3f} (n = {row['images']})"
         axis.plot(thresholds, [row[column] for column in PRECISION], "o-", label=label, **look)
     axis.set_xticks(thresholds, PRECISION.values(), fontsize=8)
     axis.set_ylim(0, 1)

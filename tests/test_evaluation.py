@@ -91,10 +91,10 @@ def test_the_figure(judged, tmp_path, monkeypatch):
     rows = rows_by(judged, "kind")
     draw_precision(rows, "kind", tmp_path / "precision.png")
     (axis,) = figures[0].axes
-    assert [line.get_ydata() for line in axis.lines] == [[row[key] for key in PRECISION] for row in rows]
+    assert [list(line.get_ydata()) for line in axis.lines] == [[row[key] for key in PRECISION] for row in rows]
     assert axis.lines[0].get_xdata().tolist() == pytest.approx(np.linspace(0.5, 0.95, 10).tolist())
     words = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert words == ["dark: 0.750 (2 images)", "bright: 0.000 (1 images)", "all: 0.500 (3 images)"]
+    assert words == ["dark: 0.750 (n = 2)", "bright: 0.000 (n = 1)", "all: 0.500 (n = 3)"]
     assert [path.name for path in tmp_path.iterdir()] == ["precision.png"]
 
 

@@ -21,7 +21,7 @@ HOUSE = (
     {"utils"},
     {name for name in MODULES if name.startswith("common.")},
     {"losses", "metrics", "instances", "objects", "augmentation", "encoders", "data_folder"},
-    {"archs", "labels", "object_files", "blocks", "scale_search"},
+    {"archs", "labels", "object_files", "blocks", "scale_search", "evaluation"},
     {"dataset", "dsb2018", *(name for name in MODULES if name.startswith(("classification.", "label_forms.")))},
     {"engine"},
     {"inference", "levels", "predictions", "training_data"},

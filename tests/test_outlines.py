@@ -23,7 +23,7 @@ SQUARES = drawn("....... .11122. .11122. .111... 3......")
 
 
 def test_edges_by_hand():
-    assert shown(edges(SQUARES)) == ".#####. ####### ##.#### #####.. ####..."
+    assert shown(edges(SQUARES)) == ".#####. ####### ##.#### ######. ####..."
     assert shown(edges(SQUARES) & (SQUARES > 0)) == "....... .#####. .#.###. .###... #......"
     assert shown(edges(drawn("1111111"), 2)) == "......."  # the border of the picture is no edge
     assert shown(edges(drawn("111111.."), 2)) == "....####"

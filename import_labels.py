@@ -251,7 +251,7 @@ def main():
     output, sheet = Path("inputs", options.name), Path("outputs", options.name, "labels.png")
 
     def may_write():
-        check_place(output, "dataset.yml", options.overwrite)
+        check_place(output, "dataset.yml", options.overwrite, "--name")
 
     if not options.check:
         may_write()  # before everything is read

@@ -12,8 +12,9 @@ is a picture, <stem>_p000, <stem>_p001 ..., unless --page takes one. A microscop
 For each picture outputs/<name>/predict/ gets <stem>_mask.png (0 and 255; with several classes <stem>_mask_0.png ...),
 <stem>_overlay.png (outlines) and, with --probability, <stem>_probability.png (16 bits, 65535 = 1; the mask is where it
 is above the threshold). A stem that several pictures share is prefixed with the name of their folder, and numbered
-where that is not enough. images.csv has one row per picture; objects.csv one row per connected region (8 neighbours):
-area, centroid and box in pixels counted from 0.
+where that is not enough. images.csv has one row per picture, with the size of a pixel
+where a TIFF tells it; objects.csv one row per connected region (8 neighbours): area, centroid and box in pixels counted
+from 0.
 
 A second call adds to the folder and to the tables. It replaces the results of the same pictures, and nothing else. A
 call that was stopped goes on with --resume.
@@ -178,8 +179,9 @@ def predict_all(predictor, files, results, options, failed):
         for pictures in read_batches(files, options, predictor.config, failed):
             started = time.perf_counter()
             found = predict_tiled(predictor, np.stack([picture.small for picture in pictures]), options.batch_size)
+            each = (time.perf_counter() - started) / len(pictures)
             for picture, probabilities in zip(pictures, found, strict=True):
-                picture.seconds += (time.perf_counter() - started) / len(pictures)
+                picture.seconds += each
                 results.add(picture, probabilities)
             bar.update(len(pictures))
 

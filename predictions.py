@@ -23,6 +23,7 @@ from common.cli import in_one_line
 from common.files import atomic_path, is_plain_name
 from common.images import read_picture, squeeze, write_png
 from common.tables import merge_table, read_table
+from common.tiff import pixel_size
 
 OBJECT_COLUMNS = ("image", "class", "object", "area", "centroid_x", "centroid_y", "left", "top", "width", "height")
 ON_PAGE, PAGE_SIDE = 200, 640  # pictures of a page, and pixels of their longer side
@@ -64,6 +65,15 @@ def earlier_results(folder):
         if not is_plain_name(name) or not row.get("path"):
             raise ValueError(f"{folder / 'images.csv'} is damaged: it has {name!r} without a usable name and path")
     return rows
+
+
+def um_per_pixel(picture):
+    """The side of a pixel in µm, as the tags of a TIFF tell it, of a path or a common.images.Page; "" when unknown."""
+    try:
+        size = pixel_size(getattr(picture, "path", picture))
+    except OSError:  # the file has gone
+        size = None
+    return round(size, 6) if size else ""
 
 
 def is_done(folder, row, settings):
@@ -133,6 +143,7 @@ class Results:
         seconds = round(picture.seconds + time.perf_counter() - started, 4)
         scale = round(math.sqrt(picture.small.size / picture.image.size), 4)
         about = {"image": name, "path": picture.path, "width": width, "height": height}
+        about["um_per_pixel"] = um_per_pixel(picture.path)
         how = {"mode": "tile" if picture.tiled else "resize", "scale": scale}
         self.images.append({**about, **how, **columns, "seconds": seconds, "settings": self.settings})
         self.objects += objects

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from common.cli import Parser, number, parse_options, run_script
 from common.download import check_zip, fetch
-from common.files import new_folder, write_yaml
+from common.files import check_place, new_folder, write_yaml
 from common.images import quieten_opencv, squeeze, squeeze_mask, write_png
 from common.synthetic import nuclei
 from dsb2018 import TEST, Sample, Truth, apply_fixes, find_samples, list_zip, read_solution
@@ -151,16 +151,6 @@ def default_output(options, size):
     elif options.solution:
         name = "dsb2018_test"
     return Path("inputs") / (f"{name}_{size}" if size else name)
-
-
-def check_place(output, overwrite):
-    """FileExistsError if `output` may not be written. An earlier data set of this script may be, with overwrite."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / "dataset.yml").is_file():
-        raise FileExistsError(f"{output} exists and is not a data set of this script (no dataset.yml); choose --output")
-    if not overwrite:
-        raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another --output")
 
 
 def write_squares(folder, img_id, image, labels, size):
@@ -283,7 +273,7 @@ def main():
     native = options.native or (options.solution and "img_size" not in given)
     size = None if native else options.img_size
     output = options.output or default_output(options, size)
-    may_write = partial(check_place, output, options.overwrite)
+    may_write = partial(check_place, output, "dataset.yml", options.overwrite, "--output")
 
     may_write()  # before a download
     source = find_source(options)

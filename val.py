@@ -295,7 +295,7 @@ def compare_levels(predictor, loader, tables, dataset, output):
     rows, columns = levels.rows_of_levels(measured, tables), {**levels.COST_COLUMNS, **HEADINGS}
     sentence = levels.sufficient(rows)[1]
     about = levels.NOTE.format(batch=len(images), device=device_name(predictor.device))
-    if dataset.startswith(levels.PAPER_DATA):
+    if dataset.startswith(levels.PAPER_DATA) and not predictor.trained.encoder:  # the paper has no such network
         columns.update(levels.PAPER_COLUMNS)
         about += f" {levels.PAPER_NOTE}"
     print(f"\nlevels: {about}")

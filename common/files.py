@@ -78,17 +78,20 @@ def new_folder(output, check=None):
         raise OSError(f"{output} was not written: {error.strerror or error}{missing}") from None
 
 
-def check_place(output, mark, overwrite):
+def check_place(output, mark, overwrite, option):
     """FileExistsError if the folder `output` may not be written: it holds something that is not to be replaced.
 
     mark: a file that the script writes into its results. Only a folder that has it may be replaced, with overwrite.
+    option: the one that names another folder.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / mark).is_file():
-        raise FileExistsError(f"{output} exists and is not a result of this script (no {mark}); choose another name")
+        raise FileExistsError(
+            f"{output} exists and is not a data set of this script (no {mark}); choose another {option}"
+        )
     if not overwrite:
-        raise FileExistsError(f"{output} exists; give --overwrite to replace it, or choose another name")
+        raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another {option}")
 
 
 def _replace(target, new, old):

@@ -4,6 +4,7 @@ What every network must do (sizes, levels, folding, saving) is tested in test_ar
 """
 
 import importlib
+import shutil
 import sys
 
 import pytest
@@ -239,10 +240,12 @@ def test_rates_of_random_and_given_weights(go, place):
 
 def test_every_later_stage_of_a_run(go, place, capsys):
     """val, predict, export and starting weights on a run with an encoder, and a cut run of it."""
-    go(val, "--name run --levels --device cpu")
+    shutil.copytree("inputs/tiny", "inputs/dsb2018_tiny")
+    go(val, "--name run --levels --device cpu --dataset dsb2018_tiny")
     model, printed = NestedUNet(deep_supervision=True, width=2, encoder="efficientnet_lite0"), capsys.readouterr().out
     for level in (1, 2, 3, 4):
         assert f"L{level} {count_params(model.prune(level)):>14,}" in printed
+    assert "paper" not in printed.lower()  # its figures are those of other networks
     go(predict, "inputs/tiny/images --name run --level 2 --mode tile --device cpu --amp off")
     go(export, "--name run --level 2 --run small")
     go(val, "--name small --device cpu")

@@ -174,14 +174,19 @@ def test_auto_takes_tiles_where_resizing_goes_too_far(shape, resize, tile):
     assert size("auto", scale=None) == (32, 48) and size("tile", scale=None) == shape
 
 
+METADATA = {"axes": "TCYX", "PhysicalSizeX": 325, "PhysicalSizeY": 325}
+METADATA |= {"PhysicalSizeXUnit": "nm", "PhysicalSizeYUnit": "nm"}
+
+
 def test_pages_and_channels(workplace, monkeypatch):
     """A time series of two channels: the mask of a page is that of the same plane as an 8-bit picture."""
     folder, _ = workplace
     out = folder / "outputs" / "tiny" / "predict"
     image = soft_picture()
     series = np.stack([np.stack([image[..., k], 255 - image[..., k]]) for k in range(3)])  # (T, C, Y, X)
-    tifffile.imwrite("series.tif", series, ome=True, metadata={"axes": "TCYX"}, photometric="minisblack")
+    tifffile.imwrite("series.tif", series, ome=True, metadata=METADATA, photometric="minisblack")
     assert call(monkeypatch, "series.tif", "--channels", "1", "--mode", "resize") == 0
+    assert {row["um_per_pixel"] for row in rows(out / "images.csv")} == {"0.325"}
     names = [f"series_p00{k}" for k in range(3)]
     assert [row["image"] for row in rows(out / "images.csv")] == names
     assert [row["path"] for row in rows(out / "images.csv")] == [f"series.tif, page {k}" for k in range(3)]
@@ -458,6 +463,7 @@ def test_tables_by_hand(tmp_path):
         "path": "in/cells.png",
         "width": "10",
         "height": "8",
+        "um_per_pixel": "",
         "mode": "tile",
         "scale": "1.0",
         "pixels": "10",

@@ -214,6 +214,8 @@ class Predictor:
         self.amp = pick_amp(amp, self.device)
         self.tta = tta
         self.trained, self.config = load_trained(self.name, self.device, which, level)
+        if self.config.get("target") == "instances":  # its maps are no classes, and its pictures need their scale
+            raise ValueError(f"models/{self.name} was trained with --target instances, which is not supported here yet")
         self.model = self.trained.folded()
         self.head_names = [*self.model.head_names, "mean"] if len(self.model.head_names) > 1 else self.model.head_names
         self.head = self.head_names[-1]

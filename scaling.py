@@ -63,9 +63,9 @@ def median_diameter(labels):
 def resize_labels(labels, size):
     """Label map (H, W) -> (*size,) of the same dtype; size = (height, width).
 
-    Each new pixel takes the label with the largest share in the bilinear interpolation of the labels' masks. On 100
-    images of the Data Science Bowl, true nuclei scaled to a median diameter of 22 pixels and back score 0.980 by the
-    official measure, and 0.970 with the nearest pixel.
+    Each new pixel takes the label with the largest share in the bilinear interpolation of the labels' masks. On every
+    sixth image of stage1_train (up to 600 rows), true nuclei scaled to a median diameter of 22 pixels and back score
+    0.980 by the official measure, and 0.970 with the nearest pixel.
     """
     (tops, bottoms, lower), (lefts, rights, right) = map(_neighbours, labels.shape, size)
     rows = ((tops, 1 - lower), (bottoms, lower))

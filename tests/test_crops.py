@@ -23,6 +23,7 @@ from common.cli import parse_options
 from common.loaders import set_epoch
 from crops import VIEW, Crops, NucleiDataset, build_crops, line
 from dataset import make_loader
+from inference import Predictor
 from instances import DEFAULTS, areas, targets
 from scaling import median_diameter, stretch, stretch_limits
 
@@ -323,6 +324,8 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(cells, monkeypatch, capsys):
     for part in ("model", "ema"):
         one, other = (weights(name, "last.pth")[part] for name in ("whole", "parts"))
         assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(ValueError, match="models/whole was trained with --target instances"):
+        Predictor("whole", device="cpu")
     call(monkeypatch, train, "--config models/whole/config.yml --name again")  # its config is a recipe
     assert log("whole").equals(log("again"))
 

@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: demo results-quick test test-slow test-versions lint clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.ready: requirements.txt requirements-onnx.txt requirements-encoders.txt requirements-import.txt requirements-dev.txt
+$(VENV)/.ready: $(wildcard requirements*.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -109,7 +109,7 @@ class Item(NamedTuple):
     """The files of one id, decoded, before augmentation."""
 
     image: np.ndarray  # (H, W, C) uint8
-    mask: np.ndarray  # (H, W, num_classes) uint8 of 0 and 1; in crops.py labels, (H, W, 1)
+    mask: np.ndarray  # (H, W, num_classes) uint8 of 0 and 1; in nuclei/crops.py labels, (H, W, 1)
     digest: bytes  # of the id and the bytes of its files
     size: tuple  # (height, width) in the file
     two_valued: bool  # is the image black and white, like a mask?

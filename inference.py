@@ -33,6 +33,7 @@ TEXTS = ("arch", "dataset", "img_ext", "mask_ext", "loss")  # values of config.y
 DEEPEST_LEVEL = "4"  # what a network without deep supervision answers with, X^{0,4}
 LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
 TILE, OVERLAP = 256, 64  # pixels that the network sees
+TILE_OF_NUCLEI = 512  # for --target instances, whose pictures keep about their own size: whole, where they fit
 MULTIPLE = 16  # what a network pads to, or twice that; tiles that begin on it see the pixels pooled as the whole does
 
 
@@ -53,7 +54,7 @@ def read_config(folder):
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
     levels = (1, 4) if config["deep_supervision"] is True else (4, 4)
-    scale, of_nuclei = config.get("scale", 1), config.get("target", "masks") == "instances"
+    scale, of_nuclei = config.get("scale", 1), is_of_nuclei(config)
     fits = {key: isinstance(config[key], str) for key in TEXTS}
     fits.update({key: is_within(config[key], bounds) for key, bounds in BOUNDS.items()})
     fits["width"] = fits["width"] or (config["width"] is None and config.get("encoder", "none") != "none")
@@ -77,6 +78,11 @@ def read_config(folder):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return config
+
+
+def is_of_nuclei(config):
+    """Whether a run answers with the maps of individual nuclei (--target instances), not with classes."""
+    return config.get("target", "masks") == "instances"
 
 
 def is_within(value, bounds):
@@ -214,8 +220,6 @@ class Predictor:
         self.amp = pick_amp(amp, self.device)
         self.tta = tta
         self.trained, self.config = load_trained(self.name, self.device, which, level)
-        if self.config.get("target") == "instances":  # its maps are no classes, and its pictures need their scale
-            raise ValueError(f"models/{self.name} was trained with --target instances, which is not supported here yet")
         self.model = self.trained.folded()
         self.head_names = [*self.model.head_names, "mean"] if len(self.model.head_names) > 1 else self.model.head_names
         self.head = self.head_names[-1]
@@ -313,9 +317,9 @@ def multiple_of(config):
 
 
 def tile_size(config):
-    """(height, width) of the tiles for a run: 256, or its trained size where that is larger, padded as it pads."""
-    multiple = multiple_of(config)
-    return tuple(max(TILE, side + -side % multiple) for side in (config["input_h"], config["input_w"]))
+    """(height, width) of the tiles for a run: 256 (512), or its trained size where that is larger, padded as it pads."""
+    multiple, least = multiple_of(config), TILE_OF_NUCLEI if is_of_nuclei(config) else TILE
+    return tuple(max(least, side + -side % multiple) for side in (config["input_h"], config["input_w"]))
 
 
 def windows(length, tile, overlap=OVERLAP, multiple=MULTIPLE):

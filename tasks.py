@@ -56,7 +56,7 @@ class Truth(NamedTuple):
 
 
 class Instances:
-    """Batches are those of crops.py. The score is the official one of the Data Science Bowl, at the crops' scale.
+    """Batches are those of nuclei/crops.py. The score is the official one of the Data Science Bowl, of the crops.
 
     criterion: losses.MapsLoss, averaged over the heads with `head_weights`. thresholds: of instances.nuclei. The score
     is that of the deepest head; in training, since the watershed takes time, of the first crop of each batch alone.

@@ -3,7 +3,7 @@
     split = chosen_split(config, folder=None)               # {"train": ids, "val": ids}
     train_set, val_set, about = build_data(config, split)   # about: what split.yml notes besides the ids
 
-config is that of a run of train.py. Whole images with masks are opened by dataset.py, crops of nuclei by crops.py.
+config is that of a run of train.py. dataset.py opens whole images with masks, nuclei/crops.py opens crops of nuclei.
 """
 
 import math
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from common.files import read_yaml
 from common.lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
-from crops import build_crops
 from data_folder import list_ids
 from dataset import ABOUT, GROUPED, RANDOM, build_dataset, check_split, split_ids
+from nuclei.crops import build_crops
 
 MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
 
 
 def open_images(config, ids, augment=False):
-    """The data set of these ids, as --target asks for; see dataset.build_dataset and crops.build_crops."""
+    """The data set of these ids, as --target asks for; see dataset.build_dataset and nuclei.crops.build_crops."""
     return (build_crops if config["target"] == "instances" else build_dataset)(config, ids, augment)
 
 
@@ -41,8 +41,8 @@ def chosen_split(config, folder):
 def build_data(config, split):
     """-> training and validation data set, checked and cached, and what split.yml notes about them.
 
-    Adds what was found in the data to config: mean, std and, where dataset.yml tells it, scale (pixels of the input
-    per pixel of the raw image).
+    Adds what was found in the data to config: mean, std and scale (pixels of the input per pixel of the raw image, for
+    masks where dataset.yml tells it, for individual nuclei that of the median training picture).
     """
     folder, of_nuclei = Path("inputs") / config["dataset"], config["target"] == "instances"
     truth = "labels" if of_nuclei else "masks"
@@ -63,7 +63,9 @@ def build_data(config, split):
     config.setdefault("std", found["std"])
     for dataset in (train_set, val_set):
         dataset.mean, dataset.std = config["mean"], config["std"]
-    if (folder / "dataset.yml").is_file() and not of_nuclei:
+    if of_nuclei:
+        config["scale"] = round(train_set.usual_scale(), 6)
+    elif (folder / "dataset.yml").is_file():
         config.update(input_scale(folder / "dataset.yml", config))
 
     size = (found["bytes"] + found_val["bytes"]) / 2**20

@@ -41,7 +41,7 @@ PANEL_TITLES = {"lr": "learning rate", "iou": "IoU", "acc": "accuracy", "officia
 # ---------------------------------------------------------------- pictures
 
 
-def _rgb(image):
+def as_rgb(image):
     """HW or HWC uint8 -> HW3 uint8. One or two channels: the first as grey; three or more: the first three."""
     image = np.asarray(image)
     assert image.dtype == np.uint8 and image.ndim in (2, 3), f"expected HW or HWC uint8: {image.dtype} {image.shape}"
@@ -86,7 +86,7 @@ def label_overlay(image, truth, prediction):
     truth, prediction = (np.asarray(mask, bool).reshape(-1, *np.shape(image)[:2]) for mask in (truth, prediction))
     assert truth.shape == prediction.shape, f"labels {truth.shape}, predictions {prediction.shape}"
     regions = {"found": truth & prediction, "false alarm": ~truth & prediction, "missed": truth & ~prediction}
-    plain = _rgb(image).astype(np.float32)
+    plain = as_rgb(image).astype(np.float32)
     overlay = plain.copy()
     for name, (colour, opacity, _) in OUTCOMES.items():
         region = regions[name].any(axis=0)
@@ -136,7 +136,7 @@ def contact_sheet(rows_of_arrays, path, captions=None, size=256):
 
 def _fit(array, size):
     """HW or HWC uint8 -> HW3 uint8, at most `size` pixels per side. Small pictures are enlarged by a whole factor."""
-    pixels, longest = _rgb(array), max(np.shape(array)[:2])
+    pixels, longest = as_rgb(array), max(np.shape(array)[:2])
     if longest <= size:
         return pixels.repeat(size // longest, axis=0).repeat(size // longest, axis=1)
     height, width = (max(1, round(side * size / longest)) for side in pixels.shape[:2])
@@ -232,7 +232,7 @@ def data_uri(array):
 
     array: HW or HWC uint8. Colour pictures with a side of more than 200 pixels become JPEG, all others PNG.
     """
-    pixels = _rgb(array)[..., ::-1]  # OpenCV writes BGR
+    pixels = as_rgb(array)[..., ::-1]  # OpenCV writes BGR
     if np.ndim(array) == 2 or np.shape(array)[2] < 3:
         pixels = pixels[..., 0]
     kind, options = "png", [cv2.IMWRITE_PNG_COMPRESSION, 9]
@@ -287,6 +287,11 @@ def legend(classes=()):
         entries = [(_class_colour(index), name, "") for index, name in enumerate(classes)]
     else:
         entries = [(colour, name, meaning) for name, (colour, _, meaning) in OUTCOMES.items()]
+    return legend_of(entries)
+
+
+def legend_of(entries):
+    """The meaning of colours, from (RGB colour, name, meaning) tuples."""
     return _render("legend", entries=entries)
 
 

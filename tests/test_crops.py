@@ -1,4 +1,4 @@
-"""crops.py and --target instances: scale, windows, kinds, draws, what is refused, and real runs of train.py."""
+"""nuclei/crops.py and --target instances: scale, windows, kinds, draws, what is refused, and real runs of train.py."""
 
 import math
 import shutil
@@ -15,17 +15,17 @@ import torch
 import yaml
 from conftest import call, run_script, write_data_set, write_label_set
 
-import crops
 import engine
 import train
 from augmentation import augmentation
 from common.cli import parse_options
 from common.loaders import set_epoch
-from crops import VIEW, Crops, NucleiDataset, build_crops, line
 from dataset import make_loader
 from inference import Predictor
 from instances import DEFAULTS, areas, targets
-from scaling import median_diameter, stretch, stretch_limits
+from nuclei import crops
+from nuclei.crops import VIEW, Crops, NucleiDataset, build_crops, line
+from nuclei.scaling import median_diameter, stretch, stretch_limits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMMON = "--dataset cells --split random --width 2 --input_w 48 --input_h 32 --epochs 2 -b 4 --device cpu --amp off"

@@ -1,4 +1,4 @@
-"""scaling.py: percentiles by sorting, diameters of squares, labels resized one mask at a time."""
+"""nuclei/scaling.py: percentiles by sorting, diameters of squares, labels resized one mask at a time."""
 
 import math
 
@@ -8,7 +8,7 @@ import pytest
 
 from common.images import squeeze
 from instances import judge, official_scores
-from scaling import LEAST_RANGE, median_diameter, network_input, resize_labels, stretch, stretch_limits
+from nuclei.scaling import LEAST_RANGE, median_diameter, resize_labels, stretch, stretch_limits, stretch_picture, zoom
 
 CONFIG = {"input_channels": 3, "stretch": "1,99.8"}
 
@@ -53,15 +53,15 @@ def test_colours_share_their_limits():
 @pytest.mark.parametrize("scale", [0.5, 1, 2.3, 0.001])
 def test_a_whole_picture_as_the_network_sees_it(scale):
     image = picture()
-    found = network_input(image, scale, CONFIG)
+    found = zoom(stretch_picture(image, CONFIG), scale)
     assert found.shape == (max(1, round(40 * scale)), max(1, round(50 * scale)), 3) and found.dtype == np.uint8
     assert np.array_equal(found, squeeze(stretch(image, stretch_limits(image, "1,99.8")), found.shape[:2]))
 
 
 def test_grey_pictures_get_the_channels_of_the_run():
     grey = picture(size=(8, 9))
-    assert np.ptp(network_input(grey, 1, CONFIG), axis=2).max() == 0
-    assert network_input(grey, 1, {**CONFIG, "input_channels": 1}).shape == (8, 9, 1)
+    assert np.ptp(stretch_picture(grey, CONFIG), axis=2).max() == 0
+    assert stretch_picture(grey, {**CONFIG, "input_channels": 1}).shape == (8, 9, 1)
 
 
 def test_diameters_by_hand():

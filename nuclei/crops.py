@@ -26,7 +26,7 @@ from data_folder import check_places, find_file
 from dataset import Dataset, Item, Problem, is_two_valued, read_file
 from instances import MAPS, sequential, targets
 from labels import find_labels, read_labels
-from scaling import median_diameter, resize_labels, stretch, stretch_limits
+from nuclei.scaling import median_diameter, resize_labels, stretch, stretch_limits
 
 VIEW = 256  # pixels of the network's input: what validation sees of each picture, or more where crops are larger
 TRIES = 3  # windows that are drawn for a crop, until one has a nucleus in its middle
@@ -129,7 +129,11 @@ class NucleiDataset(Dataset):
     def true_scale(self, index):
         """Network pixels per pixel of picture `index`, at which its median nucleus has the canonical diameter."""
         own = self.facts[index].diameter
-        return self.diameter / (own or np.median([facts.diameter for facts in self.facts if facts.diameter]))
+        return self.diameter / own if own else self.usual_scale()
+
+    def usual_scale(self):
+        """The true scale of the median picture."""
+        return self.diameter / float(np.median([facts.diameter for facts in self.facts if facts.diameter]))
 
     # ---------------------------------------------------------------- items
 

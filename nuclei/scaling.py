@@ -1,7 +1,7 @@
 """Pictures of nuclei as a network sees them: stretched between percentiles, and scaled so that nuclei have one size.
 
-image = network_input(picture, scale, config)      # what training saw: uint8, nuclei of about config["diameter"] pixels
-labels = resize_labels(found, picture.shape[:2])   # a label map at the picture's own size
+image = zoom(stretch_picture(picture, config), scale)    # what training saw: nuclei of about config["diameter"] pixels
+labels = resize_labels(found, picture.shape[:2])         # a label map at the picture's own size
 
 scale is network pixels per pixel of the picture: config["diameter"] / the picture's median diameter. Training takes the
 median of the true nuclei; a prediction has to find it. StarDist and Cellpose stretch pictures in the same way.
@@ -13,16 +13,21 @@ import numpy as np
 from common.images import squeeze, to_channels
 from instances import areas
 
+DEBRIS = 0.1  # of the area of large nuclei (the 90th percentile); what is smaller does not count
 LEAST_RANGE = 8  # grey levels between the percentiles; an empty picture's noise is not stretched further
 
 
-def network_input(picture, scale, config):
-    """A whole picture, as `common.images.read_picture` returns it -> (h, w, C) uint8 RGB or grey, in [0, 255].
+def stretch_picture(picture, config):
+    """A picture, as `common.images.read_picture` returns it -> (H, W, C) uint8, RGB or grey, stretched.
 
-    scale: network pixels per picture pixel; h = round(H * scale), at least 1. config: input_channels and stretch.
+    config: that of a run; its input_channels and stretch are used.
     """
     image = to_channels(picture, config["input_channels"])
-    image = stretch(image, stretch_limits(image, config["stretch"]))
+    return stretch(image, stretch_limits(image, config["stretch"]))
+
+
+def zoom(image, scale):
+    """(H, W, C) uint8 -> (round(H * scale), round(W * scale), C), each side at least 1 pixel."""
     return squeeze(image, tuple(max(1, round(side * scale)) for side in image.shape[:2]))
 
 
@@ -60,23 +65,43 @@ def median_diameter(labels):
     return float(2 * np.sqrt(np.median(area) / np.pi)) if area.size else None
 
 
-def resize_labels(labels, size):
+def typical_diameter(labels):
+    """Label map -> median diameter of its nuclei without debris, in pixels; None without nuclei.
+
+    The diameter is that of a circle of the same area. Debris is smaller than a tenth of the 90th percentile of the
+    areas. Among the components of Otsu's threshold on 166 images of the 2018 Data Science Bowl, of 20 pixels or more,
+    this is within a factor of 1.25 of the median true nucleus on 84 % of the images; the median of all on 78 %.
+    """
+    area = areas(labels)[1:]
+    area = area[area > 0]
+    if not area.size:
+        return None
+    counted = area[area >= DEBRIS * np.percentile(area, 90)]
+    return float(2 * np.sqrt(np.median(counted) / np.pi))
+
+
+def resize_labels(labels, size, rows=256):
     """Label map (H, W) -> (*size,) of the same dtype; size = (height, width).
 
     Each new pixel takes the label with the largest share in the bilinear interpolation of the labels' masks. On every
     sixth image of stage1_train (up to 600 rows), true nuclei scaled to a median diameter of 22 pixels and back score
-    0.980 by the official measure, and 0.970 with the nearest pixel.
+    0.980 by the official measure, and 0.970 with the nearest pixel. So many rows are computed at once: memory.
     """
+    if labels.shape == tuple(size):
+        return labels
     (tops, bottoms, lower), (lefts, rights, right) = map(_neighbours, labels.shape, size)
-    rows = ((tops, 1 - lower), (bottoms, lower))
     columns = ((lefts, 1 - right), (rights, right))
-    corners = [(labels[y][:, x], np.outer(a, b)) for y, a in rows for x, b in columns]
-    chosen, most = corners[0][0], np.zeros(size, np.float32)
-    for label, _ in corners:
-        share = sum(np.where(other == label, weight, 0) for other, weight in corners)
-        chosen = np.where(share > most, label, chosen)
-        most = np.maximum(most, share)
-    return chosen
+    resized = np.empty(size, labels.dtype)
+    for part in (slice(first, first + rows) for first in range(0, size[0], rows)):
+        lines = ((tops[part], 1 - lower[part]), (bottoms[part], lower[part]))
+        corners = [(labels[y][:, x], np.outer(a, b)) for y, a in lines for x, b in columns]
+        chosen, most = corners[0][0], 0
+        for label, _ in corners:
+            share = sum(np.where(other == label, weight, 0) for other, weight in corners)
+            chosen = np.where(share > most, label, chosen)
+            most = np.maximum(most, share)
+        resized[part] = chosen
+    return resized
 
 
 def _neighbours(old, new):

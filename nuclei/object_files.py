@@ -1,0 +1,167 @@
+"""Files of individual nuclei for other programs: label TIFF, ImageJ ROIs, QuPath GeoJSON, the Bowl's submission.
+
+    write_label_tiff("a_labels.tif", labels, pixel_size=0.5)   # Fiji, napari, CellProfiler
+    write_rois("a_rois.zip", labels)                           # ImageJ: Analyze > Tools > ROI Manager, More > Open
+    write_geojson("a.geojson", labels, table)                  # QuPath: File > Import objects
+    rows = submission_rows("a", labels)                        # of a table with the columns SUBMISSION
+
+A label map is (H, W) int32, 0 background, 1 ... n the nuclei. The outlines follow the edges of the pixels, so the area
+inside is that of the nucleus: (0, 0) is the corner of the upper left pixel, as ImageJ, QuPath and COCO count.
+"""
+
+import importlib
+import json
+import zipfile
+
+import numpy as np
+from scipy import ndimage
+
+from common.files import atomic_path
+from instances import to_runs
+
+SUBMISSION = ("ImageId", "EncodedPixels")  # columns of the 2018 Data Science Bowl
+MOVE, LINE, CLOSE = 0, 1, 4  # ImageJ's segments of a path: java.awt.geom.PathIterator
+MICROMETRES_PER_CM = 10_000
+IMAGEJ_SIDE = 60_535  # pixels: ImageJ and roifile read 16-bit coordinates as -5000 ... 60535
+
+
+def require(package):
+    """An optional package; ValueError, which says how to install it, when it is absent."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise ValueError(f"{package} is not installed: pip install -r requirements-objects.txt") from None
+
+
+# ---------------------------------------------------------------- label TIFF
+
+
+def write_label_tiff(path, labels, pixel_size=None):
+    """Label map -> a TIFF of 16 bits, or of 32 with more than 65,535 nuclei; deflate compression.
+
+    pixel_size: micrometres per pixel, kept as the resolution of the file.
+    """
+    import tifffile  # late: it comes with scikit-image, and only this file needs it
+
+    kind = np.uint16 if labels.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
+    options = {"compression": "zlib", "photometric": "minisblack", "metadata": None}
+    if pixel_size:
+        per_cm = MICROMETRES_PER_CM / pixel_size
+        options.update(resolution=(per_cm, per_cm), resolutionunit="CENTIMETER")
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(temporary, labels.astype(kind), **options)
+
+
+# ---------------------------------------------------------------- outlines
+
+
+def outlines(labels):
+    """Label map -> yields (label, polygons) of each nucleus in order; needs shapely.
+
+    A polygon is a list of closed rings [(x, y), ...] of whole numbers: its outside, counter-clockwise as RFC 7946 asks
+    (x to the right, y taken as upwards), then its holes, clockwise. Parts of a nucleus that touch in a corner alone are
+    polygons of their own, so that each is valid by the rules of OGC.
+    """
+    shapely = require("shapely")
+    for label, box in enumerate(ndimage.find_objects(labels), 1):
+        if box is None:
+            continue
+        rows, columns = box
+        lefts, tops, rights = _runs(labels[box] == label)
+        pixels = shapely.box(lefts + columns.start, tops + rows.start, rights + columns.start, tops + rows.start + 1)
+        united = shapely.union_all(pixels).simplify(0)  # without corners in the middle of a straight line
+        yield label, [_rings(polygon) for polygon in shapely.get_parts(united)]
+
+
+def _runs(mask):
+    """(h, w) bool -> left, top and right of each run of pixels in a row, int arrays; right is exclusive."""
+    changes = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)
+    tops, lefts = np.nonzero(changes == 1)
+    rights = np.nonzero(changes == -1)[1]
+    return lefts, tops, rights
+
+
+def _rings(polygon):
+    """A shapely polygon -> [outside, hole, ...], as in `outlines`."""
+    from shapely.geometry.polygon import orient
+
+    polygon = orient(polygon)
+    return [[(int(x), int(y)) for x, y in ring.coords] for ring in (polygon.exterior, *polygon.interiors)]
+
+
+# ---------------------------------------------------------------- ImageJ
+
+
+def write_rois(path, labels):
+    """Label map -> a zip of ImageJ ROIs, one per nucleus, named by its number; needs roifile and shapely.
+
+    A nucleus with holes or several parts is a composite ROI, any other one a polygon. ValueError for a picture with
+    more than IMAGEJ_SIDE pixels per side, which the format cannot hold.
+    """
+    roifile = require("roifile")
+    if max(labels.shape) > IMAGEJ_SIDE:
+        size = f"{labels.shape[1]} x {labels.shape[0]}"
+        raise ValueError(f"{path}: ImageJ ROIs reach {IMAGEJ_SIDE:,} pixels, the picture has {size}")
+    digits = len(str(labels.max(initial=0)))
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for label, polygons in outlines(labels):
+            name = f"{label:0{digits}d}"  # ImageJ sorts names as text
+            archive.writestr(f"{name}.roi", _roi(roifile, name, polygons).tobytes())
+
+
+def _roi(roifile, name, polygons):
+    rings = [ring[:-1] for rings in polygons for ring in rings]  # ImageJ closes them itself
+    roi = roifile.ImagejRoi.frompoints(np.concatenate(rings), name=name)
+    roi.right, roi.bottom = roi.right - 1, roi.bottom - 1  # frompoints takes corners for the centres of pixels
+    if len(rings) == 1:
+        roi.roitype = roifile.ROI_TYPE.POLYGON
+        return roi
+    path = []
+    for first, *others in rings:
+        path += [MOVE, *first]
+        for corner in others:
+            path += [LINE, *corner]
+        path.append(CLOSE)
+    roi.roitype, roi.integer_coordinates, roi.n_coordinates = roifile.ROI_TYPE.RECT, None, 0
+    roi.multi_coordinates, roi.shape_roi_size = np.array(path, np.float32), len(path)
+    return roi
+
+
+# ---------------------------------------------------------------- QuPath
+
+
+def write_geojson(path, labels, table=None):
+    """Label map -> a GeoJSON FeatureCollection of QuPath detections, one per nucleus; needs shapely.
+
+    table: of objects.measure; its numbers become the measurements of each detection.
+    """
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for k, (label, polygons) in enumerate(outlines(labels)):
+            columns = [column for column in table or () if column != "object"]
+            measurements = {column: float(table[column][k]) for column in columns}
+            file.write(",\n" if k else "\n")
+            json.dump(_feature(label, polygons, measurements), file)
+        file.write("\n]}\n")
+
+
+def _feature(label, polygons, measurements):
+    if len(polygons) == 1:
+        geometry = {"type": "Polygon", "coordinates": polygons[0]}
+    else:
+        geometry = {"type": "MultiPolygon", "coordinates": polygons}
+    properties = {
+        "objectType": "detection",
+        "name": str(label),
+        "classification": {"name": "Nucleus"},
+        "measurements": measurements,
+    }
+    return {"type": "Feature", "geometry": geometry, "properties": properties}
+
+
+# ---------------------------------------------------------------- the Data Science Bowl
+
+
+def submission_rows(img_id, labels):
+    """Label map -> [(img_id, runs), ...], a row per nucleus, or one row with an empty text where there is none."""
+    return [(img_id, runs) for runs in to_runs(labels) or [""]]

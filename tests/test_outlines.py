@@ -1,0 +1,92 @@
+"""common/outlines.py: lines and colours on a few pixels by hand, and neighbours by a slow loop.
+
+python -m pytest -q tests/test_outlines.py
+"""
+
+import numpy as np
+import pytest
+
+from common.outlines import DISTINCT, NEAR, distinct_colours, draw_outlines, edges, neighbours
+from common.synthetic import nuclei as generated
+
+
+def drawn(text):
+    """Rows of digits and dots -> a label map."""
+    return np.array([[0 if c == "." else int(c) for c in row] for row in text.split()], np.int32)
+
+
+def shown(mask):
+    return " ".join("".join("#" if value else "." for value in row) for row in mask)
+
+
+SQUARES = drawn("....... .11122. .11122. .111... 3......")
+
+
+def test_edges_by_hand():
+    assert shown(edges(SQUARES)) == ".#####. ####### ##.#### ######. ####..."
+    assert shown(edges(SQUARES) & (SQUARES > 0)) == "....... .#####. .#.###. .###... #......"
+    assert shown(edges(drawn("1111111"), 2)) == "......."  # the border of the picture is no edge
+    assert shown(edges(drawn("111111.."), 2)) == "....####"
+    assert not edges(np.zeros((3, 4), np.int32)).any()
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_edges_by_a_slow_loop(width):
+    labels = generated(1, 48)[1]
+    expected = np.zeros(labels.shape, bool)
+    for y, x in np.ndindex(labels.shape):
+        cross = [labels[max(y - width, 0) : y + width + 1, x], labels[y, max(x - width, 0) : x + width + 1]]
+        expected[y, x] = any((line != labels[y, x]).any() for line in cross)
+    assert (edges(labels, width) == expected).all()
+
+
+def test_drawing_by_hand():
+    image = np.full((5, 7), 100, np.uint8)
+    colours = np.array([(9, 9, 9), (250, 0, 0), (0, 250, 0), (0, 0, 250)], np.uint8)
+    picture = draw_outlines(image, SQUARES, colours)
+    assert picture.shape == (5, 7, 3) and (image == 100).all()
+    assert picture[1, 1:6].tolist() == [[250, 0, 0]] * 3 + [[0, 250, 0]] * 2
+    assert picture[4, 0].tolist() == [0, 0, 250]
+    assert picture[2, 2].tolist() == [100] * 3  # inside
+    assert picture[0, 1].tolist() == [50] * 3 and picture[0, 0].tolist() == [100] * 3  # beside, and farther away
+    rgba = np.full((5, 7, 4), 100, np.uint8)
+    assert (draw_outlines(rgba, SQUARES, colours) == picture).all()
+
+
+def test_neighbours_by_hand():
+    assert neighbours(SQUARES) == {1: {2, 3}, 2: {1}, 3: {1}}
+    apart = np.zeros((1, 2 * NEAR + 3), np.int32)
+    apart[0, [0, NEAR, 2 * NEAR + 1]] = 1, 2, 3
+    assert neighbours(apart) == {1: {2}, 2: {1}}
+
+
+def test_neighbours_have_different_colours():
+    labels = generated(2)[1]
+    colours = distinct_colours(labels)
+    assert colours.shape == (labels.max() + 1, 3) and colours.dtype == np.uint8
+    assert {tuple(colour) for colour in colours.tolist()} == set(DISTINCT)
+    near, pairs = neighbours(labels), 0
+    for label, others in near.items():
+        for other in others:
+            assert colours[label].tolist() != colours[other].tolist()
+            pairs += 1
+    assert pairs > 10
+
+
+def test_more_neighbours_than_colours():
+    """Eight strips, all of them near the ninth."""
+    labels = np.zeros((2, 2 * 8), np.int32)
+    labels[0] = np.arange(1, 9).repeat(2)
+    labels[1] = 9
+    colours = [tuple(colour) for colour in distinct_colours(labels).tolist()]
+    before = colours[1:9]
+    assert set(before) == set(DISTINCT)
+    assert before.count(colours[9]) == min(before.count(colour) for colour in DISTINCT)
+
+
+def test_nothing():
+    none = np.zeros((3, 4), np.int32)
+    assert distinct_colours(none).shape == (1, 3) and neighbours(none) == {}
+    image = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    assert (draw_outlines(image, none, distinct_colours(none)) == image).all()
+    assert distinct_colours(drawn("1..3")).shape == (4, 3)

@@ -317,7 +317,7 @@ def multiple_of(config):
 
 
 def tile_size(config):
-    """(height, width) of the tiles for a run: 256 (512), or its trained size where that is larger, padded as it pads."""
+    """(height, width) of the tiles for a run: 256 or 512, its trained size where that is larger, padded as it pads."""
     multiple, least = multiple_of(config), TILE_OF_NUCLEI if is_of_nuclei(config) else TILE
     return tuple(max(least, side + -side % multiple) for side in (config["input_h"], config["input_w"]))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from common.images import to_channels
+from common.images import squeeze, to_channels
 from inference import predict_tiled
 from instances import DEFAULTS, sequential
 from nuclei.blocks import nuclei_in_blocks
@@ -20,6 +20,7 @@ from nuclei.scale_search import find_scale
 from nuclei.scaling import resize_labels, stretch_picture, zoom
 
 SEARCHED = 1024  # pixels per side of the part of a large picture in which the scale is searched
+SHRINK = 8  # times smaller, the picture in which that part is looked for
 LEAST_SIDE = 16  # pixels that the network sees of a picture, unless the picture has less
 MOST_PIXELS = 2**28  # of a whole picture as the network sees it: 2 GiB of maps and labels
 MOST_SEARCHED = 2**23  # of the part in which the scale is searched
@@ -81,27 +82,18 @@ def bounds_of(shape, most):
 
 
 def busiest_window(image, side):
-    """(H, W, C) uint8 -> (rows, columns), slices of at most `side` pixels: where grey levels differ most.
+    """(H, W, C) uint8 -> (rows, columns), slices of at most `side` pixels: where neighbouring pixels differ most.
 
-    That is where the mean gradient of the picture, shrunk eight times, is largest; of equal windows the one nearest
-    to the middle.
+    That is where the sum of the gradient of the grey picture, shrunk by SHRINK, is largest.
     """
-    size = [min(side, length) for length in image.shape[:2]]
-    if size == [*image.shape[:2]]:
+    height, width = image.shape[:2]
+    if max(height, width) <= side:
         return slice(None), slice(None)
-    grey = to_channels(image, 1)[..., 0]
-    small = cv2.resize(grey, None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA).astype(np.float32)
-    slope = np.hypot(cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1))
-    total = cv2.integral(slope)
-    steps = [np.linspace(0, length - own, 17).round().astype(int) for length, own in zip(image.shape[:2], size)]
-    places = [(top, left) for top in steps[0] for left in steps[1]]
-
-    def structure(place):
-        top, left = (start // 8 for start in place)
-        bottom, right = (min((start + own) // 8, end) for start, own, end in zip(place, size, slope.shape))
-        inside = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
-        off = sum(abs(2 * start - length + own) for start, own, length in zip(place, size, image.shape))
-        return round(inside, 3), -off
-
-    best = max(places, key=structure)
-    return tuple(slice(start, start + own) for start, own in zip(best, size, strict=True))
+    small = (max(1, height // SHRINK), max(1, width // SHRINK))
+    grey = squeeze(to_channels(image, 1), small).reshape(small)
+    slope = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
+    rows, columns = (min(side // SHRINK, length) for length in small)
+    total = cv2.boxFilter(slope, -1, (columns, rows), anchor=(0, 0), normalize=False)  # of the window that starts here
+    total = total[: small[0] - rows + 1, : small[1] - columns + 1]
+    starts = np.array(np.unravel_index(total.argmax(), total.shape)) * SHRINK
+    return tuple(slice(int(start), int(start) + side) for start in starts)

@@ -1,7 +1,9 @@
-"""Segment any pictures with a trained run: masks, outlines and tables of what was found, at the original size.
+"""Segment any pictures with a trained run: masks or individual nuclei, outlines and tables, at the original size.
 
 python predict.py --name run1 slide.tif scans/ "more/*.png"
+python predict.py --name nuclei --rois --geojson slide.tif            # a run of train.py --target instances
 python predict.py --onnx outputs/run1/run1_L4.onnx scans/             # a file that export.py wrote, without PyTorch
+torchrun --nproc_per_node=4 predict.py --name nuclei scans/           # four processes share the pictures
 
 PATH is a file, a folder (searched recursively) or a pattern. PNG, JPEG, TIFF, BMP, WEBP and PPM of 8 or 16 bits, grey
 or colour, of any size; EXIF orientation is followed. More than 8 bits are scaled between percentiles of the picture,
@@ -9,22 +11,28 @@ which a hot pixel does not move. A TIFF may also hold floats, and several pages 
 is a picture, <stem>_p000, <stem>_p001 ..., unless --page takes one. A microscope's file of 2, 4 or more channels needs
 --channels.
 
-For each picture outputs/<name>/predict/ gets <stem>_mask.png (0 and 255; with several classes <stem>_mask_0.png ...),
-<stem>_overlay.png (outlines) and, with --probability, <stem>_probability.png (16 bits, 65535 = 1; the mask is where it
-is above the threshold). A stem that several pictures share is prefixed with the name of their folder, and numbered
-where that is not enough. images.csv has one row per picture, with the size of a pixel
-where a TIFF tells it; objects.csv one row per connected region (8 neighbours): area, centroid and box in pixels counted
-from 0.
+A run of masks. For each picture outputs/<name>/predict/ gets <stem>_mask.png (0 and 255; with several classes
+<stem>_mask_0.png ...), <stem>_overlay.png (outlines) and, with --probability, <stem>_probability.png (16 bits, 65535 =
+1; the mask is where it is above the threshold). images.csv has one row per picture; objects.csv one per connected
+region (8 neighbours): area, centroid and box in pixels counted from 0.
 
-A second call adds to the folder and to the tables. It replaces the results of the same pictures, and nothing else. A
-call that was stopped goes on with --resume.
+A run of individual nuclei (--target instances). Each picture gets <stem>_labels.tif (16 or 32 bits, 0 background, 1 ...
+n the nuclei), in which the pages of a stack stay together, and <stem>_overlay.png with the outline of each nucleus.
+images.csv has count, density and median diameter of each picture; objects.csv one row per nucleus: area, centroid, box,
+equivalent diameter, eccentricity, solidity, perimeter, mean and largest value of each channel, confidence, and whether
+it touches the border, with --pixel_size (or where a TIFF tells it) in micrometres, too.
 
-A network recognises things at about the size, in pixels, at which it saw them in training. --mode resize squeezes the
-whole picture to the trained size, such as 96 x 96, as in training: right for pictures like those of the training.
---mode tile shows it piece by piece: right for slides, which a squeeze would blur, and thumbnails. The scale, in pixels
-that the network sees per pixel of the picture, is then that of the median training picture; if your things are twice as
-large as those, halve it with --scale. The default, auto, resizes, but takes tiles where resizing would make things more
-than 5 times smaller or larger than in the median picture. docs/RESULTS.md compares the two.
+A stem that several pictures share is prefixed with the name of their folder, and numbered where that is not enough. A
+second call adds to the folder and to the tables. It replaces the results of the same pictures, and nothing else. A call
+that was stopped goes on with --resume.
+
+A network recognises things at about the size, in pixels, at which it saw them in training. For individual nuclei the
+scale is found from what a first pass finds, or given with --diameter. For masks, --mode resize squeezes the whole
+picture to the trained size, such as 96 x 96, as in training: right for pictures like those of the training. --mode tile
+shows it piece by piece: right for slides, which a squeeze would blur, and thumbnails. The scale, in pixels that the
+network sees per pixel of the picture, is then that of the median training picture; if your things are twice as large as
+those, halve it with --scale. The default, auto, resizes, but takes tiles where resizing would make things more than 5
+times smaller or larger than in the median picture. docs/RESULTS.md compares the two.
 
 Exit status: 0; 1 when some pictures could not be read and the others are done; 2 when nothing was done.
 """
@@ -40,11 +48,15 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import Parser, add_machine_options, listed, number, parse_options, run_script
+from common.devices import pick_device
+from common.distributed import gather, is_main, launched, processes, rank, world_size
 from common.headers import check_pixels
-from common.images import MAX_PIXELS, PageReader, find_pictures, list_pages, squeeze, to_channels
-from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
-from predictions import Results, earlier_results, is_done, output_names, write_page
+from common.images import MAX_PIXELS, Page, PageReader, find_pictures, list_pages, squeeze, to_channels
+from inference import LEVELS, OnnxPredictor, Predictor, is_of_nuclei, predict_tiled
+from predictions import MaskResults, earlier_results, is_done, output_names, write_page
 
+OF_MASKS = ("mode", "scale", "threshold", "probability")  # options that only one of the two kinds of runs has
+OF_NUCLEI = ("diameter", "pixel_size", "rois", "geojson", "submission")
 FARTHEST = 5  # times the training's scale that --mode auto resizes to; DSB2018's own pictures are up to 4.2 off
 HELD_BYTES = 2**28  # of decoded pictures that wait in one batch, whatever --batch_size
 
@@ -67,13 +79,26 @@ def build_parser():
     a("--output", type=Path, metavar="FOLDER", help=output)
     a("--resume", action="store_true", help="leave out pictures that are done already, with the same options")
     a("--level", choices=LEVELS, help="head that answers; default: the deepest")
+    a = parser.add_argument_group("masks").add_argument
     mode = "resize: the whole picture at the trained size; tile: pieces of it at --scale; auto: what fits"
     a("--mode", choices=("auto", "resize", "tile"), default="auto", help=mode)
     scale = "predict in tiles; 0.5 shows the network the picture at half its size; default: the scale of the training"
     a("--scale", type=number(float, 1e-3, 100), help=scale)
-    a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
     a("--threshold", type=number(float, 0, 1), default=0.5, help="the mask is where the probability is above it")
     a("--probability", action="store_true", help="write <stem>_probability.png as well")
+
+    a = parser.add_argument_group("individual nuclei: runs of --target instances").add_argument
+    diameter = "of a typical nucleus, in pixels of the picture; default: found from the picture"
+    a("--diameter", type=number(float, 1, 10_000), help=diameter)
+    pixel_size = "micrometres per pixel, for the tables; default: what a TIFF tells of itself"
+    a("--pixel_size", type=number(float, 1e-6, 1e6), metavar="UM", help=pixel_size)
+    a("--rois", action="store_true", help="write <stem>_rois.zip for ImageJ; needs requirements-objects.txt")
+    a("--geojson", action="store_true", help="write <stem>.geojson for QuPath; needs requirements-objects.txt")
+    submission = "write the run lengths of all nuclei as the 2018 Data Science Bowl wants them"
+    a("--submission", type=Path, metavar="FILE", help=submission)
+
+    a = parser.add_argument_group("pictures and speed").add_argument
+    a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
     a("--page", type=number(int, 0), help="of files with several pages, this one alone, counted from 0; default: all")
     channels = "one channel, counted from 0, for grey, or three for red, green and blue: 0 or 2,1,0"
     a("--channels", type=channel_numbers, metavar="K[,K,K]", help=channels)
@@ -125,10 +150,7 @@ def read_batches(files, options, config, failed):
             check_pixels(size[::-1], options.max_pixels)
             picture = Picture(path, image, squeeze(image, size), tiled, time.perf_counter() - started)
         except (ValueError, OSError, MemoryError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            if "pixels are more than" in reason:
-                reason += "; --max_pixels raises the limit"
-            failed.append((path, reason))
+            failed.append((path, reason_of(error)))
             continue
         held = sum(waiting.image.nbytes for waiting in batch) + image.nbytes
         differs = batch and picture.small.shape != batch[0].small.shape
@@ -141,29 +163,95 @@ def read_batches(files, options, config, failed):
         yield batch
 
 
+def reason_of(error):
+    """Why a picture was skipped, in words."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if "pixels are more than" in reason:
+        reason += "; --max_pixels raises the limit"
+    return reason
+
+
+def share_of(files):
+    """Those of the files that this one of torchrun's processes takes; all pages of a file stay together."""
+    places = {}
+    for file in files:
+        places.setdefault(file.path if isinstance(file, Page) else file, len(places))
+    return [file for file in files if places[getattr(file, "path", file)] % world_size() == rank()]
+
+
+# ---------------------------------------------------------------- from pictures to results
+
+
+def predict_masks(predictor, files, results, options, failed, bar):
+    """Segment the files, in batches; what cannot be read goes to `failed`."""
+    for pictures in read_batches(files, options, predictor.config, failed):
+        started = time.perf_counter()
+        found = predict_tiled(predictor, np.stack([picture.small for picture in pictures]), options.batch_size)
+        each = (time.perf_counter() - started) / len(pictures)
+        for picture, probabilities in zip(pictures, found, strict=True):
+            picture.seconds += each
+            results.add(picture, probabilities)
+        bar.update(len(pictures))
+
+
+def predict_nuclei(predictor, files, results, options, failed, bar):
+    """Find the nuclei of the files, one after the other; what cannot be read goes to `failed`."""
+    from nuclei.find import find_nuclei  # late: scikit-image takes a second
+
+    reader = PageReader(options.max_pixels, options.channels)
+    batch_size = max(1, options.batch_size // 4)  # their tiles have four times the pixels
+    for path in files:
+        started = time.perf_counter()
+        try:
+            picture = reader.read(path)
+            found = find_nuclei(predictor, picture, options.diameter, batch_size)
+        except (ValueError, OSError, MemoryError) as error:
+            failed.append((path, reason_of(error)))
+            continue
+        results.add(path, picture, found, time.perf_counter() - started)
+        bar.update()
+    reader.close()
+
+
+def build_results(folder, names, settings, options, of_nuclei):
+    if not of_nuclei:
+        return MaskResults(folder, names, settings, options.threshold, options.probability)
+    from nuclei.predictions import NucleiResults
+
+    return NucleiResults(folder, names, settings, options.pixel_size, options.rois, options.geojson)
+
+
 # ---------------------------------------------------------------- the whole
 
 
-def build_predictor(options, given):
+def build_predictor(options, given, device):
     """The network that answers; ValueError for options that do not go together."""
     if options.onnx and (unused := given & {"level", "amp"}):
         raise ValueError(f"--{min(unused)} is not an option of --onnx: export.py decided it when it wrote the file")
     if options.scale and options.mode == "resize":
         raise ValueError("--scale is an option of --mode tile; --mode resize has the trained size")
     if options.onnx:
-        return OnnxPredictor(options.onnx, options.device, options.name, options.tta)
-    return Predictor(options.name, options.device, options.amp, options.level or "deepest", tta=options.tta)
+        predictor = OnnxPredictor(options.onnx, device, options.name, options.tta)
+    else:
+        predictor = Predictor(options.name, device, options.amp, options.level or "deepest", tta=options.tta)
+    of_nuclei = is_of_nuclei(predictor.config)
+    if unused := [name for name in (OF_MASKS if of_nuclei else OF_NUCLEI) if name in given]:
+        finds = "individual nuclei (--target instances)" if of_nuclei else "masks, not individual nuclei"
+        raise ValueError(f"--{unused[0]} does not go with {options.onnx or predictor.name}, which finds {finds}")
+    return predictor
 
 
 def settings_of(options, predictor):
     """What the results depend on, in words, for the tables and for --resume."""
-    model = options.onnx or f"models/{predictor.name} {predictor.head}"
-    settings = [str(model), f"mode {options.mode}", f"threshold {options.threshold:g}"]
-    if options.scale:
-        settings.append(f"scale {options.scale:g}")
+    settings = [str(options.onnx or f"models/{predictor.name} {predictor.head}")]
+    if not is_of_nuclei(predictor.config):
+        settings += [f"mode {options.mode}", f"threshold {options.threshold:g}"]
+    for name in ("scale", "diameter", "pixel_size"):
+        if getattr(options, name):
+            settings.append(f"{name} {getattr(options, name):g}")
     if options.channels:
         settings.append(f"channels {','.join(map(str, options.channels))}")
-    settings += [name for name in ("tta", "probability") if getattr(options, name)]
+    settings += [name for name in ("tta", "probability", "rois", "geojson") if getattr(options, name)]
     return ", ".join(settings)
 
 
@@ -173,54 +261,62 @@ def check_apart(paths, files, output):
         raise ValueError(f"{output} is the pictures' own folder, and results might replace them; give another --output")
 
 
-def predict_all(predictor, files, results, options, failed):
-    """Segment the files, in batches; what cannot be read goes to `failed`."""
-    with results.kept(len(files)), tqdm(total=len(files), desc="predict", unit="img", leave=False, disable=None) as bar:
-        for pictures in read_batches(files, options, predictor.config, failed):
-            started = time.perf_counter()
-            found = predict_tiled(predictor, np.stack([picture.small for picture in pictures]), options.batch_size)
-            each = (time.perf_counter() - started) / len(pictures)
-            for picture, probabilities in zip(pictures, found, strict=True):
-                picture.seconds += each
-                results.add(picture, probabilities)
-            bar.update(len(pictures))
+def check_submission(path):
+    """ValueError where the file of --submission would replace anything but another submission."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--submission {path}: no such folder: {path.absolute().parent}")
+    if path.exists() and not (path.is_file() and path.read_bytes()[:21] == b"ImageId,EncodedPixels"):
+        raise ValueError(f"--submission {path} exists and is no submission; give another name")
 
 
 def main():
     options, given = parse_options(build_parser)
-    predictor = build_predictor(options, given)
+    with processes(pick_device(options.device) if launched() > 1 else options.device) as device:
+        return predict(options, given, device)
+
+
+def predict(options, given, device):
+    """The call of one process; -> its exit status."""
+    predictor = build_predictor(options, given, device)
+    of_nuclei = is_of_nuclei(predictor.config)
     print(predictor.about)
     output = options.output or Path("outputs") / predictor.name / "predict"
     if options.scale:
         options.mode = "tile"
     elif options.mode == "tile" and not predictor.config.get("scale"):
         print("the run does not know the scale of its training pictures; taking --scale 1")
+    if options.submission:
+        check_submission(options.submission)
     files, failed = find_pictures(options.paths, leave_out=output)
     check_apart(options.paths, files, output)
     files, damaged = list_pages(files, options.page, options.channels)
     failed += damaged
 
-    settings, earlier = settings_of(options, predictor), earlier_results(output)
-    names = output_names(files, {name: row["path"] for name, row in earlier.items()})
-    done = set()
+    settings, earlier = settings_of(options, predictor), gather(earlier_results(output))[0]
+    names, everything, done = output_names(files, {name: row["path"] for name, row in earlier.items()}), files, set()
     if options.resume:
         done = {names[file] for file in files if is_done(output, earlier.get(names[file]), settings)}
-        found, files = files, [file for file in files if names[file] not in done]
-        print(f"{len(done)} of {len(found)} pictures are done already")
-    results = Results(output, names, settings, options.threshold, options.probability)
-    predict_all(predictor, files, results, options, failed)
-    status = report(results, failed, done)
-    if options.html:
-        write_page(output, predictor.about)
-        print(f"open {output / 'report.html'}")
-    return status
+        files = [file for file in files if names[file] not in done]
+        print(f"{len(done)} of {len(everything)} pictures are done already")
+    results, own, failed_here = build_results(output, names, settings, options, of_nuclei), share_of(files), []
+    bar = tqdm(total=len(own), desc="predict", unit="img", leave=False, disable=not is_main() or None)
+    with results.kept(len(own)), bar:
+        find = predict_nuclei if of_nuclei else predict_masks
+        find(predictor, own, results, options, failed_here, bar)
+    shares = gather((results.images, failed_here))
+    results.images = [row for images, _ in shares for row in images]
+    failed += [entry for _, failed_there in shares for entry in failed_there]
+    if is_main():
+        return report(results, failed, done, options, predictor, everything)
+    return 0
 
 
-def report(results, failed, done):
-    """Print what was done, and what not -> the exit status. done: names of the pictures that were done before."""
+def report(results, failed, done, options, predictor, files):
+    """Finish, and print what was done, and what not -> the exit status. done: names of pictures done before."""
     if not (results.images or done):
         reasons = [f"{path}: {reason}" for path, reason in failed]
         raise ValueError(f"nothing to predict; {listed(reasons, most=1)}")
+    results.finish()
     for path, reason in failed:
         print(f"predict.py: skipped {path}: {reason}", file=sys.stderr)
     for words, names in results.suspicions():
@@ -229,6 +325,13 @@ def report(results, failed, done):
     skipped = f", {len(failed)} skipped" if failed else ""
     if results.images:
         print(f"{results.folder}: {results.about()}{skipped}")
+    if options.submission:
+        left_out = {path for path, _ in failed}
+        results.write_submission(options.submission, [file for file in files if file not in left_out])
+        print(f"run lengths of all nuclei are in {options.submission}")
+    if options.html:
+        write_page(results.folder, predictor.about)
+        print(f"open {results.folder / 'report.html'}")
     return 1 if failed else 0
 
 

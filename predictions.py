@@ -1,17 +1,19 @@
 """What predict.py leaves in a folder: masks, outlines, and tables that keep the rows of earlier calls.
 
     names = output_names(files, earlier={"a": "scans/a.png"})
-    results = Results(Path("outputs/run1/predict"), names, settings="models/run1 L4, threshold 0.5")
+    results = MaskResults(Path("outputs/run1/predict"), names, settings="models/run1 L4, threshold 0.5")
     with results.kept(count=len(files)):
         results.add(picture, probabilities)
 
-A file is replaced when a result has its name; nothing else in the folder is touched.
+A file is replaced when a result has its name; nothing else in the folder is touched. Several calls, and torchrun's
+processes, may share a folder. Individual nuclei have results of their own: nuclei/predictions.py.
 """
 
 import collections
 import contextlib
 import itertools
 import math
+import re
 import time
 from pathlib import Path
 
@@ -20,12 +22,13 @@ import numpy as np
 
 from common import report
 from common.cli import in_one_line
-from common.files import atomic_path, is_plain_name
-from common.images import read_picture, squeeze, write_png
+from common.files import atomic_path, is_plain_name, lock
+from common.images import Page, read_picture, squeeze, write_png
 from common.tables import merge_table, read_table
 from common.tiff import pixel_size
 
 OBJECT_COLUMNS = ("image", "class", "object", "area", "centroid_x", "centroid_y", "left", "top", "width", "height")
+SHOWN_COLUMNS = ("objects", "fraction", "median_diameter")  # of images.csv, on the page
 ON_PAGE, PAGE_SIDE = 200, 640  # pictures of a page, and pixels of their longer side
 SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most
 
@@ -38,13 +41,15 @@ def output_names(files, earlier=()):
 
     It is the stem; <folder>_<stem> where several files share the stem; with _2, _3 ... where that is not enough.
     earlier: {name: path} of the pictures that have results already. They keep their names, and no other gets them.
+    Nor does any get the name of a file with pages, whose label TIFF has it.
     """
     earlier = dict(earlier)
     kept = {Path(path).resolve(): name for name, path in earlier.items()}
     names = {file: kept[file.resolve()] for file in files if file.resolve() in kept}
-    taken = {name.casefold() for name in earlier}
+    taken = {name.casefold() for own in earlier for name in (own, name_of_stack(own))}
     stems = collections.Counter(path.stem.casefold() for path in files)
-    stems.update(name for name in taken)  # taken by a picture of an earlier call
+    stems.update({page.path.stem.casefold() for page in files if isinstance(page, Page)})
+    stems.update(taken)  # by a picture of an earlier call
     new = [file for file in files if file not in names]
     for path in sorted(new, key=lambda path: stems[path.stem.casefold()] > 1):  # those that keep their stem first
         name = path.stem if stems[path.stem.casefold()] == 1 else f"{path.absolute().parent.name}_{path.stem}"
@@ -53,6 +58,11 @@ def output_names(files, earlier=()):
         names[path] = next(candidate for candidate in candidates if candidate.casefold() not in taken)
         taken.add(names[path].casefold())
     return names
+
+
+def name_of_stack(name):
+    """The name of a page -> that of its file: cells_p003 -> cells, cells_p003_2 -> cells_2; others stay."""
+    return re.sub(r"_p\d{3,}(?=(_\d+)?$)", "", name)
 
 
 def earlier_results(folder):
@@ -84,7 +94,7 @@ def is_done(folder, row, settings):
 # ---------------------------------------------------------------- pictures and tables
 
 
-def draw_outlines(image, masks):
+def outline_masks(image, masks):
     """(H, W, C) uint8, a boolean (H, W) per class -> (H, W, 3) uint8: the image, brightened, with the masks' edges."""
     drawn = report.brighten(image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2))
     width = 3 if max(image.shape) < 512 else 5  # lines of 1 pixel, or 2
@@ -107,18 +117,79 @@ def object_rows(name, k, mask):
 
 
 class Results:
-    """The results of one call, written to `folder` picture by picture.
+    """What all results of one call have in common; a subclass adds pictures and says what it found in them.
 
-    names: see output_names. settings: text that tells what the results depend on; a column of images.csv. threshold:
-    the mask is where the probability is above it. probability: whether to write the probabilities, too.
-    `images` holds this call's rows of images.csv, `objects` the rows of objects.csv that are not yet in the file, and
-    `saved` the number of pictures whose rows are.
+    names: see output_names. settings: text that tells what the results depend on; a column of images.csv.
+    `images` holds this call's rows of images.csv, `objects` the rows of objects.csv that are not yet in the file,
+    `columns` the headings of that, and `saved` the number of pictures whose rows are.
+    """
+
+    def __init__(self, folder, names, settings):
+        self.folder, self.names, self.settings = folder, names, settings
+        self.images, self.objects, self.columns, self.saved, self.saved_at = [], [], {}, 0, time.monotonic()
+
+    def keep(self, row, objects, columns):
+        """Take a picture's row of images.csv, without its settings, and its rows and the columns of objects.csv."""
+        self.columns.update(dict.fromkeys(columns))
+        self.images.append({**row, "settings": self.settings})
+        self.objects += objects
+        if time.monotonic() - self.saved_at > SAVE_SECONDS:
+            self.write_tables()
+
+    def write_picture(self, name, array):
+        with atomic_path(self.folder / name) as temporary:
+            write_png(temporary, array)
+
+    def write_tables(self):
+        """Bring images.csv and objects.csv up to date."""
+        names = [row["image"] for row in self.images]
+        if len(names) > self.saved:
+            new = set(names[self.saved :])
+            with lock(self.folder):  # other calls and processes write them, too
+                merge_table(self.folder / "objects.csv", self.columns, self.objects, "image", replaced=new)
+                columns = dict.fromkeys(column for row in self.images for column in row)
+                merge_table(self.folder / "images.csv", columns, self.images, "image", replaced=set(names))
+            self.saved, self.objects = len(names), []
+        self.saved_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def kept(self, count):
+        """A block at whose end the tables are written. One that is interrupted says how many of `count` are done."""
+        try:
+            yield
+            self.write_tables()
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                self.write_tables()
+            done = f"{self.saved} of {count} pictures are done; to go on, repeat the command with --resume"
+            if isinstance(error, OSError):
+                raise OSError(f"{in_one_line(error)}; {done}") from None
+            if isinstance(error, KeyboardInterrupt):
+                print(f"\n{done}")
+            raise
+
+    def finish(self):
+        """What is to be done when all pictures are."""
+
+    def about(self):
+        """One line on this call: how many pictures and objects, how they were seen, and how long a picture took."""
+        count = len(self.images)
+        scales = sorted({f"{row['scale']:.3g}" for row in self.images}, key=float)
+        scale = f"scale {scales[0]}" + (f" to {scales[-1]}" if len(scales) > 1 else "")
+        seconds = sum(row["seconds"] for row in self.images) / count
+        pictures = "1 picture" if count == 1 else f"{count:,} pictures"
+        return f"{pictures}, {self.found()}, {scale}; {seconds:.2f} s per picture"
+
+
+class MaskResults(Results):
+    """Masks of every class, their outlines, and the connected regions in tables.
+
+    threshold: the mask is where the probability is above it. probability: whether to write the probabilities, too.
     """
 
     def __init__(self, folder, names, settings, threshold=0.5, probability=False):
-        self.folder, self.names, self.settings = folder, names, settings
+        super().__init__(folder, names, settings)
         self.threshold, self.probability = threshold, probability
-        self.images, self.objects, self.saved, self.saved_at = [], [], 0, time.monotonic()
 
     def add(self, picture, probabilities):
         """Write the results of a predict.Picture. probabilities: (num_classes, h, w) uint16 of picture.small."""
@@ -139,60 +210,22 @@ class Results:
             columns[f"objects{ending}"] = len(found)
             objects += found
             masks.append(mask)
-        self.write_picture(f"{name}_overlay.png", draw_outlines(picture.image, masks))
+        self.write_picture(f"{name}_overlay.png", outline_masks(picture.image, masks))
         seconds = round(picture.seconds + time.perf_counter() - started, 4)
         scale = round(math.sqrt(picture.small.size / picture.image.size), 4)
         about = {"image": name, "path": picture.path, "width": width, "height": height}
         about["um_per_pixel"] = um_per_pixel(picture.path)
         how = {"mode": "tile" if picture.tiled else "resize", "scale": scale}
-        self.images.append({**about, **how, **columns, "seconds": seconds, "settings": self.settings})
-        self.objects += objects
-        if time.monotonic() - self.saved_at > SAVE_SECONDS:
-            self.write_tables()
+        self.keep({**about, **how, **columns, "seconds": seconds}, objects, OBJECT_COLUMNS)
 
-    def write_picture(self, name, array):
-        with atomic_path(self.folder / name) as temporary:
-            write_png(temporary, array)
-
-    def write_tables(self):
-        """Bring images.csv and objects.csv up to date."""
-        names = [row["image"] for row in self.images]
-        if len(names) > self.saved:
-            new = set(names[self.saved :])
-            merge_table(self.folder / "objects.csv", OBJECT_COLUMNS, self.objects, "image", replaced=new)
-            merge_table(self.folder / "images.csv", self.images[0], self.images, "image", replaced=set(names))
-            self.saved, self.objects = len(names), []
-        self.saved_at = time.monotonic()
-
-    @contextlib.contextmanager
-    def kept(self, count):
-        """A block at whose end the tables are written. One that is interrupted says how many of `count` are done."""
-        try:
-            yield
-            self.write_tables()
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                self.write_tables()
-            done = f"{self.saved} of {count} pictures are done; to go on, repeat the command with --resume"
-            if isinstance(error, OSError):
-                raise OSError(f"{in_one_line(error)}; {done}") from None
-            if isinstance(error, KeyboardInterrupt):
-                print(f"\n{done}")
-            raise
-
-    def about(self):
-        """One line on this call: how many pictures and objects, how they were seen, and how long a picture took."""
+    def found(self):
         count = len(self.images)
         objects = sum(value for row in self.images for key, value in row.items() if key.startswith("objects"))
         tiled = sum(row["mode"] == "tile" for row in self.images)
         modes = f"{count - tiled} resized, {tiled} in tiles"
         if tiled in (0, count):
             modes = "in tiles" if tiled else "resized"
-        scales = sorted({f"{row['scale']:.3g}" for row in self.images}, key=float)
-        scale = f"scale {scales[0]}" + (f" to {scales[-1]}" if len(scales) > 1 else "")
-        seconds = sum(row["seconds"] for row in self.images) / count
-        pictures = "1 picture" if count == 1 else f"{count:,} pictures"
-        return f"{pictures}, {objects:,} objects; {modes}, {scale}; {seconds:.2f} s per picture"
+        return f"{objects:,} objects; {modes}"
 
     def suspicions(self):
         """Warnings about pictures with nothing but background or nothing but foreground: [(words, names), ...]."""
@@ -230,7 +263,7 @@ def _card(row, overlay):
     overlay = squeeze(overlay, (max(1, round(height * shrink)), max(1, round(width * shrink))))
     values = {}
     for key, text in row.items():
-        if key.startswith(("objects", "fraction")):
+        if key.startswith(SHOWN_COLUMNS):
             with contextlib.suppress(TypeError, ValueError):  # a table may have been edited
-                values[key] = float(text) if key.startswith("fraction") else int(text)
+                values[key] = float(text) if "." in text else int(text)
     return {"title": row["image"], "panels": [("outlines", overlay)], "values": values}

@@ -110,9 +110,11 @@ def world_size():
 
 
 def rank():
+    if world_size() == 1:
+        return 0
     from torch import distributed
 
-    return distributed.get_rank() if world_size() > 1 else 0
+    return distributed.get_rank()
 
 
 # ---------------------------------------------------------------- numbers that all must know

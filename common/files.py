@@ -7,6 +7,7 @@ torch is imported inside the functions that need it, so that `--help` starts fas
 """
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -44,6 +45,38 @@ def atomic_path(path):
     finally:
         with contextlib.suppress(OSError):  # this fails on a disk that became read-only, which is not the error to show
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def lock(folder, busy=None):
+    """A block in which one process at a time works on a folder. It waits for another one; with `busy` it raises that.
+
+    The lock is the system's (POSIX lockf on <folder>/.lock). It ends with its process, even on kill -9, and forked
+    loader processes never inherit it; the filelock package before 3.30 uses flock, which they keep, and leaves its
+    file behind. Where there are no such locks (Windows, some network drives) none is taken. busy: text of a ValueError.
+    """
+    path = folder / ".lock"
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "a"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except OSError as error:
+                if busy and error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(busy) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    break  # else its last holder has just removed this file, and the next would lock another
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the disk became read-only
+                path.unlink()
 
 
 @contextlib.contextmanager

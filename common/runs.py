@@ -8,7 +8,6 @@ with only_trainer(folder, RUN_FILES), keeping(folder, "train.py", draw_curves):
 
 import contextlib
 import csv
-import errno
 import os
 import shlex
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from common.cli import in_one_line
 from common.devices import device_name, environment, pick_amp, pick_device, precision_name
 from common.distributed import check_same, is_main, local_processes, world_size
-from common.files import atomic_path, is_plain_name, read_yaml, write_yaml
+from common.files import atomic_path, is_plain_name, lock, read_yaml, write_yaml
 
 MODELS = Path("models")
 MAKERS = {  # a key that only the config.yml of one script's runs has, and a command that makes such a run
@@ -82,11 +81,8 @@ def write_start(config, folder, earlier, device, split=None):
 def only_trainer(folder, names):
     """A block in which only this process trains the run in `folder`; ValueError when another process does.
 
-    The lock is the system's (POSIX lockf on <folder>/.lock). It ends with its process, even on kill -9, and forked
-    loader processes never inherit it; the filelock package before 3.30 uses flock, which they keep, and leaves its
-    file behind. Where there are no such locks (Windows, some network drives) none is taken. names: the run's files;
-    what a killed process left of them half written is removed. The folder is made, and removed again if nothing came
-    into it.
+    names: the run's files; what a killed process left of them half written is removed. The folder is made, and removed
+    again if nothing came into it.
     """
     if not is_main():  # of torchrun's processes the main one writes, and holds the lock
         yield
@@ -94,7 +90,8 @@ def only_trainer(folder, names):
     made = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(folder):
+        busy = f"another process is training {folder} right now; wait until it ends, or take another --name"
+        with lock(folder, busy):
             for leftover in (path for name in names for path in folder.glob(f".{name}.*.tmp")):
                 leftover.unlink(missing_ok=True)
             yield
@@ -102,33 +99,6 @@ def only_trainer(folder, names):
         with contextlib.suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(folder):
-    path = folder / ".lock"
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(open(path, "a"))
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise ValueError(
-                        f"another process is training {folder} right now; wait until it ends, or take another --name"
-                    ) from None
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                break  # else its last holder has just removed this file, and the next would lock another
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # the disk became read-only
-                path.unlink()
 
 
 @contextlib.contextmanager

@@ -9,19 +9,23 @@ A label map is (H, W) int32, 0 background, 1 ... n the nuclei. The outlines foll
 inside is that of the nucleus: (0, 0) is the corner of the upper left pixel, as ImageJ, QuPath and COCO count.
 """
 
+import contextlib
 import importlib
 import json
 import zipfile
 
 import numpy as np
+import tifffile
 from scipy import ndimage
 
 from common.files import atomic_path
+from common.tiff import pixel_size as tag_pixel_size
 from instances import to_runs
 
 SUBMISSION = ("ImageId", "EncodedPixels")  # columns of the 2018 Data Science Bowl
 MOVE, LINE, CLOSE = 0, 1, 4  # ImageJ's segments of a path: java.awt.geom.PathIterator
 MICROMETRES_PER_CM = 10_000
+BIG_TIFF = 2**31  # bytes; a classic TIFF ends at 4 GiB
 IMAGEJ_SIDE = 60_535  # pixels: ImageJ and roifile read 16-bit coordinates as -5000 ... 60535
 
 
@@ -41,15 +45,31 @@ def write_label_tiff(path, labels, pixel_size=None):
 
     pixel_size: micrometres per pixel, kept as the resolution of the file.
     """
-    import tifffile  # late: it comes with scikit-image, and only this file needs it
-
     kind = np.uint16 if labels.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(temporary, labels.astype(kind), **_options(pixel_size))
+
+
+def join_label_tiffs(paths, path):
+    """Label TIFFs of one page each -> one TIFF of their pages in this order; the files of single pages go."""
+    with contextlib.ExitStack() as stack:
+        pages = [stack.enter_context(tifffile.TiffFile(page)).pages.first for page in paths]
+        kind = max((page.dtype for page in pages), key=lambda kind: kind.itemsize)
+        options = _options(tag_pixel_size(paths[0]))
+        large = sum(page.size for page in pages) * kind.itemsize > BIG_TIFF
+        with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=large) as writer:
+            for page in pages:
+                writer.write(page.asarray().astype(kind), **options)
+    for page in paths:
+        page.unlink()
+
+
+def _options(pixel_size):
     options = {"compression": "zlib", "photometric": "minisblack", "metadata": None}
     if pixel_size:
         per_cm = MICROMETRES_PER_CM / pixel_size
         options.update(resolution=(per_cm, per_cm), resolutionunit="CENTIMETER")
-    with atomic_path(path) as temporary:
-        tifffile.imwrite(temporary, labels.astype(kind), **options)
+    return options
 
 
 # ---------------------------------------------------------------- outlines

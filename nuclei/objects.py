@@ -33,9 +33,9 @@ DIGITS = 4  # after the point
 def measure(labels, image, confidence=None, pixel_size=None):
     """Label map and picture -> {column: list}, one entry per nucleus, in the order of their numbers.
 
-    labels: (H, W) int32. image: (H, W) or (H, W, C), uint8 or uint16. confidence: (n + 1,) float in [0, 1], the mean
-    mask probability of each label (see blocks.py); without it there is no such column. pixel_size: micrometres per
-    pixel.
+    labels: (H, W) int32. image: (H, W) or (H, W, C), whole numbers or floats. confidence: (n + 1,) float in [0, 1],
+    the mean mask probability of each label (see blocks.py); without it there is no such column. pixel_size: micrometres
+    per pixel.
 
     Columns: object (its number); area; centroid_x, centroid_y (0 is the centre of the first pixel); left, top, width,
     height of its box; equivalent_diameter (of a circle of the same area); eccentricity (of the ellipse with the same
@@ -59,7 +59,8 @@ def measure(labels, image, confidence=None, pixel_size=None):
     }
     for k, name in enumerate(names):
         table[f"mean_{name}"] = found[f"intensity_mean-{k}"]
-        table[f"max_{name}"] = found[f"intensity_max-{k}"].astype(int)
+        highest = found[f"intensity_max-{k}"]
+        table[f"max_{name}"] = highest if image.dtype.kind == "f" else highest.astype(int)
     if confidence is not None:
         table["confidence"] = confidence[raw["object"]]
     table["touches_border"] = (

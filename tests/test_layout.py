@@ -24,10 +24,10 @@ HOUSE = (
     {"archs", "labels"},
     {name for name in MODULES if name.startswith(("classification.", "label_forms."))},
     {"dataset", "dsb2018", "tasks"},
-    {name for name in MODULES if name.startswith("nuclei.")} - {"nuclei.find"},
+    {name for name in MODULES if name.startswith("nuclei.")} - {"nuclei.find", "nuclei.predictions"},
     {"engine"},
     {"inference", "levels", "predictions", "training_data"},
-    {"nuclei.find"},
+    {"nuclei.find", "nuclei.predictions"},
     {"import_labels", "preprocess_dsb2018", "train", "val", "predict", "export", "transfer_resnet18"},
     {name for name in MODULES if name.startswith("tools.")},
 )

@@ -1,0 +1,120 @@
+"""What predict.py leaves of individual nuclei: label TIFFs, outlines, measures, and files for other programs.
+
+    results = NucleiResults(Path("outputs/nuclei/predict"), names, settings="models/nuclei L4", rois=True)
+    with results.kept(count=len(files)):
+        results.add(path, picture, found, seconds=0.4)     # found: nuclei.find.Found
+    results.finish()                                       # one label TIFF for the pages of each file
+    results.write_submission("submission.csv", files)
+
+The folder has <name>_labels.tif, <name>_overlay.png and, when asked for, <name>_rois.zip and <name>.geojson of each
+picture. predictions.py describes the tables and how names are given.
+"""
+
+import csv
+import time
+
+import numpy as np
+import tifffile
+
+from common import report
+from common.files import atomic_path
+from common.images import Page, to_channels
+from common.outlines import distinct_colours, draw_outlines
+from labels import read_labels
+from nuclei.object_files import (
+    SUBMISSION,
+    join_label_tiffs,
+    require,
+    submission_rows,
+    write_geojson,
+    write_label_tiff,
+    write_rois,
+)
+from nuclei.objects import measure, summarise
+from predictions import Results, name_of_stack, um_per_pixel
+
+PACKAGES = {"rois": ("roifile", "shapely"), "geojson": ("shapely",)}  # optional ones
+THICK = 1024  # pixels of the longer side, from which outlines are two pixels wide
+
+
+class NucleiResults(Results):
+    """Nuclei of pictures, each with its number.
+
+    Args, besides those of predictions.Results:
+        pixel_size: micrometres per pixel; by default what a TIFF tells of itself.
+        rois, geojson: whether to write ImageJ ROIs and QuPath's GeoJSON. ValueError where a package for it is missing.
+    """
+
+    def __init__(self, folder, names, settings, pixel_size=None, rois=False, geojson=False):
+        super().__init__(folder, names, settings)
+        self.pixel_size, self.rois, self.geojson = pixel_size, rois, geojson
+        for option, packages in PACKAGES.items():
+            if getattr(self, option):
+                for package in packages:
+                    require(package)
+
+    def add(self, path, picture, found, seconds):
+        """Write the results of a picture.
+
+        path: its path or common.images.Page. picture: (H, W[, C]) as common.images.PageReader returns it, in its own
+        values. found: nuclei.find.Found. seconds: what reading it and finding its nuclei took.
+        """
+        started = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name, labels = self.names[path], found.labels
+        pixel_size = self.pixel_size or um_per_pixel(path) or None
+        table = measure(labels, picture, found.confidence, pixel_size)
+        write_label_tiff(self.folder / f"{name}_labels.tif", labels, pixel_size)
+        if self.rois:
+            write_rois(self.folder / f"{name}_rois.zip", labels)
+        if self.geojson:
+            write_geojson(self.folder / f"{name}.geojson", labels, table)
+        shown, width = report.brighten(to_channels(picture, 3)), 1 + (max(labels.shape) >= THICK)
+        self.write_picture(f"{name}_overlay.png", draw_outlines(shown, labels, distinct_colours(labels), width))
+        height, width = labels.shape
+        about = {"image": name, "path": path, "width": width, "height": height, "um_per_pixel": pixel_size or ""}
+        about.update(scale=round(found.scale, 4), **summarise(table, labels.shape, pixel_size))
+        about["seconds"] = round(seconds + time.perf_counter() - started, 4)
+        columns = ["image", *table]
+        rows = [dict(zip(columns, (name, *values), strict=True)) for values in zip(*table.values(), strict=True)]
+        self.keep(about, rows, columns)
+
+    def finish(self):
+        """Join the label TIFFs of the pages of each file, where all are there: cells_p000_labels.tif, ... -> one."""
+        stacks = {}
+        for picture, name in self.names.items():
+            if isinstance(picture, Page):
+                stacks.setdefault(picture.path, []).append((picture.number, self.label_path(name)))
+        for pages in stacks.values():
+            paths = [path for _, path in sorted(pages)]
+            if len(paths) > 1 and all(path.exists() for path in paths):
+                stack = paths[0].name.removesuffix("_labels.tif")
+                join_label_tiffs(paths, self.label_path(name_of_stack(stack)))
+
+    def label_path(self, name):
+        return self.folder / f"{name}_labels.tif"
+
+    def labels_of(self, picture):
+        """The label map (H, W) of a picture of this call or, with the same settings, of an earlier one."""
+        path = self.label_path(self.names[picture])
+        if path.exists():
+            return read_labels(path)
+        stack = self.label_path(name_of_stack(self.names[picture]))
+        return tifffile.imread(stack, key=picture.number).astype(np.int32)
+
+    def write_submission(self, path, pictures):
+        """The Bowl's CSV: a row per nucleus of the pictures, whose results are there."""
+        with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(SUBMISSION)
+            for picture in pictures:
+                writer.writerows(submission_rows(self.names[picture], self.labels_of(picture)))
+
+    def found(self):
+        count = sum(row["objects"] for row in self.images)
+        return f"{count:,} nuclei"
+
+    def suspicions(self):
+        """Warnings about pictures without nuclei: [(words, names)] or []."""
+        names = [row["image"] for row in self.images if not row["objects"]]
+        return [("no nuclei", names)] if names else []

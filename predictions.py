@@ -28,7 +28,7 @@ from common.tables import merge_table, read_table
 from common.tiff import pixel_size
 
 OBJECT_COLUMNS = ("image", "class", "object", "area", "centroid_x", "centroid_y", "left", "top", "width", "height")
-SHOWN_COLUMNS = ("objects", "fraction", "median_diameter")  # of images.csv, on the page
+SHOWN = r"(objects|fraction)(_\d+)?|median_diameter"  # columns of images.csv on the page
 ON_PAGE, PAGE_SIDE = 200, 640  # pictures of a page, and pixels of their longer side
 SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most
 
@@ -263,7 +263,7 @@ def _card(row, overlay):
     overlay = squeeze(overlay, (max(1, round(height * shrink)), max(1, round(width * shrink))))
     values = {}
     for key, text in row.items():
-        if key.startswith(SHOWN_COLUMNS):
+        if re.fullmatch(SHOWN, key or ""):
             with contextlib.suppress(TypeError, ValueError):  # a table may have been edited
-                values[key] = float(text) if "." in text else int(text)
+                values[key.replace("_", " ")] = float(text) if "." in text else int(text)
     return {"title": row["image"], "panels": [("outlines", overlay)], "values": values}

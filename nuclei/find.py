@@ -95,5 +95,8 @@ def busiest_window(image, side):
     rows, columns = (min(side // SHRINK, length) for length in small)
     total = cv2.boxFilter(slope, -1, (columns, rows), anchor=(0, 0), normalize=False)  # of the window that starts here
     total = total[: small[0] - rows + 1, : small[1] - columns + 1]
-    starts = np.array(np.unravel_index(total.argmax(), total.shape)) * SHRINK
-    return tuple(slice(int(start), int(start) + side) for start in starts)
+    window = []
+    for start, length in zip(np.unravel_index(total.argmax(), total.shape), (height, width), strict=True):
+        first = max(0, min(int(start) * SHRINK, length - side))
+        window.append(slice(first, min(first + side, length)))
+    return tuple(window)

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 
+from instances import DEFAULTS
+
 REPOSITORY = Path(__file__).parents[1]
 
 # A shell's background job ignores Ctrl-C, and what it starts inherits that: the scripts under test shall not.
@@ -119,6 +121,43 @@ def write_label_set(folder, count=6, size=(60, 72), seed=0):
         assert cv2.imwrite(str(folder / "images" / f"{img_id}.png"), image)
         assert cv2.imwrite(str(folder / "labels" / f"{img_id}.png"), labels)
     return ids
+
+
+def discs(radius, size=(160, 200), value=200):
+    """A picture of bright discs that do not touch, (H, W, 3) uint8, and its label map (H, W) int32."""
+    labels, step = np.zeros(size, np.int32), 3 * radius
+    places = [(x, y) for y in range(step, size[0] - radius, step) for x in range(step, size[1] - radius, step)]
+    for label, centre in enumerate(places, 1):
+        cv2.circle(labels, centre, radius, label, -1)
+    picture = np.full((*size, 3), 20, np.uint8)
+    picture[labels > 0] = value
+    return picture, labels
+
+
+class BrightNuclei:
+    """Stands for a Predictor of a run of individual nuclei: what is brighter than half is a nucleus.
+
+    `seen` lists the (height, width) of what it was shown.
+    """
+
+    about = name = head = "bright"
+
+    def __init__(self, **config):
+        self.seen = []
+        self.config = {
+            "target": "instances",
+            "diameter": 12.0,
+            "stretch": "none",
+            "input_channels": 3,
+            "num_classes": 3,
+        }
+        self.config |= {"input_h": 64, "input_w": 64, **DEFAULTS, "smallest": 4, **config}
+
+    def __call__(self, images):
+        self.seen += [image.shape[:2] for image in images]
+        maps = np.zeros((*images.shape[:3], 3), np.float32)
+        maps[..., 0] = maps[..., 2] = images[..., 0] > 120
+        return maps
 
 
 @pytest.fixture

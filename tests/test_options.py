@@ -139,6 +139,11 @@ FLAGS = {
         "level": ("", "0 5"),
         "mode": ("", "whole"),
         "scale": ("0.01 1 10", "0 1000"),
+        "diameter": ("4 300", "0.9 10001"),
+        "pixel_size": ("0.5", "0"),
+        "rois": ("!", ""),
+        "geojson": ("!", ""),
+        "submission": ("new.csv", "recipe.yml none/new.csv"),
         "tta": ("!", ""),
         "threshold": ("0 0.5 1", "-1 2"),
         "probability": ("!", ""),
@@ -302,6 +307,8 @@ def furnished(tmp_path_factory, one_thread):
         patch.chdir(folder)
         patch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
         expect("accepted", patch, train, BASE[train], "--name run --ema 0 --deep_supervision True")
+        nuclei = "--name nuclei --target instances --dataset cells --split random --input_w 32 --input_h 32"
+        expect("accepted", patch, train, BASE[train], nuclei)
     return folder
 
 
@@ -333,6 +340,8 @@ def words_of(script, flag, value):
     words += " --deep_supervision True" * (flag == "head_weights")
     if script is train and (flag in train.NUCLEI_OPTIONS or value == "instances"):
         words += " --target instances --dataset cells --split random --input_w 32 --input_h 32"
+    if script is predict and flag in predict.OF_NUCLEI:
+        words = words.replace("inputs/tiny", "inputs/cells").replace("--name run", "--name nuclei")
     if flag == "stem" or flag.startswith("encoder_"):
         words += " --encoder efficientnet_lite0 --encoder_weights none"
     if flag in POSITIONAL:

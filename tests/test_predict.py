@@ -24,7 +24,7 @@ from common import report
 from common.contrast import stretch
 from common.images import squeeze
 from predict import Picture, predict_tiled
-from predictions import Results, output_names
+from predictions import MaskResults, output_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -453,7 +453,7 @@ def test_tables_by_hand(tmp_path):
     planes[0, 7, 9] = 32767  # 0.49999, below the threshold
     image = np.full((8, 10, 3), 100, np.uint8)
     picture = Picture(Path("in/cells.png"), image, image, True, 1.5)
-    results = Results(tmp_path / "p", {picture.path: "cells"}, "models/run L4", 0.5, probability=True)
+    results = MaskResults(tmp_path / "p", {picture.path: "cells"}, "models/run L4", 0.5, probability=True)
     results.add(picture, planes)
     results.write_tables()
     [row] = rows(tmp_path / "p" / "images.csv")
@@ -488,11 +488,11 @@ def test_outlines_are_the_inner_edge():
     mask[15:, 15:] = True  # at the border of the picture it stays open
     edge = mask.copy()
     edge[6:9, 5:9] = edge[16:, 16:] = False
-    drawn = predictions.draw_outlines(image, [mask])
+    drawn = predictions.outline_masks(image, [mask])
     np.testing.assert_array_equal(drawn, np.where(edge[..., None], np.uint8(report.PALETTE[0]), np.uint8(255)))
-    two = predictions.draw_outlines(image[..., :1], [mask, ~mask])
+    two = predictions.outline_masks(image[..., :1], [mask, ~mask])
     assert {tuple(map(int, colour)) for colour in two.reshape(-1, 3)} == {(255,) * 3, *report.PALETTE[:2]}
-    wide = predictions.draw_outlines(np.zeros((600, 40, 3), np.uint8), [np.ones((600, 40), bool)] * 9)
+    wide = predictions.outline_masks(np.zeros((600, 40, 3), np.uint8), [np.ones((600, 40), bool)] * 9)
     assert not wide.any()
 
 

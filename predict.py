@@ -38,6 +38,7 @@ Exit status: 0; 1 when some pictures could not be read and the others are done; 
 """
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -198,19 +199,18 @@ def predict_nuclei(predictor, files, results, options, failed, bar):
     """Find the nuclei of the files, one after the other; what cannot be read goes to `failed`."""
     from nuclei.find import find_nuclei  # late: scikit-image takes a second
 
-    reader = PageReader(options.max_pixels, options.channels)
     batch_size = max(1, options.batch_size // 4)  # their tiles have four times the pixels
-    for path in files:
-        started = time.perf_counter()
-        try:
-            picture = reader.read(path)
-            found = find_nuclei(predictor, picture, options.diameter, batch_size)
-        except (ValueError, OSError, MemoryError) as error:
-            failed.append((path, reason_of(error)))
-            continue
-        results.add(path, picture, found, time.perf_counter() - started)
-        bar.update()
-    reader.close()
+    with contextlib.closing(PageReader(options.max_pixels, options.channels)) as reader:
+        for path in files:
+            started = time.perf_counter()
+            try:
+                picture = reader.read(path)
+                found = find_nuclei(predictor, picture, options.diameter, batch_size)
+            except (ValueError, OSError, MemoryError) as error:
+                failed.append((path, reason_of(error)))
+                continue
+            results.add(path, picture, found, time.perf_counter() - started)
+            bar.update()
 
 
 def build_results(folder, names, settings, options, of_nuclei):

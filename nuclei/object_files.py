@@ -19,12 +19,12 @@ import tifffile
 from scipy import ndimage
 
 from common.files import atomic_path
-from common.tiff import pixel_size as tag_pixel_size
 from instances import to_runs
 
 SUBMISSION = ("ImageId", "EncodedPixels")  # columns of the 2018 Data Science Bowl
 MOVE, LINE, CLOSE = 0, 1, 4  # ImageJ's segments of a path: java.awt.geom.PathIterator
 MICROMETRES_PER_CM = 10_000
+CENTIMETRE = 3  # ResolutionUnit of TIFF
 BIG_TIFF = 2**31  # bytes; a classic TIFF ends at 4 GiB
 IMAGEJ_SIDE = 60_535  # pixels: ImageJ and roifile read 16-bit coordinates as -5000 ... 60535
 
@@ -55,13 +55,21 @@ def join_label_tiffs(paths, path):
     with contextlib.ExitStack() as stack:
         pages = [stack.enter_context(tifffile.TiffFile(page)).pages.first for page in paths]
         kind = max((page.dtype for page in pages), key=lambda kind: kind.itemsize)
-        options = _options(tag_pixel_size(paths[0]))
+        options = _options(_pixel_size(pages[0]))
         large = sum(page.size for page in pages) * kind.itemsize > BIG_TIFF
         with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=large) as writer:
             for page in pages:
                 writer.write(page.asarray().astype(kind), **options)
     for page in paths:
         page.unlink()
+
+
+def _pixel_size(page):
+    """What `_options` made the resolution of."""
+    if page.tags.valueof("ResolutionUnit") != CENTIMETRE:
+        return None
+    pixels, per_cm = page.tags.valueof("XResolution")
+    return MICROMETRES_PER_CM * per_cm / pixels
 
 
 def _options(pixel_size):

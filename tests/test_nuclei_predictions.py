@@ -76,7 +76,7 @@ def test_values_are_those_of_the_file(here, monkeypatch):
     """Sixteen bits are measured as they are, and the size of a pixel comes from the file."""
     picture, labels = discs(8, value=250)
     deep = picture[..., 0].astype(np.uint16) * 16
-    write(here / "in" / "deep.tif", deep, resolution=(40_000, 40_000), resolutionunit="CENTIMETER")
+    write(here / "in" / "deep.tif", deep, imagej=True, resolution=(4, 4), metadata={"unit": "um"})
     call(monkeypatch, predict, "in --output out")
     table = pd.read_csv("out/objects.csv")
     assert len(table) == labels.max() and (table["max_grey"] == 4000).all()
@@ -107,12 +107,16 @@ def test_the_label_tiff_of_a_stack_has_its_pages(here, monkeypatch):
     write(here / "in" / "cells.tif", stack_of(6, 8, 10), photometric="minisblack")
     write(here / "in" / "cells.png", discs(9)[0])
     expected = [discs(radius)[1].max() for radius in (6, 8, 10)]
-    call(monkeypatch, predict, "in --output out")
+    call(monkeypatch, predict, "in --output out --pixel_size 0.5")
     assert [name for name in names_in(here / "out") if "labels" in name] == ["cells_labels.tif", "in_cells_labels.tif"]
     assert counts("out/cells_labels.tif") == expected
     assert counts("out/in_cells_labels.tif") == [discs(9)[1].max()]
+    with tifffile.TiffFile("out/cells_labels.tif") as tiff:
+        assert {page.tags.valueof("XResolution") for page in tiff.pages} == {(20_000, 1)}  # per cm
     before = (here / "out" / "cells_labels.tif").read_bytes()
-    call(monkeypatch, predict, "in --output out --resume --submission all.csv")  # nothing is done again
+    call(
+        monkeypatch, predict, "in --output out --pixel_size 0.5 --resume --submission all.csv"
+    )  # nothing is done again
     assert (here / "out" / "cells_labels.tif").read_bytes() == before
     assert len(pd.read_csv("all.csv").query("ImageId == 'cells_p002'")) == expected[2]
     call(monkeypatch, predict, "in/cells.tif --output one --page 1")

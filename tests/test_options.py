@@ -306,9 +306,9 @@ def furnished(tmp_path_factory, one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
-        expect("accepted", patch, train, BASE[train], "--name run --ema 0 --deep_supervision True")
         nuclei = "--name nuclei --target instances --dataset cells --split random --input_w 32 --input_h 32"
         expect("accepted", patch, train, BASE[train], nuclei)
+        expect("accepted", patch, train, BASE[train], "--name run --ema 0 --deep_supervision True")
     return folder
 
 

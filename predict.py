@@ -74,7 +74,7 @@ def build_parser():
     parser = Parser(description=__doc__)
     a = parser.add_argument
     a("paths", nargs="+", metavar="PATH", help="a picture, a folder of pictures or a pattern such as 'scans/*.tif'")
-    a("--name", help="models/<name>; default: the newest run")
+    a("--name", help="models/<name>; default: the newest run, or one that came with the repository")
     a("--onnx", type=Path, metavar="FILE", help="a file of export.py instead of a run; needs ONNX Runtime")
     output = "folder of the results; default: outputs/<name>/predict"
     a("--output", type=Path, metavar="FOLDER", help=output)

@@ -18,6 +18,7 @@ from common.distributed import check_same, is_main, local_processes, world_size
 from common.files import atomic_path, is_plain_name, lock, read_yaml, write_yaml
 
 MODELS = Path("models")
+MODEL_CARD = "README.md"  # in the folder of a run that came with the repository
 MAKERS = {  # a key that only the config.yml of one script's runs has, and a command that makes such a run
     "arch": "python train.py --name run1",
     "classes": "python transfer_resnet18.py --demo",
@@ -37,10 +38,14 @@ def run_folder(name):
 def newest_run(key):
     """The name of the run with the newest weights among those whose config.yml has `key`.
 
+    Runs that came with the repository (they have a model card) follow after all others, the last by name first.
     key: a key of MAKERS. FileNotFoundError when there is none; it names the command that makes one.
     """
-    weights = MODELS.glob("*/model.pth")
-    for path in sorted(weights, key=lambda path: path.stat().st_mtime, reverse=True):
+    own, shipped = [], []
+    for path in MODELS.glob("*/model.pth"):
+        (shipped if (path.parent / MODEL_CARD).is_file() else own).append(path)
+    own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in (*own, *sorted(shipped, reverse=True)):
         if (path.parent / "config.yml").is_file() and key in read_yaml(path.parent / "config.yml"):
             return path.parent.name
     raise FileNotFoundError(f"no trained run in {MODELS}/; train one first: {MAKERS[key]}")

@@ -1,4 +1,4 @@
-"""common/runs.py: the lock of a run belongs to its trainer alone, and ends with it."""
+"""common/runs.py: which run is meant without a name; the lock of a run belongs to its trainer alone."""
 
 import contextlib
 import os
@@ -9,12 +9,12 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from common.runs import only_trainer
+from common.runs import newest_run, only_trainer
 
 TRAINER = """
 import os, sys, time
 from pathlib import Path
-from common.runs import only_trainer
+from common.runs import newest_run, only_trainer
 
 with only_trainer(Path(sys.argv[1]), ()):
     child = os.fork()
@@ -46,3 +46,26 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_trainer(tmp_path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
     assert not (folder / ".lock").exists()
+
+
+def test_the_newest_run_and_the_shipped_ones_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, time, shipped=False, key="arch"):
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yml").write_text(f"{key}: x\n")
+        (folder / "model.pth").touch()
+        os.utime(folder / "model.pth", (time, time))
+        if shipped:
+            (folder / "README.md").touch()
+
+    with pytest.raises(FileNotFoundError, match="no trained run in models/; train one first: python train.py"):
+        newest_run("arch")
+    write("card_a", 900, shipped=True)
+    write("card_b", 800, shipped=True)
+    assert newest_run("arch") == "card_b"
+    write("old", 100)
+    write("new", 200)
+    write("ants", 300, key="classes")
+    assert newest_run("arch") == "new" and newest_run("classes") == "ants"

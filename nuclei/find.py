@@ -21,6 +21,7 @@ from nuclei.scaling import resize_labels, stretch_picture, zoom
 
 SEARCHED = 1024  # pixels per side of the part of a large picture in which the scale is searched
 SHRINK = 8  # times smaller, the picture in which that part is looked for
+LARGEST = 4.0  # scale that the search tries: what is smaller than a quarter of a known nucleus is debris
 LEAST_SIDE = 16  # pixels that the network sees of a picture, unless the picture has less
 MOST_PIXELS = 2**28  # of a whole picture as the network sees it: 2 GiB of maps and labels
 MOST_SEARCHED = 2**23  # of the part in which the scale is searched
@@ -67,7 +68,7 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2):
             looks[scale] = look(part, scale)
             return looks[scale][0]
 
-        bounds = lowest, min(highest, bounds_of(part.shape[:2], MOST_SEARCHED)[1])
+        bounds = lowest, min(LARGEST, highest, bounds_of(part.shape[:2], MOST_SEARCHED)[1])
         scale, _ = find_scale(nuclei_at, config["diameter"], config.get("scale", 1.0), bounds)
         labels, confidence = looks[scale] if part.shape == image.shape else look(image, scale)
     labels = resize_labels(labels, image.shape[:2])

@@ -4,6 +4,7 @@ python export.py --name run1               # models/run1 -> outputs/run1/run1_L4
 python export.py --name run1 --level 2     # pruned: smaller and faster; --level mean averages all heads
 python export.py --name run1 --int8        # -> run1_L4_int8.onnx: a quarter of the size, faster, quantised
 python export.py --name run1 --level 2 --run small   # no ONNX: a run of 1 MB, models/small, for predict.py and val.py
+python export.py --name nuclei             # of --target instances: the file gives the three maps of individual nuclei
 
 Using the file needs onnxruntime only:
 
@@ -11,9 +12,13 @@ Using the file needs onnxruntime only:
     [probabilities] = session.run(None, {"images": images})  # uint8 (N, H, W, 3) RGB -> float32 (N, H, W, classes)
     session.get_modelmeta().custom_metadata_map              # {"name": "run1", "threshold": "0.5", ...}
 
+A run of --target instances gives maps, float32 (N, H, W, 3): mask, contact and distance, each in [0, 1]. Pictures have
+to be stretched and scaled as in its training, and the maps become nuclei by a watershed; nuclei/find.py does all of it
+with the metadata of the file (diameter, stretch, scale and thresholds).
+
 --int8: convolutions, pooling, upsampling and concatenation compute with 8-bit integers. Their ranges are the smallest
 and largest values seen on 64 training images (Jacob et al., CVPR 2018, https://arxiv.org/abs/1712.05877; weights have
-one scale per channel). Standardisation and sigmoid stay float32. Three ways to find the ranges (minimum and maximum,
+one scale per channel). Standardisation and sigmoid stay float32. Of a run of masks, three ways to find the ranges (minimum and maximum,
 entropy, 99.99th percentile) gave an IoU within 0.0004 of each other on 200 other training images.
 """
 
@@ -29,7 +34,8 @@ from common.cli import Parser, answer_early, parse_options, run_script
 from inference import LEVELS
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-IN_CONFIG = ("name", "arch", "num_classes", "input_channels", "input_h", "input_w", "scale", "stem")  # what goes along
+IN_CONFIG = ("name", "arch", "target", "num_classes", "input_channels", "input_h", "input_w", "scale", "stem")
+FOR_NUCLEI = ("diameter", "stretch", *DEFAULTS)  # keys of config.yml that go along, too, with --target instances
 AXES = ("N", "H", "W")  # those that are free
 TOLERANCE = 1e-4  # of a probability
 CHECKED = 4  # images
@@ -64,7 +70,12 @@ from common.synthetic import nuclei
 from data_folder import find_file
 from dataset import ABOUT, check_split
 from inference import answer, load_trained
+from instances import MAPS
+from labels import find_labels, read_labels
 from metrics import THRESHOLDS
+from nuclei.crops import VIEW, line
+from nuclei.scaling import median_diameter, stretch_picture, zoom
+from run_config import is_of_nuclei
 from utils import count_params
 
 
@@ -75,7 +86,7 @@ def check_packages():
 
 
 class Deployed(torch.nn.Module):
-    """uint8 (N, H, W, channels) in [0, 255], RGB -> probabilities, float32 (N, H, W, classes)."""
+    """uint8 (N, H, W, channels) in [0, 255], RGB -> probabilities or maps, float32 (N, H, W, classes) in [0, 1]."""
 
     def __init__(self, model, mean, std):
         super().__init__()
@@ -90,6 +101,7 @@ def write_onnx(deployed, path, channels, metadata):
     """One file, weights inside, for opset 17 or 18, with any N, H and W; metadata: {key: value}, kept as text."""
     import onnx
 
+    output = output_name(metadata)
     example = torch.zeros(2, 40, 56, channels, dtype=torch.uint8)  # no two axes alike, no axis of 1
     dynamo = inspect.signature(torch.onnx.export).parameters.get("dynamo")
     if dynamo and dynamo.default:  # PyTorch 2.9 and later, which call the other exporter legacy
@@ -97,12 +109,10 @@ def write_onnx(deployed, path, channels, metadata):
         how = {"dynamo": True, "opset_version": 18, "external_data": False, "dynamic_shapes": (free,), "verbose": False}
     else:
         free = dict(enumerate(AXES))
-        how = {"opset_version": 17, "dynamic_axes": {"images": free, "probabilities": free}}
+        how = {"opset_version": 17, "dynamic_axes": {"images": free, output: free}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own insides
-        torch.onnx.export(
-            deployed, (example,), str(path), input_names=["images"], output_names=["probabilities"], **how
-        )
+        torch.onnx.export(deployed, (example,), str(path), input_names=["images"], output_names=[output], **how)
     model = onnx.load(str(path))
     for value in (*model.graph.input, *model.graph.output):
         for axis, name in zip(value.type.tensor_type.shape.dim, AXES, strict=False):

@@ -44,6 +44,7 @@ def test_an_onnx_file_answers(tmp_path, tta):
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, images.mean(axis=3, keepdims=True) / 255, atol=1e-6)
     size = {"input_channels": 3, "num_classes": 1, "input_h": 32, "input_w": 48, "scale": 1.0, "stem": "full"}
+    size["target"] = "masks"
     assert predictor.config == size and predictor.name == "grey"
     assert predictor.about == f"{tmp_path / 'grey.onnx'}, CPU"
     assert OnnxPredictor(tmp_path / "grey.onnx", name="mine").name == "mine"

@@ -49,7 +49,7 @@ AXES = ("N", "H", "W")  # those that are free
 TOLERANCE = 1e-4  # of a probability
 CHECKED = 4  # images
 CALIBRATED = 64  # training images whose activations give the ranges of --int8
-WHOLE_NUMBERS = ("Conv", "Relu", "MaxPool", "Resize", "Concat")  # operations that --int8 computes with 8 bits
+WHOLE_NUMBERS = ("Conv", "Relu", "Clip", "MaxPool", "Resize", "Concat")  # with 8 bits; Clip: ReLU6 of encoders
 RUN_FILES = ("config.yml", "split.yml", "model.pth", "last.pth")  # of models/<name>, in the order they are looked for
 PARTS = {"train": "training", "val": "validation"}
 

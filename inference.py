@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common.cli import loading
 from common.devices import pick_amp, pick_device, precision, precision_name
 from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
@@ -142,10 +143,11 @@ class Predictor:
 
     def __init__(self, name=None, device="auto", amp="auto", level="deepest", which="best", tta=False):
         self.name = name or newest_run("arch")
-        self.device = pick_device(device)
-        self.amp = pick_amp(amp, self.device)
         self.tta = tta
-        self.trained, self.config = load_trained(self.name, self.device, which, level)
+        with loading():  # PyTorch, for the first time in predict.py
+            self.device = pick_device(device)
+            self.amp = pick_amp(amp, self.device)
+            self.trained, self.config = load_trained(self.name, self.device, which, level)
         self.model = self.trained.folded()
         self.head_names = [*self.model.head_names, "mean"] if len(self.model.head_names) > 1 else self.model.head_names
         self.head = self.head_names[-1]

@@ -334,9 +334,11 @@ class Dataset(torch.utils.data.Dataset):
                 sizes = f": {mask.shape[1]} x {mask.shape[0]} and {image.shape[1]} x {image.shape[0]} pixels"
                 problems.append(Problem(f"mask of another size than its image ({folder})", sizes))
             if not is_two_valued(mask):
-                swapped = "; the image has these alone: are images and masks swapped?" if two_valued else ""
+                advice = ": python import_labels.py turns maps of classes or objects into masks"
+                if two_valued:
+                    advice = "; the image has these alone: are images and masks swapped?"
                 values = f": {listed(np.unique(mask).tolist())}"
-                problems.append(Problem(f"mask values other than 0 and 255, or 0 and 1 ({folder}{swapped})", values))
+                problems.append(Problem(f"mask values other than 0 and 255, or 0 and 1 ({folder}{advice})", values))
             masks.append(foreground(mask))
         if problems:
             raise ValueError(*problems)

@@ -4,6 +4,7 @@ python export.py --name run1               # models/run1 -> outputs/run1/run1_L4
 python export.py --name run1 --level 2     # pruned: smaller and faster; --level mean averages all heads
 python export.py --name run1 --int8        # -> run1_L4_int8.onnx: a quarter of the size, faster, quantised
 python export.py --name run1 --level 2 --run small   # no ONNX: a run of 1 MB, models/small, for predict.py and val.py
+python export.py --name nuclei             # of --target instances: the file gives the three maps of individual nuclei
 
 Using the file needs onnxruntime only:
 
@@ -11,10 +12,14 @@ Using the file needs onnxruntime only:
     [probabilities] = session.run(None, {"images": images})  # uint8 (N, H, W, 3) RGB -> float32 (N, H, W, classes)
     session.get_modelmeta().custom_metadata_map              # {"name": "run1", "threshold": "0.5", ...}
 
+A run of --target instances gives maps, float32 (N, H, W, 3): mask, contact and distance, each in [0, 1]. Pictures have
+to be stretched and scaled as in its training, and the maps become nuclei by a watershed; nuclei/find.py does all of it
+with the metadata of the file (diameter, stretch, scale and thresholds).
+
 --int8: convolutions, pooling, upsampling and concatenation compute with 8-bit integers. Their ranges are the smallest
 and largest values seen on 64 training images (Jacob et al., CVPR 2018, https://arxiv.org/abs/1712.05877; weights have
-one scale per channel). Standardisation and sigmoid stay float32. Three ways to find the ranges (minimum and maximum,
-entropy, 99.99th percentile) gave an IoU within 0.0004 of each other on 200 other training images.
+one scale per channel). Standardisation and sigmoid stay float32. For runs of masks, three ways to find the ranges
+(minimum and maximum, entropy, 99.99th percentile) gave an IoU within 0.0004 of each other on 200 other training images.
 """
 
 import importlib.util
@@ -29,12 +34,22 @@ from common.cli import Parser, answer_early, parse_options, run_script
 from inference import LEVELS
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-IN_CONFIG = ("name", "arch", "num_classes", "input_channels", "input_h", "input_w", "scale", "stem")  # what goes along
+IN_CONFIG = (
+    "name",
+    "arch",
+    "target",
+    "num_classes",
+    "input_channels",
+    "input_h",
+    "input_w",
+    "scale",
+    "stem",
+)  # goes along
 AXES = ("N", "H", "W")  # those that are free
 TOLERANCE = 1e-4  # of a probability
 CHECKED = 4  # images
 CALIBRATED = 64  # training images whose activations give the ranges of --int8
-WHOLE_NUMBERS = ("Conv", "Relu", "MaxPool", "Resize", "Concat")  # operations that --int8 computes with 8 bits
+WHOLE_NUMBERS = ("Conv", "Relu", "Clip", "MaxPool", "Resize", "Concat")  # with 8 bits; Clip: ReLU6 of encoders
 RUN_FILES = ("config.yml", "split.yml", "model.pth", "last.pth")  # of models/<name>, in the order they are looked for
 PARTS = {"train": "training", "val": "validation"}
 
@@ -64,7 +79,12 @@ from common.synthetic import nuclei
 from data_folder import find_file
 from dataset import ABOUT, check_split
 from inference import answer, load_trained
+from instances import DEFAULTS, MAPS
+from labels import find_labels, read_labels
 from metrics import THRESHOLDS
+from nuclei.crops import VIEW, line
+from nuclei.scaling import median_diameter, stretch_picture, zoom
+from run_config import is_of_nuclei
 from utils import count_params
 
 
@@ -75,7 +95,7 @@ def check_packages():
 
 
 class Deployed(torch.nn.Module):
-    """uint8 (N, H, W, channels) in [0, 255], RGB -> probabilities, float32 (N, H, W, classes)."""
+    """uint8 (N, H, W, channels) in [0, 255], RGB -> probabilities or maps, float32 (N, H, W, classes) in [0, 1]."""
 
     def __init__(self, model, mean, std):
         super().__init__()
@@ -90,6 +110,7 @@ def write_onnx(deployed, path, channels, metadata):
     """One file, weights inside, for opset 17 or 18, with any N, H and W; metadata: {key: value}, kept as text."""
     import onnx
 
+    output = output_name(metadata)
     example = torch.zeros(2, 40, 56, channels, dtype=torch.uint8)  # no two axes alike, no axis of 1
     dynamo = inspect.signature(torch.onnx.export).parameters.get("dynamo")
     if dynamo and dynamo.default:  # PyTorch 2.9 and later, which call the other exporter legacy
@@ -97,12 +118,10 @@ def write_onnx(deployed, path, channels, metadata):
         how = {"dynamo": True, "opset_version": 18, "external_data": False, "dynamic_shapes": (free,), "verbose": False}
     else:
         free = dict(enumerate(AXES))
-        how = {"opset_version": 17, "dynamic_axes": {"images": free, "probabilities": free}}
+        how = {"opset_version": 17, "dynamic_axes": {"images": free, output: free}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own insides
-        torch.onnx.export(
-            deployed, (example,), str(path), input_names=["images"], output_names=["probabilities"], **how
-        )
+        torch.onnx.export(deployed, (example,), str(path), input_names=["images"], output_names=[output], **how)
     model = onnx.load(str(path))
     for value in (*model.graph.input, *model.graph.output):
         for axis, name in zip(value.type.tensor_type.shape.dim, AXES, strict=False):
@@ -116,18 +135,78 @@ def write_onnx(deployed, path, channels, metadata):
     onnx.save(model, str(path))
 
 
+def output_name(config):
+    """What an exported file calls its answer."""
+    return "maps" if is_of_nuclei(config) else "probabilities"
+
+
+# ---------------------------------------------------------------- images to calibrate and to compare with
+
+
+def seen_size(config):
+    """(height, width) of the images that the run was validated on."""
+    size = config["input_h"], config["input_w"]
+    return tuple(max(VIEW, side) for side in size) if is_of_nuclei(config) else size
+
+
 def images_of(config, part, count):
-    """Up to `count` images (H, W, channels) uint8 of a part of the run's split, or generated ones -> images, source."""
-    folder = Path("inputs") / config["dataset"] / "images"
+    """Up to `count` images of a part of the run's split, or generated ones -> images, source.
+
+    images: (H, W, channels) uint8 each, for a run of masks as in their files, for individual nuclei as view_of returns.
+    """
+    folder, of_nuclei = Path("inputs") / config["dataset"], is_of_nuclei(config)
     path = Path("models") / config["name"] / "split.yml"
     ids = check_split(read_yaml(path), path)[part]
     if part == "train":  # ids are sorted or drawn; those of a stretch may be of one kind
         ids = ids[:: max(1, len(ids) // count)]
-    paths = [path for img_id in ids if (path := find_file(folder, img_id, config["img_ext"])).is_file()][:count]
-    pictures, source = [read_picture(path) for path in paths], f"{PARTS[part]} images of {folder.parent}"
-    if not paths:
-        pictures, source = [nuclei(seed)[0] for seed in range(count)], f"generated images ({folder} is gone)"
-    return [to_channels(picture, config["input_channels"]) for picture in pictures], f"{len(pictures)} {source}"
+    paths = {img_id: find_file(folder / "images", img_id, config["img_ext"]) for img_id in ids}
+    ids = [img_id for img_id in ids if paths[img_id].is_file()][:count]
+    if ids:
+        pictures, source = [read_picture(paths[img_id]) for img_id in ids], f"{PARTS[part]} images of {folder}"
+        diameters = [diameter_of(folder / "labels", img_id) if of_nuclei else None for img_id in ids]
+    else:
+        generated, source = [nuclei(seed) for seed in range(count)], f"generated images ({folder / 'images'} is gone)"
+        pictures = [picture for picture, _ in generated]
+        diameters = [median_diameter(labels) for _, labels in generated]
+    if of_nuclei:
+        images = [view_of(picture, own, config) for picture, own in zip(pictures, diameters, strict=True)]
+    else:
+        images = [to_channels(picture, config["input_channels"]) for picture in pictures]
+    return images, f"{len(images)} {source}"
+
+
+def diameter_of(folder, img_id):
+    """The median diameter of the nuclei in an id's labels, in pixels; None without nuclei, or without labels."""
+    try:
+        return median_diameter(read_labels(find_labels(folder, img_id)))
+    except ValueError:  # to compare two programs, the usual scale of the run's pictures will do
+        return None
+
+
+def view_of(picture, own, config):
+    """The middle of a picture, stretched and scaled as the network sees it -> uint8 (*seen_size, channels).
+
+    own: the median diameter of its nuclei in pixels; None takes the scale of the median training picture.
+    """
+    image = stretch_picture(picture, config)
+    scale = config["diameter"] / own if own else config.get("scale", 1)
+    size = seen_size(config)
+    needed = [min(length, max(1, round(side / scale))) for length, side in zip(image.shape, size, strict=False)]
+    return middle(zoom(middle(image, needed), scale), size)
+
+
+def middle(image, size):
+    """The middle of (H, W, C) of that size (height, width); where the image ends, it goes on as in a mirror."""
+    rows, columns = (line(length, side) for length, side in zip(image.shape, size, strict=False))
+    return image[rows][:, columns]
+
+
+def batch_of(images, size):
+    """Images (H, W, channels) uint8 of any sizes -> (N, height, width, channels)."""
+    return np.stack([squeeze(image, size).reshape(*size, image.shape[2]) for image in images])
+
+
+# ---------------------------------------------------------------- 8 bits, and the comparison with PyTorch
 
 
 def quantise(source, path, batches):
@@ -168,13 +247,16 @@ def quantise(source, path, batches):
         logging.disable(logging.NOTSET)
 
 
-def differences(deployed, path, images, sizes):
-    """How ONNX Runtime and PyTorch (float32) differ on a CPU: {(height, width): (largest, mean, masks)}.
+def differences(deployed, path, images, sizes, config):
+    """How ONNX Runtime and PyTorch (float32) differ on a CPU: {(height, width): (largest, mean, changed)}.
 
-    largest, mean: of a probability; masks: the fraction of pixels on the other side of the threshold.
+    largest, mean: of a value in [0, 1]; changed: the fraction of the masks' pixels on the other side of the threshold.
     """
     import onnxruntime
 
+    threshold, masks = THRESHOLDS[0], slice(None)  # each class is a mask
+    if is_of_nuclei(config):
+        threshold, masks = config["mask_threshold"], slice(1)  # the first map is one
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found = {}
     for size in sizes:
@@ -183,20 +265,16 @@ def differences(deployed, path, images, sizes):
             expected = deployed(torch.from_numpy(batch)).numpy()
         [output] = session.run(None, {"images": batch})
         assert output.shape == expected.shape and output.dtype == np.float32
-        difference, masks = np.abs(output - expected), (output > THRESHOLDS[0]) != (expected > THRESHOLDS[0])
-        found[size] = float(difference.max()), float(difference.mean()), float(masks.mean())
+        difference = np.abs(output - expected)
+        changed = (output[..., masks] > threshold) != (expected[..., masks] > threshold)
+        found[size] = float(difference.max()), float(difference.mean()), float(changed.mean())
     return found
-
-
-def batch_of(images, size):
-    """Images (H, W, channels) uint8 of any sizes -> (N, height, width, channels)."""
-    return np.stack([squeeze(image, size).reshape(*size, image.shape[2]) for image in images])
 
 
 def write_int8(deployed, path, config, metadata):
     """As write_onnx, quantised; -> what it was calibrated on."""
     images, source = images_of(config, "train", CALIBRATED)
-    batches = [batch_of(images[k : k + 8], (config["input_h"], config["input_w"])) for k in range(0, len(images), 8)]
+    batches = [batch_of(images[k : k + 8], seen_size(config)) for k in range(0, len(images), 8)]
     with tempfile.TemporaryDirectory() as temporary:
         write_onnx(deployed, Path(temporary) / "float.onnx", config["input_channels"], metadata)
         quantise(Path(temporary) / "float.onnx", path, batches)
@@ -234,6 +312,17 @@ def write_run(name, options):
     print(f"use it: python predict.py --name {shlex.quote(folder.name)} pictures/")
 
 
+def about_run(config):
+    """{key: value} of a run that goes into its ONNX file; what OnnxPredictor makes a config of."""
+    metadata = {key: config[key] for key in IN_CONFIG if key in config}
+    if is_of_nuclei(config):
+        metadata.update({key: config[key] for key in ("diameter", "stretch", *DEFAULTS)})
+        metadata["maps"] = ",".join(MAPS)
+    else:
+        metadata["threshold"] = THRESHOLDS[0]
+    return metadata
+
+
 def write_deployed(name, options):
     """models/<name> -> one ONNX file, compared with PyTorch before it gets its name."""
     check_packages()
@@ -245,12 +334,11 @@ def write_deployed(name, options):
         raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another --output")
     config["name"] = name  # of the folder, which a user may have renamed
     deployed = Deployed(model.to(memory_format=torch.contiguous_format), config["mean"], config["std"])
-    metadata = {key: config[key] for key in IN_CONFIG if key in config}
+    metadata = about_run(config)
     metadata["level"] = head.removeprefix("L")
-    metadata["threshold"] = THRESHOLDS[0]
     metadata["precision"] = "int8" if options.int8 else "float32"
 
-    height, width = config["input_h"], config["input_w"]
+    height, width = seen_size(config)
     sizes = ((height, width), (height + height // 3 + 1, width - width // 5), (max(1, height // 2 - 1), width + 7))
     images, source = images_of(config, "val", CHECKED)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -259,12 +347,13 @@ def write_deployed(name, options):
             print(f"calibrated on {write_int8(deployed, temporary, config, metadata)}")
         else:
             write_onnx(deployed, temporary, config["input_channels"], metadata)
-        found = differences(deployed, temporary, images, sizes)
+        found = differences(deployed, temporary, images, sizes, config)
         if (largest := max(values[0] for values in found.values())) > TOLERANCE and not options.int8:
             raise ValueError(f"{output} was not written: ONNX Runtime and PyTorch differ by {largest:.2g}")
     print(f"{output}: {head}, {count_params(model):,} parameters, {output.stat().st_size / 2**20:.1f} MB")
     shapes = [f"(N, H, W, {config[key]})" for key in ("input_channels", "num_classes")]
-    print(f"images uint8 {shapes[0]} -> probabilities float32 {shapes[1]}")
+    maps = f": {', '.join(MAPS)}" if is_of_nuclei(config) else ""
+    print(f"images uint8 {shapes[0]} -> {output_name(config)} float32 {shapes[1]}{maps}")
     print(", ".join(f"{key} {value}" for key, value in metadata.items()))
     print(f"ONNX Runtime and PyTorch on {source}, largest and mean difference, pixels whose mask differs:")
     for (h, w), (largest, mean, masks) in found.items():

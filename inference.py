@@ -15,91 +15,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common.cli import loading
 from common.devices import pick_amp, pick_device, precision, precision_name
 from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
-from common.runs import check_kind, newest_run, run_folder
-from data_folder import check_places
+from common.runs import newest_run, run_folder
+from run_config import are_channels, fits_of, is_of_nuclei, read_config
 
-BOUNDS = {  # smallest and largest value of train.py's options that a run's readers use
-    "num_classes": (1, 100),
-    "width": (1, 1024),
-    "input_h": (1, 4096),
-    "input_w": (1, 4096),
-    "seed": (0, 2**32 - 1),
-}
-INPUT_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
-TEXTS = ("arch", "dataset", "img_ext", "mask_ext", "loss")  # values of config.yml that must be text
 DEEPEST_LEVEL = "4"  # what a network without deep supervision answers with, X^{0,4}
 LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
 TILE, OVERLAP = 256, 64  # pixels that the network sees
 TILE_OF_NUCLEI = 512  # for --target instances, whose pictures keep about their own size: whole, where they fit
 MULTIPLE = 16  # what a network pads to, or twice that; tiles that begin on it see the pixels pooled as the whole does
-
-
-# ---------------------------------------------------------------- the config of a run
-
-
-def read_config(folder):
-    """The config.yml of a run of train.py. ValueError, in one line, when it describes no such run."""
-    from instances import DEFAULTS  # late: scipy and scikit-image take a second
-
-    path = folder / "config.yml"
-    if not path.is_file():
-        known = ", ".join(sorted(found.parent.name for found in folder.parent.glob("*/config.yml"))) or "none"
-        raise FileNotFoundError(f"{path}: no such file; the runs are: {known}")
-    config = read_yaml(path)
-    check_kind(config, "arch", folder)
-    needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "mean", "std")
-    if missing := [key for key in needed if key not in config]:
-        raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
-    levels = (1, 4) if config["deep_supervision"] is True else (4, 4)
-    scale, of_nuclei = config.get("scale", 1), is_of_nuclei(config)
-    fits = {key: isinstance(config[key], str) for key in TEXTS}
-    fits.update({key: is_within(config[key], bounds) for key, bounds in BOUNDS.items()})
-    fits["width"] = fits["width"] or (config["width"] is None and config.get("encoder", "none") != "none")
-    fits["input_channels"] = config["input_channels"] in INPUT_CHANNELS
-    fits["deep_supervision"] = isinstance(config["deep_supervision"], bool)
-    fits.update({key: are_channels(config, key) for key in ("mean", "std")})
-    fits["encoder"] = isinstance(config.get("encoder", "none"), str)
-    fits["stem"] = config.get("stem", "full") in ("full", "half")
-    fits["level"] = "level" not in config or is_within(config["level"], levels)
-    fits["scale"] = _is_number(scale) and scale > 0
-    fits["target"] = of_nuclei or config.get("target", "masks") == "masks"
-    if of_nuclei:
-        fits.update({key: _is_number(config.get(key)) and config[key] >= 0 for key in ("diameter", *DEFAULTS)})
-        fits["stretch"] = isinstance(config.get("stretch"), str)
-    wrong = [key for key, fit in fits.items() if not fit]
-    if wrong:
-        found = ", ".join(f"{key} {config.get(key)!r}" for key in wrong)
-        raise ValueError(f"{path} is damaged: {found} is nothing that train.py writes")
-    try:
-        check_places(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config
-
-
-def is_of_nuclei(config):
-    """Whether a run answers with the maps of individual nuclei (--target instances), not with classes."""
-    return config.get("target", "masks") == "instances"
-
-
-def is_within(value, bounds):
-    """Whether value is a whole number from bounds[0] to bounds[1]."""
-    return type(value) is int and bounds[0] <= value <= bounds[1]
-
-
-def _is_number(value):
-    return type(value) in (int, float) and abs(value) < 1e6  # neither NaN nor infinity is
-
-
-def are_channels(config, key):
-    """Whether the config's `mean` or `std` is a number for each channel, with standard deviations above 0."""
-    values = config.get(key)
-    if not isinstance(values, list) or len(values) != config["input_channels"]:
-        return False
-    return all(_is_number(value) and (key == "mean" or value > 0) for value in values)
 
 
 # ---------------------------------------------------------------- weights
@@ -216,10 +143,11 @@ class Predictor:
 
     def __init__(self, name=None, device="auto", amp="auto", level="deepest", which="best", tta=False):
         self.name = name or newest_run("arch")
-        self.device = pick_device(device)
-        self.amp = pick_amp(amp, self.device)
         self.tta = tta
-        self.trained, self.config = load_trained(self.name, self.device, which, level)
+        with loading():  # PyTorch, for the first time in predict.py
+            self.device = pick_device(device)
+            self.amp = pick_amp(amp, self.device)
+            self.trained, self.config = load_trained(self.name, self.device, which, level)
         self.model = self.trained.folded()
         self.head_names = [*self.model.head_names, "mean"] if len(self.model.head_names) > 1 else self.model.head_names
         self.head = self.head_names[-1]
@@ -256,6 +184,26 @@ class Predictor:
             return dict(zip(self.head_names, planes, strict=True))
 
 
+def onnx_config(session):
+    """The config that export.py wrote into the file of an ONNX Runtime session, with the run's name.
+
+    Raises errors of many kinds for other files. Files without a target are older and answer with masks.
+    """
+    (images,), (output,) = session.get_inputs(), session.get_outputs()
+    about = session.get_modelmeta().custom_metadata_map
+    config = {"input_channels": int(images.shape[3]), "num_classes": int(output.shape[3])}
+    config.update({key: int(about[key]) for key in ("input_h", "input_w")})
+    config.update(stem=about.get("stem", "full"), target=about.get("target", "masks"))
+    if "scale" in about:
+        config["scale"] = float(about["scale"])
+    if is_of_nuclei(config):
+        from instances import DEFAULTS
+
+        config["stretch"] = about["stretch"]
+        config.update({key: float(about[key]) for key in ("diameter", *DEFAULTS)})
+    return config, Path(about["name"]).name
+
+
 class OnnxPredictor:
     """A file that export.py wrote, ready to answer; needs ONNX Runtime alone.
 
@@ -276,20 +224,15 @@ class OnnxPredictor:
             providers = [name for name in available if name != "AzureExecutionProvider"]
         try:
             self.session = onnxruntime.InferenceSession(content, providers=providers)
-            (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()
-            about = self.session.get_modelmeta().custom_metadata_map
-            self.input = images.name
-            self.config = {"input_channels": int(images.shape[3]), "num_classes": int(output.shape[3])}
-            self.config.update({key: int(about[key]) for key in ("input_h", "input_w")})
-            self.config["scale"] = float(about.get("scale") or 0)
-            self.config["stem"] = about.get("stem", "full")
-            self.name = name or Path(about["name"]).name
+            self.input = self.session.get_inputs()[0].name
+            self.config, own_name = onnx_config(self.session)
+            self.name = name or own_name
+            wrong = [key for key, fit in fits_of(self.config).items() if not fit]
         except Exception as error:  # ONNX Runtime's errors have no class in common
             raise ValueError(f"{path} is not an ONNX file of export.py ({type(error).__name__})") from None
-        fits = all(is_within(self.config[key], BOUNDS[key]) for key in ("num_classes", "input_h", "input_w"))
-        fits = fits and self.config["input_channels"] in INPUT_CHANNELS and 0 <= self.config["scale"] < 1e6
-        if not fits or not is_plain_name(self.name):
-            raise ValueError(f"{path} is not an ONNX file of export.py: {self.config}")
+        if wrong or not is_plain_name(self.name):
+            found = ", ".join(f"{key} {self.config.get(key)!r}" for key in wrong) or f"name {self.name!r}"
+            raise ValueError(f"{path} is not an ONNX file of export.py, or damaged: {found}")
         self.about = f"{path}, {self.session.get_providers()[0].removesuffix('ExecutionProvider')}"
 
     def __call__(self, images):

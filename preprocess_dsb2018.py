@@ -37,17 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
-import numpy as np
-from tqdm import tqdm
-
-from common.cli import Parser, number, parse_options, run_script
-from common.download import check_zip, fetch
-from common.files import check_place, new_folder, write_yaml
-from common.images import quieten_opencv, squeeze, squeeze_mask, write_png
-from common.synthetic import nuclei
-from dsb2018 import TEST, Sample, Truth, apply_fixes, find_samples, list_zip, read_solution
-from labels import write_labels
+from common.cli import Parser, answer_early, loading, number, parse_options, run_script
 
 RAW = Path("inputs/data-science-bowl-2018")
 URL = "https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"
@@ -77,6 +67,19 @@ def build_parser():
     a("--num_workers", type=number(int, 1, 256), default=os.cpu_count(), help="threads (default: %(default)s)")
     return parser
 
+
+answer_early(__name__, build_parser)  # the imports below take a second
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from common.download import check_zip, fetch
+from common.files import check_place, new_folder, write_yaml
+from common.images import quieten_opencv, squeeze, squeeze_mask, write_png
+from common.synthetic import nuclei
+from dsb2018 import TEST, Sample, Truth, apply_fixes, find_samples, list_zip, read_solution
+from labels import write_labels
 
 # ---------------------------------------------------------------- where the raw data are
 
@@ -133,8 +136,9 @@ def find_source(options):
         ids = sorted(samples.keys() | truths.keys())
         loads = {img_id: partial(samples.get(img_id, Sample()).load, truths.get(img_id, Truth())) for img_id in ids}
         return Source(str(options.raw), loads, {"solution": str(options.solution)})
-    raw = download_raw(options.url) if options.download else raw_or_default(options.raw)
-    samples, about = find_samples(raw), {}
+    raw, about = download_raw(options.url) if options.download else raw_or_default(options.raw), {}
+    with loading():  # the zip has 30,000 entries
+        samples = find_samples(raw)
     if options.fixes:
         samples, changed, left_out = apply_fixes(samples, options.fixes)
         about = {"fixes": {"source": str(options.fixes), "corrected": len(changed), "left_out": left_out}}

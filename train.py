@@ -27,7 +27,7 @@ from common.cli import (
     run_script,
     weights,
 )
-from inference import BOUNDS, INPUT_CHANNELS
+from run_config import BOUNDS, INPUT_CHANNELS
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
@@ -176,9 +176,10 @@ from data_folder import check_layout
 from dataset import GROUPED, make_loader
 from encoders import convert_sync_batchnorm, load_encoder
 from engine import OPTIMIZERS, SCHEDULERS, Run, averaging_decay, fit_and_keep, seed_everything
-from inference import read_config, start_from
+from inference import start_from
 from instances import DEFAULTS, MAPS
 from losses import LOSSES, MapsLoss
+from run_config import read_config
 from tasks import Instances, Segmentation
 from training_data import build_data, chosen_split
 from utils import count_params

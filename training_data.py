@@ -10,6 +10,7 @@ import math
 import sys
 from pathlib import Path
 
+from common.cli import loading
 from common.files import read_yaml
 from common.lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
 from data_folder import list_ids
@@ -46,7 +47,8 @@ def build_data(config, split):
     """
     folder, of_nuclei = Path("inputs") / config["dataset"], config["target"] == "instances"
     truth = "labels" if of_nuclei else "masks"
-    train_set, val_set = open_images(config, split["train"], augment=True), open_images(config, split["val"])
+    with loading():  # albumentations
+        train_set, val_set = open_images(config, split["train"], augment=True), open_images(config, split["val"])
     results, problems, sketches = [], [], Sketches()
     for dataset in (train_set, val_set):
         try:

@@ -4,6 +4,7 @@ from common.cli import Parser, Stops, number, parse_options, run_script
 """
 
 import argparse
+import contextlib
 import math
 import os
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 from common.distributed import is_main, launched
 from utils import str2bool
 
+LOADING = "loading ..."
+ERASED = f"\r{' ' * len(LOADING)}\r"
 MAX_MESSAGE = 4000  # characters: a message may name some twenty ids
 
 
@@ -137,10 +140,27 @@ def _says_bool(word):
 def answer_early(name, build_parser):
     """Called above a script's slow imports: --help and misspelt options are answered before them.
 
-    name: the caller's __name__; nothing happens unless the script is being run.
+    name: the caller's __name__; nothing happens unless the script is being run. On a terminal `LOADING` is shown until
+    run_script, because importing PyTorch takes seconds.
     """
     if name == "__main__":
         build_parser().parse_args()
+        _on_terminal(LOADING)
+
+
+@contextlib.contextmanager
+def loading():
+    """While it lasts, `LOADING` is shown on a terminal; for what takes seconds and has no progress bar."""
+    _on_terminal(LOADING)
+    try:
+        yield
+    finally:
+        _on_terminal(ERASED)
+
+
+def _on_terminal(text):
+    if sys.stderr.isatty() and is_main():
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def parse_options(build_parser, argv=None, read_config=None):
@@ -247,6 +267,7 @@ def run_script(main):
 
     So is a lack of memory. Ctrl-C is status 130, SIGTERM 143. With DEBUG=1 in the environment the traceback is shown.
     """
+    _on_terminal(ERASED)  # of answer_early
     if os.environ.get("DEBUG"):
         sys.exit(main())
     name = Path(sys.argv[0]).name

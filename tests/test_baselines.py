@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY, run_script
+from test_inference import write_run
 
 from common.images import write_png
 from common.synthetic import nuclei as generated
-from instances import drop_small, judge, official_scores
+from instances import DEFAULTS, drop_small, judge, official_scores
 from labels import write_labels
 from tools.baselines import components, distance_watershed, otsu
 
@@ -34,7 +35,8 @@ def place(tmp_path_factory):
         write_png(folder / "inputs" / "dsb2018" / "images" / f"img{seed}.png", image)
         write_labels(folder / "inputs" / "dsb2018" / "labels" / f"img{seed}.png", labels)
     (folder / "split.yml").write_text(yaml.safe_dump({"train": ["img0"], "val": ["img1", "img2"]}))
-    (folder / "models").symlink_to(REPOSITORY / "models")
+    write_run(folder / "models" / "nuc", 3, target="instances", diameter=22.0, stretch="none", **DEFAULTS)
+    (folder / "models" / "nuclei_L2").symlink_to(REPOSITORY / "models" / "nuclei_L2")
     return folder
 
 
@@ -103,6 +105,7 @@ def test_a_split_and_a_foreground_model(place):
         (["--split", "other.yml"], "inputs/dsb2018 lacks 1 of 1 ids: imgX"),
         (["--split", "empty.yml"], "empty.yml: expected the lists `train:` and `val:`"),
         (["--name", "gone"], "models/gone/config.yml: no such file"),
+        (["--name", "nuc"], "models/nuc finds individual nuclei (--target instances); tools.baselines needs a run of"),
     ],
 )
 def test_what_is_no_table(place, options, message):

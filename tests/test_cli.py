@@ -249,6 +249,21 @@ def test_exit_status_and_one_line(tmp_path, body, status, stderr):
     assert result.stdout == ("done\n" if status == 0 else "")
 
 
+def test_only_a_terminal_is_told_that_libraries_are_loaded(tmp_path):
+    """And only until main begins."""
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+    lines = ("from common.cli import Parser, answer_early, run_script", "answer_early(__name__, Parser)")
+    (tmp_path / "my.py").write_text("\n".join((*lines, "run_script(lambda: print('done'))")))
+    command, environment = [sys.executable, tmp_path / "my.py"], {"PYTHONPATH": str(REPOSITORY)}
+    ours, theirs = pty.openpty()
+    options = {"env": environment, "stdout": subprocess.PIPE, "timeout": 60, "check": True}
+    assert subprocess.run(command, stderr=theirs, **options).stdout == b"done\n"
+    os.close(theirs)
+    assert os.read(ours, 1000) == b"loading ...\r           \r"
+    os.close(ours)
+    assert subprocess.run(command, stderr=subprocess.PIPE, **options).stderr == b""
+
+
 def test_our_own_mistakes_keep_their_traceback(tmp_path):
     result = ran(tmp_path, "raise KeyError('lr')")
     assert result.returncode == 1 and "Traceback" in result.stderr and "KeyError: 'lr'" in result.stderr

@@ -254,6 +254,7 @@ def test_all_that_is_wrong_is_in_one_message(cells):
     said = str(caught.value)
     assert said.startswith(f"{folder}: ") and "\n" not in said
     images, zero, one = folder / "images", folder / "masks" / "0", folder / "masks" / "1"
+    advice = ": python import_labels.py turns maps of classes or objects into masks"
     assert set(said.removeprefix(f"{folder}: ").split("; ")) == {
         f"no image ({images}), 1 of the ids: img00",
         f"no mask ({one}), 1 of the ids: img00",
@@ -261,8 +262,8 @@ def test_all_that_is_wrong_is_in_one_message(cells):
         f"image unreadable: no whole picture of 8 or 16 bits ({images}), 1 of the ids: img02",
         f"mask unreadable: no whole picture of 8 or 16 bits ({one}), 1 of the ids: img02",
         f"mask of another size than its image ({zero}): 8 x 12 and 12 x 8 pixels in img03, 1 of the ids: img03",
-        f"mask values other than 0 and 255, or 0 and 1 ({zero}): 0, 128, 255 in img04, 1 of the ids: img04",
-        f"mask values other than 0 and 255, or 0 and 1 ({one}): 0, 1, 255 in img05, 1 of the ids: img05",
+        f"mask values other than 0 and 255, or 0 and 1 ({zero}{advice}): 0, 128, 255 in img04, 1 of the ids: img04",
+        f"mask values other than 0 and 255, or 0 and 1 ({one}{advice}): 0, 1, 255 in img05, 1 of the ids: img05",
     }
 
 

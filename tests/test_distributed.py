@@ -30,8 +30,9 @@ from classification.resnet18 import ResNet18
 from common import cli, distributed, loaders
 from common.loaders import set_epoch
 from dataset import Dataset, build_dataset, make_loader
-from inference import Predictor, read_config
+from inference import Predictor
 from losses import LOSSES, BCEDiceLoss, mean_over_heads
+from run_config import read_config
 from tasks import Segmentation
 
 TINY = "--dataset tiny --width 2 --input_w 32 --input_h 32 -b 4 --device cpu --amp off --ema 0.9 --lr 0.02"

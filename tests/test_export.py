@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import call, write_data_set
+from conftest import call, write_data_set, write_label_set
+from test_inference import soft_picture, write_run
 
 import export
 import predict
 import train
 import val
 from archs import NestedUNet, UNet
+from inference import OnnxPredictor, Predictor
+from instances import DEFAULTS
+from nuclei.find import find_nuclei
+from nuclei.scaling import stretch_picture, zoom
 
 onnx = pytest.importorskip("onnx", reason="needs requirements-onnx.txt")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
@@ -179,10 +184,18 @@ def test_differences_by_hand(tmp_path, monkeypatch):
     answers["torch"][0][0][0][0] = 0.2  # 0.4 here and 0.2 there: both below 0.5
     session = type("Session", (), {"run": lambda *_: [answers["onnx"]]})()
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
-    found = export.differences(
-        lambda images: torch.tensor(answers["torch"]), "x", [np.zeros((2, 2, 3), np.uint8)], [(2, 2)]
-    )
-    assert found[2, 2] == pytest.approx((0.4, 0.15, 0.25))
+    args = lambda images: torch.tensor(answers["torch"]), "x", [np.zeros((2, 2, 3), np.uint8)], [(2, 2)]
+    assert export.differences(*args, {})[2, 2] == pytest.approx((0.4, 0.15, 0.25))
+
+
+def test_of_the_maps_of_nuclei_the_first_is_a_mask(monkeypatch):
+    """One pixel of two crosses 0.35 in the first map; in the other maps both do."""
+    session = type("Session", (), {"run": lambda *_: [np.float32([[[[0.3, 0.9, 0.9], [0.6, 0.9, 0.9]]]])]})()
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
+    config = {"target": "instances", "mask_threshold": 0.35}
+    expected = torch.tensor([[[[0.4, 0.1, 0.1], [0.6, 0.1, 0.1]]]])
+    found = export.differences(lambda images: expected, "x", [np.zeros((1, 2, 3), np.uint8)], [(1, 2)], config)
+    assert found[1, 2][2] == 0.5
 
 
 def test_a_file_that_differs_is_not_written(run, go, monkeypatch):
@@ -277,3 +290,98 @@ def test_a_run_without_deep_supervision_in_half_precision_is_no_training(tmp_pat
     assert "another run cut to level 4" in refused(go, train, "--name small --resume")
     assert kept == Path("models/small/model.pth").read_bytes()
     assert "\nL4 " in go(val, "--name small --device cpu")
+
+
+# ---------------------------------------------------------------- individual nuclei
+
+FOUND_WITH = {**DEFAULTS, "mask_threshold": 0.4, "smallest": 5, "diameter": 12.0, "stretch": "2,99", "scale": 1.5}
+
+
+@pytest.fixture(scope="module")
+def nuclei_place(tmp_path_factory, one_thread):
+    """A folder with models/nuc, a network of random weights with --target instances, exported -> it, what was said."""
+    folder = tmp_path_factory.mktemp("nuclei")
+    ids = write_label_set(folder / "inputs" / "cells")
+    write_run(folder / "models" / "nuc", 3, dataset="cells", target="instances", **FOUND_WITH)
+    (folder / "models" / "nuc" / "split.yml").write_text(yaml.safe_dump({"train": ids[:4], "val": ids[4:]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, told(patch, export, "--name nuc")
+
+
+@pytest.fixture
+def of_nuclei(nuclei_place, monkeypatch):
+    monkeypatch.chdir(nuclei_place[0])
+    return nuclei_place[0]
+
+
+def test_an_exported_file_finds_the_nuclei_of_its_run(nuclei_place, of_nuclei):
+    said = nuclei_place[1]
+    assert "-> maps float32 (N, H, W, 3): mask, contact, distance" in said and "probabilities" not in said
+    assert "2 validation images of inputs/cells" in said and "256 x 256" in said
+    path = of_nuclei / "outputs" / "nuc" / "nuc_L4.onnx"
+    assert [output.name for output in session_of(path).get_outputs()] == ["maps"]
+    assert "threshold" not in session_of(path).get_modelmeta().custom_metadata_map
+    run, file = Predictor("nuc", "cpu", "off"), OnnxPredictor(path, "cpu")
+    assert file.config == {key: run.config[key] for key in file.config} and FOUND_WITH.items() <= file.config.items()
+    picture = soft_picture(150, 180)
+    for diameter in (None, 20):
+        one, other = (find_nuclei(predictor, picture, diameter) for predictor in (run, file))
+        assert one.labels.max() >= 3 and one.scale == other.scale
+        np.testing.assert_array_equal(one.labels, other.labels)
+        np.testing.assert_allclose(one.confidence, other.confidence, atol=1e-4)
+
+
+def test_int8_of_nuclei_is_calibrated_at_their_scale(of_nuclei, go, monkeypatch):
+    batches = []
+    monkeypatch.setattr(
+        export, "quantise", lambda source, path, seen: (batches.extend(seen), shutil.copy(source, path))
+    )
+    said = go(export, "--name nuc --int8")
+    assert "calibrated on 4 training images of inputs/cells" in said and "nuc_L4_int8.onnx" in said
+    [batch] = batches
+    assert batch.shape == (4, 256, 256, 3) and batch.min() == 0 and batch.max() == 255  # stretched
+
+
+def test_a_small_picture_goes_on_as_in_a_mirror():
+    """Nuclei of 6 pixels are shown twice as large: 120 x 144 in the middle of 256 x 256."""
+    config = {"target": "instances", "input_h": 32, "input_w": 48, "input_channels": 3, **FOUND_WITH}
+    picture = soft_picture(60, 72)
+    view = export.view_of(picture, 6.0, config)
+    seen = zoom(stretch_picture(picture, config), 2)
+    np.testing.assert_array_equal(view[68:188, 56:200], seen)
+    np.testing.assert_array_equal(view[38:68, 56:200], seen[:30][::-1])
+    np.testing.assert_array_equal(view[68:188, 200:250], seen[:, ::-1][:, :50])
+
+
+def test_of_a_large_picture_the_middle_is_seen():
+    """Nuclei of 24 pixels are shown half as large: 512 pixels become 256; without nuclei, the usual scale."""
+    config = {"target": "instances", "input_h": 32, "input_w": 48, "input_channels": 3, **FOUND_WITH}
+    picture = soft_picture(600, 700)
+    stretched = stretch_picture(picture, config)
+    np.testing.assert_array_equal(export.view_of(picture, 24.0, config), zoom(stretched[44:556, 94:606], 0.5))
+    side = round(256 / 1.5)
+    top, left = (600 - side) // 2, (700 - side) // 2
+    view = export.view_of(picture, None, config)
+    np.testing.assert_array_equal(view[:255], zoom(stretched[top : top + side, left : left + side], 1.5)[:255, :256])
+
+
+def test_diameters_and_pictures_that_are_gone(of_nuclei, tmp_path, monkeypatch):
+    labels = cv2.imread("inputs/cells/labels/img00.png", -1)
+    area = np.median(np.bincount(labels.ravel())[1:])
+    assert export.diameter_of(Path("inputs/cells/labels"), "img00") == pytest.approx(2 * (area / np.pi) ** 0.5)
+    assert export.diameter_of(Path("inputs/gone/labels"), "img00") is None
+    config = Predictor("nuc", "cpu").config | {"name": "nuc"}
+    shutil.copytree("models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    images, source = export.images_of(config, "val", 3)
+    assert source == "3 generated images (inputs/cells/images is gone)" and images[2].shape == (256, 256, 3)
+
+
+def test_a_cut_run_of_nuclei_finds_them_too(of_nuclei, go):
+    go(export, "--name nuc --level 2 --run small")
+    small, level = Predictor("small", "cpu", "off"), Predictor("nuc", "cpu", "off", level="2")
+    assert FOUND_WITH.items() <= small.config.items() and small.config["level"] == 2
+    picture = soft_picture(150, 180)
+    one, other = (find_nuclei(predictor, picture, 20).labels > 0 for predictor in (small, level))
+    assert one.any() and (one != other).mean() < 0.01  # half precision

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, trained
+from test_inference import write_run
 
 import train
 from common.synthetic import nuclei
+from instances import DEFAULTS
 from tools import figures
 
 OPTIONS = "--name tiny --dataset tiny --width 4 --input_w 32 --input_h 32 --epochs 2 -b 4 --augment none"
@@ -15,8 +17,10 @@ OPTIONS = "--name tiny --dataset tiny --width 4 --input_w 32 --input_h 32 --epoc
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with models/tiny, a run with four heads."""
-    return trained(tmp_path_factory.mktemp("figures"), train, OPTIONS, "--deep_supervision True")
+    """A folder with models/tiny, a run with four heads, and models/nuc, one of individual nuclei."""
+    folder = tmp_path_factory.mktemp("figures")
+    write_run(folder / "models" / "nuc", 3, target="instances", diameter=22.0, stretch="none", **DEFAULTS)
+    return trained(folder, train, OPTIONS, "--deep_supervision True")
 
 
 @pytest.fixture
@@ -51,6 +55,13 @@ def test_the_image_is_shown_that_was_asked_for(docs, monkeypatch):
     assert (docs / "features.png").read_bytes() != first
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         call(monkeypatch, figures, "--name tiny --image gone")
+
+
+@pytest.mark.parametrize("options", ["--name nuc", "--curves tiny nuc"])
+def test_runs_of_individual_nuclei_are_refused(docs, monkeypatch, options):
+    with pytest.raises(ValueError, match="models/nuc finds individual nuclei .*; tools.figures needs a run of masks"):
+        call(monkeypatch, figures, options)
+    assert not list(docs.iterdir())
 
 
 def test_curves_of_two_runs(docs, monkeypatch):

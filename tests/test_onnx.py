@@ -12,8 +12,8 @@ from test_inference import soft_picture
 from inference import OnnxPredictor
 
 
-def write_onnx(path, **metadata):
-    """The mean of the channels over 255, in the shapes of export.py."""
+def write_onnx(path, answers=1, **metadata):
+    """The mean of the channels over 255, `answers` times, in the shapes of export.py."""
     onnx = pytest.importorskip("onnx", reason="needs requirements-onnx.txt")
     value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
     constants = [onnx.numpy_helper.from_array(np.float32(255), "full")]
@@ -21,10 +21,11 @@ def write_onnx(path, **metadata):
     nodes = [
         node("Cast", ["images"], ["floats"], to=onnx.TensorProto.FLOAT),
         node("ReduceMean", ["floats", "axes"], ["grey"], keepdims=1),
-        node("Div", ["grey", "full"], ["probabilities"]),
+        node("Div", ["grey", "full"], ["answer"]),
+        node("Concat", ["answer"] * answers, ["probabilities"], axis=3),
     ]
     images = value("images", onnx.TensorProto.UINT8, ["N", "H", "W", 3])
-    output = value("probabilities", onnx.TensorProto.FLOAT, ["N", "H", "W", 1])
+    output = value("probabilities", onnx.TensorProto.FLOAT, ["N", "H", "W", answers])
     graph = onnx.helper.make_graph(nodes, "grey", [images], [output], constants)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
     onnx.helper.set_model_props(model, metadata)
@@ -32,6 +33,10 @@ def write_onnx(path, **metadata):
 
 
 ABOUT = {"name": "grey", "input_h": "32", "input_w": "48", "scale": "1.0", "threshold": "0.5"}
+
+
+NUCLEI = {**ABOUT, "target": "instances", "diameter": "22.0", "stretch": "1,99.8", "smallest": "20"}
+NUCLEI |= {f"{name}_threshold": "0.25" for name in ("mask", "contact", "distance", "seed")}
 
 
 @pytest.mark.parametrize("tta", [False, True])
@@ -44,6 +49,7 @@ def test_an_onnx_file_answers(tmp_path, tta):
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, images.mean(axis=3, keepdims=True) / 255, atol=1e-6)
     size = {"input_channels": 3, "num_classes": 1, "input_h": 32, "input_w": 48, "scale": 1.0, "stem": "full"}
+    size["target"] = "masks"
     assert predictor.config == size and predictor.name == "grey"
     assert predictor.about == f"{tmp_path / 'grey.onnx'}, CPU"
     assert OnnxPredictor(tmp_path / "grey.onnx", name="mine").name == "mine"
@@ -67,6 +73,45 @@ def test_without_onnx_runtime_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     with pytest.raises(ValueError, match="not installed: pip install onnxruntime$"):
         OnnxPredictor("any.onnx")
+
+
+def test_a_file_of_individual_nuclei(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
+    write_onnx(tmp_path / "n.onnx", 3, **NUCLEI)
+    thresholds = dict.fromkeys(("mask_threshold", "contact_threshold", "distance_threshold", "seed_threshold"), 0.25)
+    assert OnnxPredictor(tmp_path / "n.onnx").config == {
+        "input_channels": 3,
+        "num_classes": 3,
+        "input_h": 32,
+        "input_w": 48,
+        "stem": "full",
+        "target": "instances",
+        "scale": 1.0,
+        "diameter": 22.0,
+        "stretch": "1,99.8",
+        "smallest": 20.0,
+        **thresholds,
+    }
+
+
+@pytest.mark.parametrize(
+    ("answers", "changed", "message"),
+    [
+        (3, {"diameter": "0"}, "or damaged: diameter 0.0"),
+        (3, {"diameter": "large"}, "ValueError"),
+        (3, {"seed_threshold": "nan"}, "or damaged: seed_threshold nan"),
+        (3, {"smallest": None}, "KeyError"),
+        (3, {"stretch": "1,2,3"}, "or damaged: stretch '1,2,3'"),
+        (3, {"target": "cells"}, "or damaged: target 'cells'"),
+        (1, {}, "or damaged: num_classes 1"),
+    ],
+)
+def test_damaged_files_of_individual_nuclei(tmp_path, answers, changed, message):
+    pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
+    about = {key: value for key, value in (NUCLEI | changed).items() if value is not None}
+    write_onnx(tmp_path / "n.onnx", answers, **about)
+    with pytest.raises(ValueError, match=f"n.onnx is not an ONNX file of export.py.*{message}"):
+        OnnxPredictor(tmp_path / "n.onnx")
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ import archs
 import engine
 import export
 import import_labels
-import inference
 import losses
 import predict
 import preprocess_dsb2018
+import run_config
 import train
 import transfer_resnet18
 import val
@@ -394,8 +394,8 @@ def test_choices_are_the_names_in_the_registries():
 
 def test_what_read_config_takes_is_what_the_parser_takes():
     of_train = actions(train)
-    assert {key: (of_train[key].type.low, of_train[key].type.high) for key in inference.BOUNDS} == inference.BOUNDS
-    assert tuple(of_train["input_channels"].choices) == inference.INPUT_CHANNELS
+    assert {key: (of_train[key].type.low, of_train[key].type.high) for key in run_config.BOUNDS} == run_config.BOUNDS
+    assert tuple(of_train["input_channels"].choices) == run_config.INPUT_CHANNELS
 
 
 def furnish(flag, patch):

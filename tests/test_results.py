@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import call, write_data_set
+from test_inference import write_run
 
 import train
 import val
+from instances import DEFAULTS
 from tools import results
 
 OPTIONS = "--dataset tiny --width 4 --input_w 32 --input_h 32 --epochs 2 -b 2 --lr 0.03 --ema 0 --augment flips"
@@ -17,8 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, one_thread):
-    """A folder with two runs that differ in their seed, tiny_s0 and tiny_s1, and one of another split."""
+    """A folder with two runs that differ in their seed, tiny_s0 and tiny_s1, one of another split, one of nuclei."""
     folder = tmp_path_factory.mktemp("results")
+    write_run(folder / "models" / "nuc", 3, target="instances", diameter=22.0, stretch="none", **DEFAULTS)
     write_data_set(folder / "inputs" / "tiny", count=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -85,6 +88,7 @@ def test_another_head_and_the_worst_images(rows, place, monkeypatch):
     [
         ("tiny_s0 --head L5", "models/tiny_s0 has no head L5, only L1, L2, L3, L4, mean"),
         ("tiny_s0 other", "differ in their validation images"),
+        ("tiny_s0 nuc", "models/nuc finds individual nuclei .*; tools.results needs a run of masks"),
         ("tiny_s0 other --worst w.png", "--worst draws one run, found 2"),
     ],
 )

@@ -12,7 +12,8 @@ from test_inference import CPU, MEAN, ROUNDING, STD, by_hand, predictor_of, soft
 
 from archs import NestedUNet, UNet
 from common.files import save_checkpoint, write_yaml
-from inference import load_trained, read_config, start_from
+from inference import load_trained, start_from
+from run_config import read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,7 +109,7 @@ def test_spoilt_weights_are_one_line(workplace, spoil, message):
     ("changed", "message"),
     [
         ({"width": "x"}, "is damaged: width 'x' is nothing that train.py writes"),
-        ({"width": 0, "input_h": 1.5}, "is damaged: width 0, input_h 1.5 is nothing"),
+        ({"width": 0, "input_h": 1.5}, "is damaged: input_h 1.5, width 0 is nothing"),
         ({"num_classes": 101}, "num_classes 101"),
         ({"num_classes": True}, "num_classes True"),
         ({"input_channels": 2}, "input_channels 2"),

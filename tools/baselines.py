@@ -30,6 +30,7 @@ from inference import Predictor, predict_tiled
 from instances import DEFAULTS, drop_small, judge, sequential
 from labels import find_labels, read_labels
 from nuclei.evaluation import COLUMNS, Judged, row_of
+from run_config import check_of_masks
 
 SMOOTH, APART = 2, 5  # pixels: sd of the blur of the distance, and the least distance between two of its peaks
 SHOWN = ("images", "official", "interval", "ap50", "f1", "pq", "merges", "splits", "missed", "false", "count_error")
@@ -140,6 +141,7 @@ def main():
     foregrounds = {"Otsu": lambda image, true: otsu(image)}
     if options.name:
         predictor = Predictor(options.name)
+        check_of_masks(predictor.config, options.name, "tools.baselines")
         if predictor.config["num_classes"] != 1:
             raise ValueError(f"models/{options.name} has {predictor.config['num_classes']} classes; expected one")
         foregrounds[options.name] = lambda image, true: of_model(predictor, image)

@@ -36,6 +36,7 @@ from common.runs import newest_run, run_folder
 from common.synthetic import nuclei
 from data_folder import find_file
 from inference import load_trained
+from run_config import check_of_masks, read_config
 from utils import count_params
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -184,13 +185,15 @@ def draw_curves(path, names):
 
 def main():
     options, _ = parse_options(build_parser)
+    names = options.curves or [options.name or newest_run("arch")]
+    for name in names:
+        check_of_masks(read_config(run_folder(name)), name, "tools.figures")
     if options.curves:
-        draw_curves(DOCS / "fast_and_plain.png", options.curves)
+        draw_curves(DOCS / "fast_and_plain.png", names)
         return
-    options.name = options.name or newest_run("arch")
     draw_nodes(DOCS / "nodes.png")
     draw_nodes(DOCS / "nodes_encoder.png", "efficientnet_lite0")
-    draw_features(DOCS / "features.png", options.name, options.image)
+    draw_features(DOCS / "features.png", names[0], options.image)
     write_png(DOCS / "picture.png", nuclei(PICTURE)[0])
     print(f"nodes.png, nodes_encoder.png, features.png and picture.png are in {DOCS}")
 

@@ -39,8 +39,9 @@ from common.devices import keep_memory
 from common.files import read_yaml
 from common.runs import run_folder
 from dataset import build_dataset, make_loader
-from inference import Predictor, read_config
+from inference import Predictor
 from metrics import INTERSECTION, PREDICTED, TRUE, bootstrap_interval, iou, summarise
+from run_config import check_of_masks, read_config
 
 OTHERS = {  # definitions beside the pooled IoU, and their headings
     "dice": "Dice",
@@ -131,6 +132,8 @@ def draw_worst(name, options, path):
 def main():
     options, _ = parse_options(build_parser)
     keep_memory()
+    for name in options.names:
+        check_of_masks(read_config(run_folder(name)), name, "tools.results")
     if options.worst and len(options.names) > 1:
         raise ValueError(f"--worst draws one run, found {len(options.names)}")
     if options.worst:

@@ -27,7 +27,7 @@ HOUSE = (
     {name for name in MODULES if name.startswith("nuclei.")} - {"nuclei.find"},
     {"engine"},
     {"inference", "levels", "predictions", "training_data"},
-    {"nuclei.find"},
+    {"nuclei.find", "evaluation"},
     {"import_labels", "preprocess_dsb2018", "train", "val", "predict", "export", "transfer_resnet18"},
     {name for name in MODULES if name.startswith("tools.")},
 )

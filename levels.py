@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from archs import probabilities
+from common import report
 from common.devices import precision, synchronize
 from common.files import atomic_path
 from common.report import BLUE, GREEN, VERMILION
@@ -109,21 +110,32 @@ def rows_of_levels(measured, tables):
 
 def with_text(rows):
     """The rows with their costs formatted for people."""
-    as_text = {"parameters": "{:,}", "ms": "{:.2f}", "megabytes": "{:.1f}"}
-    return [row | {key: form.format(row[key]) for key, form in as_text.items()} for row in rows]
+    as_text = {"parameters": "{:,}", "ms": "{:.2f}", "megabytes": "{:.1f}", "seconds": "{:.2f}"}
+    return [row | {key: form.format(row[key]) for key, form in as_text.items() if key in row} for row in rows]
 
 
-def sufficient(rows):
-    """-> the row of the smallest level whose pooled IoU is within ENOUGH of the best level's, and one sentence."""
+def sufficient(rows, score="iou", name="pooled IoU"):
+    """-> the row of the smallest level whose score is within ENOUGH of the best level's, and one sentence.
+
+    rows: one per level, from the smallest, and perhaps one of the mean. score: a key of them; name: its words.
+    """
     levels = [row for row in rows if row["level"] != "mean"]
-    best, largest = max(levels, key=lambda row: row["iou"]), levels[-1]
-    chosen = next(row for row in levels if row["iou"] >= best["iou"] - ENOUGH)
-    shares = {key: chosen[key] / largest[key] for key in ("parameters", "ms", "megabytes")}
+    best, largest = max(levels, key=lambda row: row[score]), levels[-1]
+    chosen = next(row for row in levels if row[score] >= best[score] - ENOUGH)
+    shares = [f"{chosen['parameters'] / largest['parameters']:.1%} of {largest['level']}'s parameters"]
+    for key, words in (("ms", "time"), ("seconds", "time"), ("megabytes", "memory")):
+        if key in chosen:
+            shares.append(f"{chosen[key] / largest[key]:.0%} of its {words}")
     return chosen, (
-        f"{chosen['level']} is the smallest level within half a point of the best pooled IoU ({chosen['iou']:.4f}; "
-        f"{best['level']} has {best['iou']:.4f}): {shares['parameters']:.1%} of {largest['level']}'s parameters, "
-        f"{shares['ms']:.0%} of its time, {shares['megabytes']:.0%} of its memory."
+        f"{chosen['level']} is the smallest level within half a point of the best {name} ({chosen[score]:.4f}; "
+        f"{best['level']} has {best[score]:.4f}): {', '.join(shares)}."
     )
+
+
+def section(rows, columns, words, picture, caption):
+    """(heading, html) of a report: a picture (a PNG file), paragraphs, and the rows as a table."""
+    drawn = report.picture(report.file_uri(picture), caption)
+    return "Levels", drawn + "".join(map(report.paragraph, words)) + report.table(with_text(rows), columns)
 
 
 def draw(rows, path):

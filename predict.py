@@ -53,8 +53,9 @@ from common.devices import pick_device
 from common.distributed import gather, is_main, launched, processes, rank, world_size
 from common.headers import check_pixels
 from common.images import MAX_PIXELS, Page, PageReader, find_pictures, list_pages, squeeze, to_channels
-from inference import LEVELS, OnnxPredictor, Predictor, is_of_nuclei, predict_tiled
+from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
 from predictions import MaskResults, earlier_results, is_done, output_names, write_page
+from run_config import is_of_nuclei
 
 OF_MASKS = ("mode", "scale", "threshold", "probability")  # options that only one of the two kinds of runs has
 OF_NUCLEI = ("diameter", "pixel_size", "rois", "geojson", "submission")

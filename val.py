@@ -1,28 +1,21 @@
-"""Evaluate a trained run: IoU and Dice by every definition, masks, a table of the images and a report.
+"""Evaluate a trained run: its scores by every definition, what it found, a table of the images and a report.
 
 python val.py --name run1
 python val.py --name run1 --dataset other_nuclei    # all images of another data set
 python val.py --name run1 --split my_split.yml      # the `test:` ids of a split of your own
 python val.py --name run1 --levels                  # what each pruned model costs and gives
+python val.py --name nuclei --submission nuclei.csv # a run of --target instances; the file of the Data Science Bowl
+
+A run of masks is scored by IoU and Dice at the size of the training. A run of individual nuclei (--target instances) is
+shown whole pictures, finds the scale of each, and is scored nucleus by nucleus at the size of the picture.
 """
 
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 from common.cli import Parser, add_machine_options, answer_early, data_set, listed, number, parse_options, run_script
 from inference import LEVELS
-
-HEADINGS = {  # of the printed tables; the definitions follow them
-    "iou": "IoU",
-    "dice": "Dice",
-    "iou_per_image": "IoU/image",
-    "dice_per_image": "Dice/image",
-    "iou_per_batch": "IoU/batch16",
-    "miou": "mIoU",
-    "miou_ten": "mIoU10",
-}
-SHOWN = 12  # images in each group of the report's gallery
 
 
 def build_parser():
@@ -41,6 +34,8 @@ def build_parser():
     group.add_argument("--levels", action="store_true", help="measure each level: accuracy, time, memory, parameters")
     a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
     a("--explain", action="store_true", help="print the definition of each column; the report has them in any case")
+    submission = "CSV file for the nuclei of all images in the format of the Data Science Bowl; --target instances"
+    a("--submission", type=Path, metavar="FILE", help=submission)
     a = add_machine_options(parser).add_argument
     a("--num_workers", type=number(int, 0, 1024), default=0, help="loader processes")
     return parser
@@ -52,29 +47,34 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+import instances
 import levels
-from common import report
 from common.devices import device_name, keep_memory, precision_name
 from common.distributed import launched
 from common.files import atomic_path, read_yaml
-from common.images import write_png
-from common.runs import run_folder
+from common.lookalikes import Sketches, groups
+from common.runs import newest_run, run_folder
 from data_folder import check_layout, classes_of, list_ids
 from dataset import GROUPED, RANDOM, build_dataset, changes, check_split, make_loader
-from inference import Predictor
-from metrics import (
-    DEFINITIONS,
-    INTERSECTION,
-    PREDICTED,
-    THRESHOLDS,
-    TRUE,
-    bootstrap_interval,
-    count_pixels,
-    dice,
-    iou,
-    per_class,
-    summarise,
+from evaluation import (
+    HEADINGS,
+    Predictions,
+    gallery_items,
+    replacing,
+    rows_of_classes,
+    rows_of_heads,
+    rows_of_images,
+    scores_by_twins,
+    write_examples,
+    write_report,
 )
+from inference import Predictor
+from metrics import DEFINITIONS, bootstrap_interval, count_pixels, summarise
+from nuclei import evaluation as of_nuclei
+from nuclei.crops import build_crops
+from nuclei.find import find_nuclei
+from run_config import is_of_nuclei, read_config
+from utils import count_params
 
 # ---------------------------------------------------------------- what to evaluate
 
@@ -83,7 +83,7 @@ def check_classes(config, name, folder):
     """ValueError when the data set has other classes than the run in `folder`; FileNotFoundError for missing files."""
     root, count = Path("inputs") / name, config["num_classes"]
     found = len(classes_of(root))
-    if name != config["dataset"] and found not in (0, count):
+    if name != config["dataset"] and found not in (0, count) and not is_of_nuclei(config):
         raise ValueError(f"{root / 'masks'} has {found} class folder(s), but {folder} predicts {count} class(es)")
     check_layout({**config, "dataset": name})
 
@@ -91,7 +91,8 @@ def check_classes(config, name, folder):
 def chosen_images(options, config, folder):
     """-> Dataset of the run's validation images, of another data set, or of a split's test ids; and what to call it.
 
-    Third, the content of the run's split.yml when its validation images were chosen, else {}.
+    Of a run of individual nuclei it is a NucleiDataset. Third, the content of the run's split.yml when its validation
+    images were chosen, else {}.
     """
     name = options.dataset or config["dataset"]
     root = Path("inputs") / name
@@ -108,7 +109,8 @@ def chosen_images(options, config, folder):
     there = list_ids(root / "images", config["img_ext"])
     if missing := sorted(set(ids) - set(there)):
         raise ValueError(f"{root / 'images'} lacks {len(missing)} of {len(ids)} {part}: {listed(missing, 20)}")
-    dataset = build_dataset({**config, "dataset": name}, ids)
+    build = build_crops if is_of_nuclei(config) else build_dataset
+    dataset = build({**config, "dataset": name}, ids)
     found = dataset.check()
     if run_split and (
         said := changes(run_split, there, {"val": found}, config.get("split") in (None, GROUPED, RANDOM))
@@ -132,6 +134,14 @@ def output_folder(options, name):
     return Path("outputs", name, *inner)
 
 
+def write_csv(path, rows):
+    with atomic_path(path) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+
+
+# ---------------------------------------------------------------- masks
+
+
 def judge(predictor, loader, label=None, on_batch=None):
     """Pixel counts of every image of a loader -> {head: int64 (images, classes, thresholds, 4)}.
 
@@ -148,86 +158,6 @@ def judge(predictor, loader, label=None, on_batch=None):
     return {name: np.concatenate(of_batches) for name, of_batches in tables.items()}
 
 
-class Predictions:
-    """Collects the thresholded masks of one head as `judge` goes, and writes each as <folder>/<class>/<id>.png."""
-
-    def __init__(self, head):
-        self.head, self.masks = head, {}
-
-    def __call__(self, img_ids, of_head):
-        predicted = (of_head[self.head] > THRESHOLDS[0]).cpu().numpy()
-        self.masks.update(zip(img_ids, predicted, strict=True))  # (classes, H, W) bool
-
-    def write(self, folder):
-        """Replace the masks of the same images, once all are written; nothing else in `folder` changes."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".masks_") as temporary:
-            written = []
-            for img_id, planes in self.masks.items():
-                for k, plane in enumerate(planes):
-                    path = Path(temporary) / str(k) / f"{img_id}.png"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_png(path, plane.astype(np.uint8) * 255)
-                    written.append(path)
-            for path in written:
-                (folder / path.parent.name).mkdir(exist_ok=True)
-                path.replace(folder / path.parent.name / path.name)
-
-
-# ---------------------------------------------------------------- tables
-
-
-def rows_of_heads(tables):
-    """-> [{"head": "L1", "iou": ..., ...}, ...], the mean over classes of every metric."""
-    return [{"head": head, **summarise(table)} for head, table in tables.items()]
-
-
-def rows_of_classes(table):
-    """-> [{"class": "0", "iou": ..., ...}, ...] of one head's table."""
-    of_metric = per_class(table)
-    return [
-        {"class": str(k), **{key: float(values[k]) for key, values in of_metric.items()}} for k in range(table.shape[1])
-    ]
-
-
-def rows_of_images(img_ids, table):
-    """-> one row per image at threshold 0.5: IoU and Dice, the mean over classes, and each class's pixel counts."""
-    at_half = table[:, :, 0]  # (images, classes, 4)
-    rows = []
-    for img_id, counts in zip(img_ids, at_half, strict=True):
-        row = {"img_id": img_id, "iou": float(iou(counts).mean()), "dice": float(dice(counts).mean())}
-        for k, of_class in enumerate(counts):
-            row[f"predicted_{k}"] = int(of_class[PREDICTED])
-            row[f"true_{k}"] = int(of_class[TRUE])
-            row[f"intersection_{k}"] = int(of_class[INTERSECTION])
-        rows.append(row)
-    return rows
-
-
-def iou_by_twins(img_ids, table, split):
-    """[One line]: pooled IoU of the images with and without a twin in training, as split.yml lists them; or []."""
-    of_way = split.get("twins") or {}
-    twins = {img_id for pairs in of_way.values() for img_id in pairs}
-    has_twin = np.array([img_id in twins for img_id in img_ids])
-    if has_twin.all() or not has_twin.any():
-        return []
-    with_twin, without = (summarise(table[mask])["iou"] for mask in (has_twin, ~has_twin))
-    about = f"IoU {with_twin:.4f} on the {has_twin.sum()} images with a look-alike in training"
-    return [f"{about}, {without:.4f} on the {(~has_twin).sum()} others"]
-
-
-def print_table(rows, columns):
-    """columns: {key of a row: heading}; the first is left-aligned, the others right-aligned."""
-    lines = [list(columns.values())]
-    for row in rows:
-        values = [row.get(key, "") for key in columns]
-        lines.append([f"{value:.4f}" if isinstance(value, float) else str(value) for value in values])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
-
-
 def print_results(by_epoch, by_class, head, explain):
     """The tables of heads and classes and, with `explain`, what each column means."""
     for epoch, heads in by_epoch.items():
@@ -236,59 +166,20 @@ def print_results(by_epoch, by_class, head, explain):
     if len(by_class) > 1:
         print(f"\neach class, {head}, best epoch")
         print_table(by_class, {"class": "class", **HEADINGS})
+    print_definitions(HEADINGS, DEFINITIONS, explain)
+
+
+def print_definitions(headings, definitions, explain):
     print()
     if explain:
-        for key, text in DEFINITIONS.items():
-            print(f"{HEADINGS[key]:<12}{text}")
+        for key, text in definitions.items():
+            print(f"{headings[key]:<12}{text}")
     else:
         print("--explain says how each column is defined")
 
 
-# ---------------------------------------------------------------- pictures and the report
-
-
-def panels_of(image, truth, prediction):
-    """image (H, W, C) uint8, truth and prediction (classes, H, W) bool -> [(heading, picture), ...], four of them."""
-    return [
-        ("image", image),
-        ("truth", report.mask_picture(truth)),
-        ("prediction", report.mask_picture(prediction)),
-        ("errors", report.label_overlay(report.brighten(image), truth, prediction)),
-    ]
-
-
-def gallery_items(dataset, rows, masks):
-    """The images with the lowest, middle and highest IoU, for report.gallery."""
-    order = sorted(range(len(rows)), key=lambda k: (rows[k]["iou"], rows[k]["img_id"]))
-    shown = min(SHOWN, -(-len(order) // 3))
-    middle = (len(order) - shown) // 2
-    groups = {"best": order[-shown:], "median": order[middle : middle + shown], "worst": order[:shown]}
-    group_of = {k: group for group, members in groups.items() for k in members}  # on a tiny set the worst win
-    items = []
-    for k in sorted(group_of, key=order.index):
-        image, truth = dataset.arrays(k)
-        truth = truth.transpose(2, 0, 1) > 0
-        values = {"IoU": rows[k]["iou"], "Dice": rows[k]["dice"], "foreground": float(truth.mean())}
-        panels = panels_of(image, truth, masks[rows[k]["img_id"]])
-        items.append({"title": rows[k]["img_id"], "panels": panels, "values": values, "group": group_of[k]})
-    return items
-
-
-def write_examples(items, path, each=2):
-    """One picture: columns of the worst, median and best images, with truth, prediction and errors below."""
-    chosen = []
-    for group in ("worst", "median", "best"):
-        members = [item for item in items if item["group"] == group]
-        chosen += members[:each] if group == "worst" else members[-each:]
-    columns = [[array for _, array in item["panels"]] for item in chosen]
-    heads = [f"{item['group']}: IoU {item['values']['IoU']:.2f}" for item in chosen]
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    rows[0] = [report.brighten(image) for image in rows[0]]
-    report.contact_sheet(rows, path, captions=heads, size=192)
-
-
-def compare_levels(predictor, loader, tables, dataset, output):
-    """Measure and print what each level costs and gives, draw levels.png -> (heading, html) of the report's section.
+def compare_levels(predictor, loader, tables, dataset, folder):
+    """Measure and print what each level costs and gives, draw levels.png -> the report's section.
 
     dataset: its name; on the nuclei of the paper the table has the paper's figures, too.
     """
@@ -303,37 +194,155 @@ def compare_levels(predictor, loader, tables, dataset, output):
     print(f"\nlevels: {about}")
     print_table(levels.with_text(rows), columns)
     print(sentence)
-    output.mkdir(parents=True, exist_ok=True)
-    levels.draw(rows, output / "levels.png")
-    picture = report.picture(report.file_uri(output / "levels.png"), "IoU, time, parameters and memory of each level")
-    words = report.paragraph(sentence) + report.paragraph(about)
-    return "Levels", picture + words + report.table(levels.with_text(rows), columns)
+    levels.draw(rows, folder / "levels.png")
+    caption = "IoU, time, parameters and memory of each level"
+    return levels.section(rows, columns, [sentence, about], folder / "levels.png", caption)
 
 
-def write_report(path, config, what, headline, remarks, by_epoch, by_class, items, curves, more=()):
-    """The self-contained page: headline, remarks, all definitions, curves, `more` sections, gallery, configuration."""
-    columns = {"head": "head", **HEADINGS}
-    metrics = [report.table(rows, columns, caption=epoch) for epoch, rows in by_epoch.items()]
-    legends = [report.legend()]
-    if len(by_class) > 1:
-        metrics.append(report.table(by_class, {"class": "class", **HEADINGS}, caption="each class, best epoch"))
-        colours = report.legend([f"class {row['class']}" for row in by_class])
-        legends = [report.paragraph("Truth and prediction:"), colours, report.paragraph("Errors:"), *legends]
-    metrics.append(report.table([{"metric": HEADINGS[key], "definition": text} for key, text in DEFINITIONS.items()]))
-    summary = report.summary(headline) + "".join(map(report.paragraph, remarks))
-    sections = [("Summary", summary), ("Metrics", "".join(metrics))]
-    if curves.is_file():
-        picture = report.picture(report.file_uri(curves), "Loss, IoU and learning rate by epoch")
-        sections.append(("Training", picture))
-    sections += [
-        *more,
-        ("Images", "".join(legends) + report.gallery(items, ("IoU", "Dice", "foreground"))),
-        ("Configuration", report.table([{"option": key, "value": str(value)} for key, value in config.items()])),
+def evaluate_masks(options, config, folder, output):
+    """Score, print and write all about a run of masks."""
+    level = "mean" if options.levels else options.level
+    predictor = Predictor(folder.name, options.device, options.amp, level, tta=options.tta)
+    head = "mean" if options.level == "mean" else predictor.model.head_names[-1]
+    dataset, what, run_split = chosen_images(options, config, folder)
+    loader = make_loader(dataset, options.batch_size, num_workers=options.num_workers)
+    print_start(folder, what, dataset, predictor)
+
+    predictions = Predictions(head)
+    tables = judge(predictor, loader, folder.name, predictions)
+    by_epoch = {"best epoch (model.pth)": rows_of_heads(tables)}
+    if (folder / "last.pth").is_file():
+        last = Predictor(folder.name, options.device, options.amp, level, "last", options.tta)
+        by_epoch["last epoch (last.pth)"] = rows_of_heads(judge(last, loader, folder.name))
+    table = tables[head]
+    by_class, rows = rows_of_classes(table), rows_of_images(dataset.img_ids, table)
+
+    scores, (low, high) = summarise(table), bootstrap_interval(table)
+    print(f"IoU {scores['iou']:.4f} ({low:.4f} to {high:.4f}, 95 % bootstrap over images), Dice {scores['dice']:.4f}")
+    remarks = scores_by_twins(dataset.img_ids, run_split, "IoU", lambda part: summarise(table[part])["iou"])
+    for remark in remarks:
+        print(remark)
+    print_results(by_epoch, by_class, head, options.explain)
+
+    headline = [
+        ("IoU", f"{scores['iou']:.4f}", f"pooled, {head}, best epoch; 95 % {low:.4f} to {high:.4f} over images"),
+        ("Dice", f"{scores['dice']:.4f}", "pooled"),
+        ("mIoU", f"{scores['miou']:.4f}", "foreground and background"),
+        ("images", f"{len(dataset)}", what),
     ]
-    report.write_page(path, f"{config['name']}: {config['arch']}", sections, subtitle=what)
+    with replacing(output) as new:
+        more = []
+        if options.levels:
+            more.append(compare_levels(predictor, loader, tables, options.dataset or config["dataset"], new))
+        predictions.write(new)
+        write_csv(new / "metrics.csv", rows)
+        items = gallery_items(dataset, rows, predictions.masks)
+        write_examples(items, new / "examples.png")
+        page, curves = new / "report.html", folder / "curves.png"
+        write_report(page, config, what, headline, remarks, by_epoch, by_class, items, curves, more)
+    print(f"masks, metrics.csv and examples.png are in {output}; open {output / 'report.html'}")
+
+
+# ---------------------------------------------------------------- individual nuclei
+
+
+def judge_nuclei(predictor, dataset, look_alikes, folder=None):
+    """Find the nuclei of each picture of a NucleiDataset and compare them with the truth -> [Judged, ...].
+
+    look_alikes: the group of each picture. folder: gets the label maps, <id>.png; None: they are not kept.
+    """
+    judged = []
+    label = f"{predictor.name} {predictor.head}"
+    for k, img_id in enumerate(tqdm(dataset.img_ids, label, unit="img", leave=False, disable=None)):
+        image, true = dataset.arrays(k)
+        started = time.perf_counter()
+        found = find_nuclei(predictor, image)
+        seconds = time.perf_counter() - started
+        if folder:
+            of_nuclei.write_found(folder, img_id, found.labels)
+        result = instances.judge(found.labels, true[..., 0].astype(np.int32))
+        about = img_id, dataset.facts[k].kind, predictor.head
+        judged.append(of_nuclei.Judged(*about, result, str(look_alikes[k]), found.scale, seconds))
+    return judged
+
+
+def compare_levels_of_nuclei(predictors, judged, folder):
+    """Print what each level costs and gives, draw levels.png -> the report's section. judged: of all levels."""
+    rows = of_nuclei.rows_by(judged, "level")
+    for row, predictor in zip(rows, predictors, strict=True):
+        row["parameters"] = count_params(predictor.trained)
+    sentence = levels.sufficient(rows, "official", "official score")[1]
+    about = f"{of_nuclei.LEVELS_NOTE} {device_name(predictors[0].device)}."
+    print(f"\nlevels: {about}")
+    print_table(levels.with_text(rows), of_nuclei.LEVEL_COLUMNS)
+    print(sentence)
+    of_nuclei.draw_precision(rows, "level", folder / "levels.png")
+    caption = "precision of each level at each threshold of IoU"
+    return levels.section(rows, of_nuclei.LEVEL_COLUMNS, [sentence, about], folder / "levels.png", caption)
+
+
+def evaluate_nuclei(options, config, folder, output):
+    """Score, print and write all about a run of individual nuclei."""
+    wanted = [level for level in LEVELS if level != "mean"] if options.levels else [options.level or "deepest"]
+    predictors = [Predictor(folder.name, options.device, options.amp, level, tta=options.tta) for level in wanted]
+    predictor = predictors[-1]
+    dataset, what, run_split = chosen_images(options, config, folder)
+    print_start(folder, what, dataset, predictor)
+    look_alikes = groups(Sketches(dataset.arrays(k)[0] for k in range(len(dataset))))
+
+    with replacing(output) as new:
+        others = [item for other in predictors[:-1] for item in judge_nuclei(other, dataset, look_alikes)]
+        judged = judge_nuclei(predictor, dataset, look_alikes, new / "labels")
+        scores = instances.official_scores([item.result for item in judged])
+        remarks = scores_by_twins(dataset.img_ids, run_split, "official score", lambda part: scores[part].mean())
+        remarks.append(of_nuclei.about_scale_and_time(judged))
+        rows = of_nuclei.rows_by(judged, "kind")
+        print(of_nuclei.headline_of(rows[-1]))
+        for remark in remarks:
+            print(remark)
+        print_nuclei(rows, predictor.head, options.explain)
+        more = []
+        if options.levels:
+            more.append(compare_levels_of_nuclei(predictors, others + judged, new))
+
+        write_csv(new / "metrics.csv", of_nuclei.rows_of_images(judged))
+        of_nuclei.draw_precision(rows, "kind", new / "precision.png")
+        items = of_nuclei.gallery_items(dataset, judged, new / "labels")
+        of_nuclei.write_report(new, config, what, predictor.head, rows, remarks, items, folder / "curves.png", more)
+        if options.submission:
+            of_nuclei.write_submission(options.submission, dataset.img_ids, new / "labels")
+    if options.submission:
+        print(f"{options.submission}: {rows[-1]['predicted']:,} nuclei of {len(dataset)} images")
+    print(f"labels, metrics.csv and precision.png are in {output}; open {output / 'report.html'}")
+
+
+def print_nuclei(rows, head, explain):
+    """The tables by kind of picture and, with `explain`, what each column means."""
+    print(f"\nkinds of pictures, {head}, best epoch (model.pth)")
+    print_table(rows, {"kind": "kind", **of_nuclei.COLUMNS})
+    print("\nAP at each threshold of IoU")
+    print_table(rows, {"kind": "kind", **of_nuclei.PRECISION})
+    print_definitions(of_nuclei.HEADINGS, instances.DEFINITIONS, explain)
 
 
 # ---------------------------------------------------------------- main
+
+
+def print_start(folder, what, dataset, predictor):
+    averaged = ", mean over eight flips and turns" if predictor.tta else ""
+    print(f"{folder}: {what}, {len(dataset)} images, {precision_name(predictor.amp)}{averaged}")
+
+
+def print_table(rows, columns):
+    """columns: {key of a row: heading}; the first is left-aligned, the others right-aligned."""
+    lines = [list(columns.values())]
+    for row in rows:
+        values = [row.get(key, "") for key in columns]
+        lines.append([f"{value:.4f}" if isinstance(value, float) else str(value) for value in values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
 
 
 def main():
@@ -343,50 +352,15 @@ def main():
     if options.tta and options.levels:
         raise ValueError("--levels measures single passes; leave --tta out, or judge one level with --level")
     keep_memory()
-    level = "mean" if options.levels else options.level
-    predictor = Predictor(options.name, options.device, options.amp, level, tta=options.tta)
-    name, config, head = predictor.name, predictor.config, predictor.model.head_names[-1]
-    if options.level == "mean":
-        head = "mean"
+    name = options.name or newest_run("arch")
     folder, output = run_folder(name), output_folder(options, name)
-    dataset, what, run_split = chosen_images(options, config, folder)
-    loader = make_loader(dataset, options.batch_size, num_workers=options.num_workers)
-    averaged = ", mean over eight flips and turns" if options.tta else ""
-    print(f"{folder}: {what}, {len(dataset)} images, {precision_name(predictor.amp)}{averaged}")
-
-    predictions = Predictions(head)
-    tables = judge(predictor, loader, name, predictions)
-    by_epoch = {"best epoch (model.pth)": rows_of_heads(tables)}
-    if (folder / "last.pth").is_file():
-        last = Predictor(name, options.device, options.amp, level, "last", options.tta)
-        by_epoch["last epoch (last.pth)"] = rows_of_heads(judge(last, loader, name))
-    table = tables[head]
-    by_class, rows = rows_of_classes(table), rows_of_images(dataset.img_ids, table)
-
-    scores, (low, high) = summarise(table), bootstrap_interval(table)
-    print(f"IoU {scores['iou']:.4f} ({low:.4f} to {high:.4f}, 95 % bootstrap over images), Dice {scores['dice']:.4f}")
-    remarks = iou_by_twins(dataset.img_ids, table, run_split)
-    for remark in remarks:
-        print(remark)
-    print_results(by_epoch, by_class, head, options.explain)
-    more = []
-    if options.levels:
-        more.append(compare_levels(predictor, loader, tables, options.dataset or config["dataset"], output))
-
-    predictions.write(output)
-    with atomic_path(output / "metrics.csv") as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
-    items = gallery_items(dataset, rows, predictions.masks)
-    write_examples(items, output / "examples.png")
-    headline = [
-        ("IoU", f"{scores['iou']:.4f}", f"pooled, {head}, best epoch; 95 % {low:.4f} to {high:.4f} over images"),
-        ("Dice", f"{scores['dice']:.4f}", "pooled"),
-        ("mIoU", f"{scores['miou']:.4f}", "foreground and background"),
-        ("images", f"{len(dataset)}", what),
-    ]
-    page, curves = output / "report.html", folder / "curves.png"
-    write_report(page, config, what, headline, remarks, by_epoch, by_class, items, curves, more)
-    print(f"masks, metrics.csv and examples.png are in {output}; open {page}")
+    config = read_config(folder)
+    if options.submission and not is_of_nuclei(config):
+        raise ValueError(f"--submission needs a run of train.py --target instances; {folder} predicts masks")
+    if options.submission:
+        of_nuclei.check_submission(options.submission)
+    evaluate = evaluate_nuclei if is_of_nuclei(config) else evaluate_masks
+    evaluate(options, config, folder, output)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ OUTCOMES = {  # of a pixel: colour, opacity, meaning; painted in this order, so 
 }
 GAP, CAPTION_HEIGHT, CHARACTER_WIDTH = 8, 20, 6.4  # of a contact sheet, in pixels
 LARGEST_ICON = 128  # pixels; the browser enlarges pictures up to this size without smoothing
+SHOWN = 12  # pictures in each group of worst_to_best
 LARGEST_PNG = 200  # pixels; colour pictures with a longer side become JPEG, which is smaller
 PANEL_TITLES = {"lr": "learning rate", "iou": "IoU", "acc": "accuracy", "official": "official score"}
 
@@ -306,6 +307,25 @@ def gallery(items, sort_keys, note=""):
     cards = [_card(item) for item in items]
     widest = max((len(card["panels"]) for card in cards), default=1)
     return _render("gallery", cards=cards, groups=groups, sort_keys=sort_keys, panels_per_card=widest, note=note)
+
+
+def worst_to_best(scores):
+    """Which of many pictures a gallery shows: {index: "worst", "median" or "best"}, the lowest score first.
+
+    scores: numbers or other values that can be sorted. A group has SHOWN pictures, or a third of all if these are
+    fewer, rounded up.
+    """
+    order = sorted(range(len(scores)), key=lambda k: scores[k])
+    shown = min(SHOWN, -(-len(order) // 3))
+    middle = (len(order) - shown) // 2
+    members = {"best": order[-shown:], "median": order[middle : middle + shown], "worst": order[:shown]}
+    group_of = {k: group for group, indices in members.items() for k in indices}  # on a tiny set the worst win
+    return {k: group_of[k] for k in order if k in group_of}
+
+
+def options(config):
+    """A table of the options of a run."""
+    return table([{"option": key, "value": str(value)} for key, value in config.items()])
 
 
 def _card(item):

@@ -3,11 +3,13 @@
     judged = [Judged("a", "dark grey", "L4", judge(found, true)), ...]     # instances.judge
     rows = rows_by(judged, "kind")                                        # one dict per kind, and one for all
     draw_precision(rows, "kind", "precision.png")
-    panels = panels_of(image, true, found, judged[0].result)              # for report.gallery
+    items = gallery_items(dataset, judged, "outputs/nuclei/labels")       # worst, median and best, for report.gallery
 
-instances.py defines every number.
+instances.py defines every number. evaluation.py writes about masks.
 """
 
+import csv
+import statistics
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from common import report
 from common.files import atomic_path
 from common.outlines import draw_outlines
 from instances import (
+    DEFINITIONS,
     FALSE,
     FOUND,
     KINDS,
@@ -28,6 +31,8 @@ from instances import (
     official_scores,
     summarise,
 )
+from labels import MAX_OBJECTS, find_labels, read_labels, write_labels
+from nuclei.object_files import SUBMISSION, submission_rows, write_label_tiff
 
 PRECISION = {f"ap{5 * k}": f"{k / 20:.2f}" for k in TWENTIETHS.tolist()}  # ap50: 0.50 ... ap95: 0.95
 COLUMNS = {  # of rows_by: key and heading
@@ -45,6 +50,10 @@ COLUMNS = {  # of rows_by: key and heading
     "false": "false",
     "count_error": "count error",
 }
+HEADINGS = {"ap": "AP", **COLUMNS}  # of everything in instances.DEFINITIONS
+LEVEL_COLUMNS = {"level": "level", "parameters": "parameters", "seconds": "s/picture", **COLUMNS}
+LEVELS_NOTE = "Pruned models; each finds its own scale. s/picture: median, for finding the nuclei,"
+INTERVAL = "95 % bootstrap interval of the official score; groups of look-alikes are drawn as a whole"
 COLOURS = {  # of an outline
     FOUND: (report.GREEN, "IoU with a true nucleus above 0.5"),
     MISSED: (report.VERMILION, "true nucleus that was not found"),
@@ -63,22 +72,27 @@ class Judged(NamedTuple):
     level: str
     result: Result
     group: str = ""  # of look-alikes, for the bootstrap; empty: the image stands for itself
+    scale: float = 1.0  # network pixels per pixel of the picture
+    seconds: float = 0.0  # for finding its nuclei
 
 
 # ---------------------------------------------------------------- tables
 
 
 def row_of(judged):
-    """One or more Judged of one level -> {column: number}: the keys of COLUMNS, PRECISION, and the interval's ends.
+    """One or more Judged of one level -> {column: number}: the keys of COLUMNS and PRECISION, and those below.
 
-    low, high: 95 % bootstrap interval of the official score over images, or over groups of look-alikes.
+    low, high: 95 % bootstrap interval of the official score over images, or over groups of look-alikes; groups: how
+    many of these. seconds: median per picture.
     """
     results = [item.result for item in judged]
     scores = summarise(results)
     precision = dict(zip(PRECISION, scores.pop("ap"), strict=True))
-    low, high = bootstrap_interval(official_scores(results), [item.group or item.img_id for item in judged])
-    interval = {"low": low, "high": high, "interval": f"{low:.3f} to {high:.3f}"}
-    return {"images": len(judged), **scores, **precision, **interval}
+    groups = [item.group or item.img_id for item in judged]
+    low, high = bootstrap_interval(official_scores(results), groups)
+    interval = {"low": low, "high": high, "interval": f"{low:.3f} to {high:.3f}", "groups": len(set(groups))}
+    seconds = statistics.median(item.seconds for item in judged)
+    return {"images": len(judged), **scores, **precision, **interval, "seconds": seconds}
 
 
 def rows_by(judged, key):
@@ -104,8 +118,61 @@ def rows_of_images(judged):
         about = {"img_id": item.img_id, "kind": item.kind, "level": item.level, "tp": tp, "fp": fp, "fn": fn}
         columns = ["official", *PRECISION, "f1", "pq", "true", "predicted", "count_error"]
         mistakes = ["merges", "splits", "missed", "false"]
-        rows.append({**about, **{column: row[column] for column in (*columns, *mistakes)}})
+        values = {column: row[column] for column in (*columns, *mistakes)}
+        rows.append({**about, **values, "scale": item.scale, "seconds": item.seconds})
     return rows
+
+
+def headline_of(row):
+    """One line on a row of `rows_by`."""
+    interval = f"{row['low']:.4f} to {row['high']:.4f}, 95 % bootstrap over {row['groups']} groups of look-alikes"
+    return f"official score {row['official']:.4f} ({interval}), AP50 {row['ap50']:.4f}, F1 {row['f1']:.4f}"
+
+
+def about_scale_and_time(judged):
+    """One line on the scales that were found, and how long that took."""
+    low, middle, high = np.percentile([item.scale for item in judged], (0, 50, 100))
+    seconds = statistics.median(item.seconds for item in judged)
+    return f"scale {middle:.3g} (median; {low:.3g} to {high:.3g}), {seconds:.2f} s per picture (median)"
+
+
+# ---------------------------------------------------------------- label maps
+
+
+def write_found(folder, img_id, labels):
+    """A label map -> <folder>/<id>.png of 16 bits, or <id>.tif of 32 with more than 65,535 nuclei."""
+    folder.mkdir(exist_ok=True)
+    if labels.max(initial=0) > MAX_OBJECTS:
+        write_label_tiff(folder / f"{img_id}.tif", labels)
+    else:
+        write_labels(folder / f"{img_id}.png", labels)
+
+
+def read_found(folder, img_id):
+    """The label map that `write_found` wrote."""
+    return read_labels(find_labels(folder, img_id))
+
+
+def check_submission(path):
+    """ValueError when something else is where a submission is to be written: it replaces earlier submissions only."""
+    if not path.exists():
+        return
+    heading = ""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            heading = file.readline(100).strip()
+    if heading != ",".join(SUBMISSION):
+        raise ValueError(f"--submission {path} exists and is no earlier submission; give another file")
+
+
+def write_submission(path, img_ids, folder):
+    """The label maps in `folder` as the CSV file of the Data Science Bowl."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(SUBMISSION)
+        for img_id in img_ids:
+            writer.writerows(submission_rows(img_id, read_found(folder, img_id)))
 
 
 # ---------------------------------------------------------------- the figure
@@ -169,3 +236,59 @@ def outlined(image, labels, kinds):
 def legend():
     """The meaning of the colours of `outlined`, as a piece of a page."""
     return report.legend_of([(colour, KINDS[kind], meaning) for kind, (colour, meaning) in COLOURS.items()])
+
+
+# ---------------------------------------------------------------- the report
+
+
+def gallery_items(dataset, judged, folder):
+    """The pictures with the lowest, middle and highest official score, for report.gallery; a kind is a group.
+
+    dataset: a NucleiDataset; judged: of its pictures, in order, at one level; folder: of their label maps.
+    """
+    scores = official_scores([item.result for item in judged]).tolist()
+    items = []
+    for k in report.worst_to_best([(score, item.img_id) for score, item in zip(scores, judged, strict=True)]):
+        image, true = dataset.arrays(k)
+        row = row_of([judged[k]])
+        counts = {COLUMNS[key]: row[key] for key in ("true", "predicted", "missed", "false", "merges", "splits")}
+        panels = panels_of(image, true[..., 0], read_found(folder, judged[k].img_id), judged[k].result)
+        values = {"official": row["official"], **counts, "scale": judged[k].scale}
+        items.append({"title": judged[k].img_id, "panels": panels, "values": values, "group": judged[k].kind})
+    return items
+
+
+def write_report(folder, config, what, head, rows, remarks, items, curves, more=()):
+    """<folder>/report.html: headline, remarks, tables, definitions, curves, `more` sections, gallery, configuration.
+
+    folder: has precision.png. rows: rows_by kind, the last of them all pictures. items: of gallery_items.
+    """
+    total = rows[-1]
+    headline = [
+        ("official score", f"{total['official']:.4f}", f"{head}, best epoch; 95 % {total['interval']}"),
+        ("AP50", f"{total['ap50']:.4f}", "mean over images"),
+        ("F1", f"{total['f1']:.4f}", "at IoU > 0.5, all nuclei together"),
+        ("count error", f"{total['count_error']:.1%}", "median over images"),
+        ("images", f"{total['images']}", what),
+    ]
+    means = [{"column": HEADINGS[key], "definition": text} for key, text in DEFINITIONS.items()]
+    figure = report.picture(report.file_uri(folder / "precision.png"), "precision at each threshold of IoU, by kind")
+    tables = [
+        report.table(rows, {"kind": "kind", **COLUMNS}, "kinds of pictures"),
+        report.table(rows, {"kind": "kind", **PRECISION}, "AP at each threshold of IoU"),
+        report.table([*means, {"column": COLUMNS["interval"], "definition": INTERVAL}]),
+    ]
+    sections = [
+        ("Summary", report.summary(headline) + "".join(map(report.paragraph, remarks))),
+        ("Kinds of pictures", tables[0] + figure + tables[1]),
+        *more,
+        ("Definitions", tables[2]),
+    ]
+    if curves.is_file():
+        picture = report.picture(report.file_uri(curves), "Loss, official score and learning rate by epoch")
+        sections.append(("Training", picture))
+    shown = len(items)
+    note = "" if shown == total["images"] else f"The {shown // 3} worst, median and best of {total['images']} pictures."
+    gallery = report.gallery(items, ("official", "true", "missed", "false", "merges", "splits"), note)
+    sections += [("Images", legend() + gallery), ("Configuration", report.options(config))]
+    report.write_page(folder / "report.html", f"{config['name']}: {config['arch']}", sections, subtitle=what)

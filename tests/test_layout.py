@@ -27,7 +27,7 @@ HOUSE = (
     {name for name in MODULES if name.startswith("nuclei.")} - {"nuclei.find", "nuclei.predictions"},
     {"engine"},
     {"inference", "levels", "predictions", "training_data"},
-    {"nuclei.find", "nuclei.predictions"},
+    {"nuclei.find", "nuclei.predictions", "evaluation"},
     {"import_labels", "preprocess_dsb2018", "train", "val", "predict", "export", "transfer_resnet18"},
     {name for name in MODULES if name.startswith("tools.")},
 )

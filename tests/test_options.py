@@ -126,6 +126,7 @@ FLAGS = {
         "levels": ("!", ""),
         "tta": ("!", ""),
         "explain": ("!", ""),
+        "submission": ("", "new.csv"),  # of a run of individual nuclei: test_val_nuclei.py
         "device": DEVICES,
         "amp": ("", "on"),
         "num_workers": WORKERS,

@@ -39,6 +39,7 @@ from common.devices import keep_memory
 from common.files import read_yaml
 from common.runs import run_folder
 from dataset import build_dataset, make_loader
+from evaluation import panels_of
 from inference import Predictor
 from metrics import INTERSECTION, PREDICTED, TRUE, bootstrap_interval, iou, summarise
 from run_config import check_of_masks, read_config
@@ -118,7 +119,7 @@ def draw_worst(name, options, path):
     for k in worst:
         image, truth = dataset.arrays(k)
         img_id = dataset.img_ids[k]
-        panels = val.panels_of(image, truth.transpose(2, 0, 1) > 0, predicted[img_id])
+        panels = panels_of(image, truth.transpose(2, 0, 1) > 0, predicted[img_id])
         columns.append([report.brighten(image), *(picture for _, picture in panels[1:])])
         captions.append(f"{img_id[:8]} {iou(counts[k]):.2f}")
     half = len(columns) // 2

@@ -262,14 +262,6 @@ def check_apart(paths, files, output):
         raise ValueError(f"{output} is the pictures' own folder, and results might replace them; give another --output")
 
 
-def check_submission(path):
-    """ValueError where the file of --submission would replace anything but another submission."""
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--submission {path}: no such folder: {path.absolute().parent}")
-    if path.exists() and not (path.is_file() and path.read_bytes()[:21] == b"ImageId,EncodedPixels"):
-        raise ValueError(f"--submission {path} exists and is no submission; give another name")
-
-
 def main():
     options, given = parse_options(build_parser)
     with processes(pick_device(options.device) if launched() > 1 else options.device) as device:
@@ -287,6 +279,8 @@ def predict(options, given, device):
     elif options.mode == "tile" and not predictor.config.get("scale"):
         print("the run does not know the scale of its training pictures; taking --scale 1")
     if options.submission:
+        from nuclei.object_files import check_submission  # late: SciPy takes a second
+
         check_submission(options.submission)
     files, failed = find_pictures(options.paths, leave_out=output)
     check_apart(options.paths, files, output)

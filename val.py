@@ -73,6 +73,7 @@ from metrics import DEFINITIONS, bootstrap_interval, count_pixels, summarise
 from nuclei import evaluation as of_nuclei
 from nuclei.crops import build_crops
 from nuclei.find import find_nuclei
+from nuclei.object_files import check_submission, write_submission
 from run_config import is_of_nuclei, read_config
 from utils import count_params
 
@@ -310,7 +311,8 @@ def evaluate_nuclei(options, config, folder, output):
         items = of_nuclei.gallery_items(dataset, judged, new / "labels")
         of_nuclei.write_report(new, config, what, predictor.head, rows, remarks, items, folder / "curves.png", more)
         if options.submission:
-            of_nuclei.write_submission(options.submission, dataset.img_ids, new / "labels")
+            found = ((img_id, of_nuclei.read_found(new / "labels", img_id)) for img_id in dataset.img_ids)
+            write_submission(options.submission, found)
     if options.submission:
         print(f"{options.submission}: {rows[-1]['predicted']:,} nuclei of {len(dataset)} images")
     print(f"labels, metrics.csv and precision.png are in {output}; open {output / 'report.html'}")
@@ -358,7 +360,7 @@ def main():
     if options.submission and not is_of_nuclei(config):
         raise ValueError(f"--submission needs a run of train.py --target instances; {folder} predicts masks")
     if options.submission:
-        of_nuclei.check_submission(options.submission)
+        check_submission(options.submission)
     evaluate = evaluate_nuclei if is_of_nuclei(config) else evaluate_masks
     evaluate(options, config, folder, output)
 

@@ -8,7 +8,6 @@
 instances.py defines every number. evaluation.py writes about masks.
 """
 
-import csv
 import statistics
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from instances import (
     summarise,
 )
 from labels import MAX_OBJECTS, find_labels, read_labels, write_labels
-from nuclei.object_files import SUBMISSION, submission_rows, write_label_tiff
+from nuclei.object_files import write_label_tiff
 
 PRECISION = {f"ap{5 * k}": f"{k / 20:.2f}" for k in TWENTIETHS.tolist()}  # ap50: 0.50 ... ap95: 0.95
 COLUMNS = {  # of rows_by: key and heading
@@ -151,28 +150,6 @@ def write_found(folder, img_id, labels):
 def read_found(folder, img_id):
     """The label map that `write_found` wrote."""
     return read_labels(find_labels(folder, img_id))
-
-
-def check_submission(path):
-    """ValueError when something else is where a submission is to be written: it replaces earlier submissions only."""
-    if not path.exists():
-        return
-    heading = ""
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            heading = file.readline(100).strip()
-    if heading != ",".join(SUBMISSION):
-        raise ValueError(f"--submission {path} exists and is no earlier submission; give another file")
-
-
-def write_submission(path, img_ids, folder):
-    """The label maps in `folder` as the CSV file of the Data Science Bowl."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(SUBMISSION)
-        for img_id in img_ids:
-            writer.writerows(submission_rows(img_id, read_found(folder, img_id)))
 
 
 # ---------------------------------------------------------------- the figure

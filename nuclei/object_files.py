@@ -3,13 +3,14 @@
     write_label_tiff("a_labels.tif", labels, pixel_size=0.5)   # Fiji, napari, CellProfiler
     write_rois("a_rois.zip", labels)                           # ImageJ: Analyze > Tools > ROI Manager, More > Open
     write_geojson("a.geojson", labels, table)                  # QuPath: File > Import objects
-    rows = submission_rows("a", labels)                        # of a table with the columns SUBMISSION
+    write_submission("submission.csv", [("a", labels), ...])   # run lengths
 
 A label map is (H, W) int32, 0 background, 1 ... n the nuclei. The outlines follow the edges of the pixels, so the area
 inside is that of the nucleus: (0, 0) is the corner of the upper left pixel, as ImageJ, QuPath and COCO count.
 """
 
 import contextlib
+import csv
 import importlib
 import json
 import zipfile
@@ -193,3 +194,27 @@ def _feature(label, polygons, measurements):
 def submission_rows(img_id, labels):
     """Label map -> [(img_id, runs), ...], a row per nucleus, or one row with an empty text where there is none."""
     return [(img_id, runs) for runs in to_runs(labels) or [""]]
+
+
+def check_submission(path):
+    """ValueError where a submission cannot be written, or would replace anything but an earlier submission."""
+    if file := next((folder for folder in path.parents if folder.is_file()), None):
+        raise ValueError(f"--submission {path}: {file} is a file, not a folder")
+    if not path.exists():
+        return
+    heading = ""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            heading = file.readline(100).strip()
+    if heading != ",".join(SUBMISSION):
+        raise ValueError(f"--submission {path} exists and is no submission; give another name")
+
+
+def write_submission(path, pictures):
+    """(img_id, label map) of each picture -> the CSV file of the Data Science Bowl."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(SUBMISSION)
+        for img_id, labels in pictures:
+            writer.writerows(submission_rows(img_id, labels))

@@ -10,25 +10,22 @@ The folder has <name>_labels.tif, <name>_overlay.png and, when asked for, <name>
 picture. predictions.py describes the tables and how names are given.
 """
 
-import csv
 import time
 
 import numpy as np
 import tifffile
 
 from common import report
-from common.files import atomic_path
 from common.images import Page, to_channels
 from common.outlines import distinct_colours, draw_outlines
 from labels import read_labels
 from nuclei.object_files import (
-    SUBMISSION,
     join_label_tiffs,
     require,
-    submission_rows,
     write_geojson,
     write_label_tiff,
     write_rois,
+    write_submission,
 )
 from nuclei.objects import measure, summarise
 from predictions import Results, name_of_stack, um_per_pixel
@@ -103,12 +100,8 @@ class NucleiResults(Results):
         return tifffile.imread(stack, key=picture.number).astype(np.int32)
 
     def write_submission(self, path, pictures):
-        """The Bowl's CSV: a row per nucleus of the pictures, whose results are there."""
-        with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(SUBMISSION)
-            for picture in pictures:
-                writer.writerows(submission_rows(self.names[picture], self.labels_of(picture)))
+        """The Bowl's CSV, of pictures whose results are there."""
+        write_submission(path, ((self.names[picture], self.labels_of(picture)) for picture in pictures))
 
     def found(self):
         count = sum(row["objects"] for row in self.images)

@@ -171,8 +171,8 @@ def test_the_submission_is_what_the_labels_say(here, monkeypatch, capsys):
     (here / "notes.csv").write_text("my notes")
     with pytest.raises(ValueError, match=r"--submission notes.csv exists and is no submission; give another name"):
         call(monkeypatch, predict, "in/a.png --output out --submission notes.csv")
-    with pytest.raises(ValueError, match="no such folder"):
-        call(monkeypatch, predict, "in/a.png --output out --submission none/sub.csv")
+    with pytest.raises(ValueError, match="notes.csv is a file, not a folder"):
+        call(monkeypatch, predict, "in/a.png --output out --submission notes.csv/sub.csv")
 
 
 @pytest.mark.parametrize(("option", "package"), [("rois", "roifile"), ("geojson", "shapely")])

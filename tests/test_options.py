@@ -144,7 +144,7 @@ FLAGS = {
         "pixel_size": ("0.5", "0"),
         "rois": ("!", ""),
         "geojson": ("!", ""),
-        "submission": ("new.csv", "recipe.yml none/new.csv"),
+        "submission": ("new.csv new/folder/a.csv", "recipe.yml recipe.yml/a.csv"),
         "tta": ("!", ""),
         "threshold": ("0 0.5 1", "-1 2"),
         "probability": ("!", ""),

@@ -293,8 +293,8 @@ def test_the_report_names_kinds_and_pictures_and_asks_the_network_for_nothing(pl
     ("options", "match"),
     [
         ("--name masks --submission a.csv", "--submission needs a run of train.py --target instances; models/masks"),
-        ("--name nuclei --submission recipe.csv", "recipe.csv exists and is no earlier submission; give another file"),
-        ("--name nuclei --submission models", "models exists and is no earlier submission"),
+        ("--name nuclei --submission recipe.csv", "recipe.csv exists and is no submission; give another name"),
+        ("--name nuclei --submission models", "models exists and is no submission"),
         ("--name nuclei --dataset tiny", "inputs/tiny/labels: no such folder; nuclei one by one need label maps"),
         ("--name nuclei --dataset nope", "no such folder in inputs/"),
         ("--name nuclei --dataset lost", r"no labels \(inputs/lost/labels\), 1 of the ids: img01"),

@@ -18,12 +18,12 @@ from skimage.segmentation import watershed
 
 MAPS = ("mask", "contact", "distance")  # the channels of targets and of what a network predicts
 REACH = (2000, 300, 1)  # smallest area of the nuclei that reach 3, 2 and 1 pixels far: the contact band
-DEFAULTS = {  # of `nuclei`; keys of config.yml
-    "mask_threshold": 0.5,
-    "contact_threshold": 0.3,
-    "distance_threshold": 0.2,
+DEFAULTS = {  # of `nuclei`; keys of config.yml. Chosen on training pictures: docs/RESULTS.md
+    "mask_threshold": 0.6,
+    "contact_threshold": 0.2,
+    "distance_threshold": 0.3,
     "seed_threshold": 0.5,
-    "smallest": 20,
+    "smallest": 40,  # pixels that the network sees, where the typical nucleus has 380
 }
 TWENTIETHS = np.arange(10, 20)  # thresholds 0.50, 0.55 ... 0.95 of IoU, as k / 20, so that integers are compared
 NONE, FOUND, MISSED, FALSE, MERGED, SPLIT = range(6)

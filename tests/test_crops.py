@@ -352,7 +352,8 @@ def test_as_a_user_trains(cells):
     result = run_script("train.py", "--config", recipe, *small.split(), "--name", "user", cwd=".")
     assert "median diameter" in result.stdout and "4 crops per epoch" in result.stdout
     config = yaml.safe_load(Path("models/user/config.yml").read_text())
-    assert config["target"] == "instances" and config["stretch"] == "1,99.8" and config["mask_threshold"] == 0.5
+    assert config["target"] == "instances" and config["stretch"] == "1,99.8"
+    assert {key: config[key] for key in DEFAULTS} == DEFAULTS
 
 
 @pytest.mark.slow

@@ -154,7 +154,8 @@ def test_every_threshold_does_what_its_name_says():
     maps = np.stack([mask, contact, distance])
 
     def found(**changed):
-        thresholds = {**DEFAULTS, "seed_threshold": 0.3, "smallest": 1, **changed}
+        thresholds = {"mask_threshold": 0.5, "contact_threshold": 0.3, "distance_threshold": 0.2}
+        thresholds |= {"seed_threshold": 0.3, "smallest": 1, **changed}
         return "".join(map(str, nuclei(maps, **thresholds)[0]))
 
     assert found() == "111112222"  # at the highest contact; the pixel itself goes to either side

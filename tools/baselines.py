@@ -27,11 +27,12 @@ from common.lookalikes import kind
 from data_folder import INPUTS, find_file, list_ids
 from dataset import check_split
 from inference import Predictor, predict_tiled
-from instances import DEFAULTS, drop_small, judge, sequential
+from instances import drop_small, judge, sequential
 from labels import find_labels, read_labels
 from nuclei.evaluation import COLUMNS, Judged, row_of
 from run_config import check_of_masks
 
+SMALLEST = 20  # pixels; the smallest nucleus of stage1_train has 21
 SMOOTH, APART = 2, 5  # pixels: sd of the blur of the distance, and the least distance between two of its peaks
 SHOWN = ("images", "official", "interval", "ap50", "f1", "pq", "merges", "splits", "missed", "false", "count_error")
 
@@ -72,12 +73,12 @@ def of_model(predictor, image):
 # ---------------------------------------------------------------- foreground to nuclei
 
 
-def components(mask, smallest=DEFAULTS["smallest"]):
+def components(mask, smallest=SMALLEST):
     """(H, W) bool -> label map of its connected components (4 neighbours) of at least `smallest` pixels."""
     return sequential(drop_small(ndimage.label(mask)[0], smallest))
 
 
-def distance_watershed(mask, smallest=DEFAULTS["smallest"]):
+def distance_watershed(mask, smallest=SMALLEST):
     """(H, W) bool -> label map: a watershed from the peaks of the blurred distance to the background.
 
     SMOOTH and APART give the highest official score with the true foreground of a sixth of stage1_train.

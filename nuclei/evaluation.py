@@ -245,7 +245,7 @@ def write_report(folder, config, what, head, rows, remarks, items, curves, more=
         ("official score", f"{total['official']:.4f}", f"{head}, best epoch; 95 % {total['interval']}"),
         ("AP50", f"{total['ap50']:.4f}", "mean over images"),
         ("F1", f"{total['f1']:.4f}", "at IoU > 0.5, all nuclei together"),
-        ("count error", f"{total['count_error']:.1%}", "median over images"),
+        ("count error", f"{100 * total['count_error']:.1f} %", "median over images"),
         ("images", f"{total['images']}", what),
     ]
     means = [{"column": HEADINGS[key], "definition": text} for key, text in DEFINITIONS.items()]
@@ -265,7 +265,9 @@ def write_report(folder, config, what, head, rows, remarks, items, curves, more=
         picture = report.picture(report.file_uri(curves), "Loss, official score and learning rate by epoch")
         sections.append(("Training", picture))
     shown = len(items)
-    note = "" if shown == total["images"] else f"The {shown // 3} worst, median and best of {total['images']} pictures."
+    note = ""
+    if shown < total["images"]:
+        note = f"The {shown // 3} worst, {shown // 3} median and {shown // 3} best of {total['images']} pictures."
     gallery = report.gallery(items, ("official", "true", "missed", "false", "merges", "splits"), note)
     sections += [("Images", legend() + gallery), ("Configuration", report.options(config))]
     report.write_page(folder / "report.html", f"{config['name']}: {config['arch']}", sections, subtitle=what)

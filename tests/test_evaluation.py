@@ -1,4 +1,4 @@
-"""nuclei/evaluation.py: tables, figure and outlines of a few images that were judged by hand.
+"""evaluation.py: files that take their places together. nuclei/evaluation.py: a few images that were judged by hand.
 
 python -m pytest -q tests/test_evaluation.py
 """
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from common import report
+from evaluation import replacing
 from instances import DEFINITIONS, KINDS, NONE, bootstrap_interval, judge, summarise
 from nuclei.evaluation import (
     COLOURS,
@@ -14,12 +15,15 @@ from nuclei.evaluation import (
     PRECISION,
     Judged,
     draw_precision,
+    headline_of,
     legend,
     outlined,
     panels_of,
+    read_found,
     row_of,
     rows_by,
     rows_of_images,
+    write_found,
 )
 
 EMPTY = np.zeros((4, 9), np.int32)
@@ -81,6 +85,26 @@ def test_rows_of_images(judged):
     assert [(row["tp"], row["fp"], row["fn"]) for row in rows] == [(2, 0, 0), (0, 1, 0), (1, 0, 1)]
     assert [row["count_error"] for row in rows] == [0, 1, 0.5]
     assert len({tuple(row) for row in rows}) == 1 and "interval" not in rows[0]
+    other = judged[0]._replace(scale=0.5, seconds=0.25)
+    assert [(row["scale"], row["seconds"]) for row in rows_of_images([other])] == [(0.5, 0.25)]
+
+
+def test_the_headline(judged):
+    twins = [item._replace(group="slide") if item.kind == "dark" else item for item in judged]
+    row = row_of(twins)
+    interval = f"{row['low']:.4f} to {row['high']:.4f}, 95 % bootstrap over 2 groups of look-alikes"
+    assert headline_of(row) == f"official score 0.5000 ({interval}), AP50 0.5000, F1 0.7500"
+    times = [item._replace(seconds=seconds) for item, seconds in zip(judged, (1, 3, 8), strict=True)]
+    assert row_of(times)["seconds"] == 3
+
+
+@pytest.mark.parametrize(("count", "name"), [(0, "a.png"), (65_535, "a.png"), (65_536, "a.tif")])
+def test_label_maps_of_any_number_of_nuclei(tmp_path, count, name):
+    labels = np.zeros((300, 300), np.int32)
+    labels.ravel()[:count] = np.arange(1, count + 1)
+    write_found(tmp_path / "labels", "a", labels)
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == [name]
+    assert np.array_equal(read_found(tmp_path / "labels", "a"), labels)
 
 
 def test_the_figure(judged, tmp_path, monkeypatch):
@@ -128,3 +152,27 @@ def test_the_legend_names_every_kind():
         assert KINDS[kind] in words and meaning in words and f"rgb({colour[0]}, {colour[1]}, {colour[2]})" in words
     assert len(COLOURS) == len(KINDS) - 1 and len({colour for colour, _ in COLOURS.values()}) == len(COLOURS)
     assert words == report.legend_of([(colour, KINDS[kind], text) for kind, (colour, text) in COLOURS.items()])
+
+
+# ---------------------------------------------------------------- evaluation.py
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_take_their_places_together(tmp_path):
+    output = tmp_path / "outputs" / "run"
+    for text in ("first", "second"):
+        with replacing(output) as new:
+            (new / "0").mkdir()
+            for name in ("a.csv", "0/a.png", f"0/{text}.png"):
+                (new / name).write_text(text)
+        (output / "0" / "mine.png").write_text("kept")
+    expected = {"a.csv": "second", "0/a.png": "second", "0/first.png": "first", "0/second.png": "second"}
+    assert contents(tmp_path / "outputs" / "run") == {**expected, "0/mine.png": "kept"}
+    before = contents(output)
+    with pytest.raises(OSError, match=f"No space left on device: '{output}/a.csv'"), replacing(output) as new:
+        (new / "a.csv").write_text("third")
+        raise OSError(28, "No space left on device", str(new / "a.csv"))
+    assert contents(output) == before and sorted(path.name for path in output.iterdir()) == ["0", "a.csv"]

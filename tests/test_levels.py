@@ -78,6 +78,19 @@ def test_the_smallest_level_within_half_a_point(hits, expected):
     assert with_text(rows)[3]["parameters"] == "10,000" and "paper_miou" not in rows[4]
 
 
+def test_the_smallest_level_of_a_run_of_nuclei():
+    rows = [
+        {"level": f"L{k}", "parameters": 10**k, "seconds": k / 4, "official": score}
+        for k, score in enumerate((0.5, 0.61, 0.614, 0.6), 1)
+    ]
+    chosen, sentence = sufficient(rows, "official", "official score")
+    assert chosen is rows[1] and sentence == (
+        "L2 is the smallest level within half a point of the best official score (0.6100; L3 has 0.6140): "
+        "1.0% of L4's parameters, 50% of its time."
+    )
+    assert with_text(rows)[3] | rows[3] == rows[3] and with_text(rows)[3]["seconds"] == "1.00"
+
+
 def test_the_picture(tmp_path):
     draw(rows_of_levels(COSTS, {name: table_of(80) for name in COSTS}), tmp_path / "levels.png")
     picture = cv2.imread(str(tmp_path / "levels.png"))

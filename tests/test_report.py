@@ -1,6 +1,7 @@
 """Pictures computed by hand on a few pixels; pages parsed as by a browser: balanced, escaped, no requests."""
 
 import base64
+import collections
 import csv
 import html.parser
 import json
@@ -178,11 +179,28 @@ def test_text(value, shown):
     assert report.text(value) == shown
 
 
+@pytest.mark.parametrize(
+    ("count", "groups"),
+    [(1, {"worst": 1}), (2, {"worst": 1, "best": 1}), (7, {"worst": 3, "median": 2, "best": 2}),
+     (36, {"worst": 12, "median": 12, "best": 12}), (133, {"worst": 12, "median": 12, "best": 12})],
+)  # fmt: skip
+def test_worst_to_best(count, groups):
+    scores = np.random.default_rng(0).permutation(count).tolist()
+    chosen = report.worst_to_best(scores)
+    shown = [scores[k] for k in chosen]
+    assert shown == sorted(shown) and collections.Counter(chosen.values()) == groups
+    assert min(scores) == shown[0] and max(scores) == shown[-1]
+    middle = [scores[k] for k, group in chosen.items() if group == "median"]
+    assert not middle or abs(np.mean(middle) - np.mean(scores)) <= 0.5
+
+
 def test_table_columns_and_alignment():
     rows = [{"id": "a", "iou": 0.5}, {"id": "b", "iou": None, "n": 2}]
     page = Page(report.table(rows))
     assert page.words == ["id", "iou", "n", "a", "0.5000", "–", "b", "–", "2"]
-    assert [cell.get("class") for cell in page.all("td")] == [None, "number", "number"] * 2
+    assert [cell.get("class") for cell in page.all("td")] == ["short", "number", "number"] * 2
+    widths = [{"interval": "0.459 to 0.473"}, {"interval": "a sentence may be broken"}]
+    assert [cell.get("class") for cell in Page(report.table(widths)).all("td")] == ["short", None]
     assert Page(report.table(rows, {"iou": "IoU (pooled)"})).words == ["IoU (pooled)", "0.5000", "–"]
     assert Page(report.table(rows, ["n", "id"])).words == ["n", "id", "–", "a", "2", "b"]
     assert Page(report.table([])).all("td") == []

@@ -8,6 +8,7 @@ from conftest import call, trained
 from test_inference import write_run
 
 import train
+from common import report
 from common.synthetic import nuclei
 from instances import DEFAULTS
 from tools import figures
@@ -75,3 +76,23 @@ def test_the_channel_that_resembles_the_probability():
     probability[:, 2:] = 1  # averaged to 2 x 2: [[0, 1], [0, 1]]
     constant, weak, inverse = torch.ones(2, 2), torch.tensor([[0.0, 1], [1, 1]]), torch.tensor([[5.0, 3], [5, 3]])
     assert np.array_equal(figures.telling(torch.stack([constant, weak, inverse]), probability), inverse.numpy())
+
+
+def test_nuclei_one_by_one(docs, place, monkeypatch):
+    """Truth above, prediction below; a nucleus that was missed is orange in the truth alone."""
+    for name in ("found", "lost"):
+        labels = np.zeros((300, 280), np.uint16)
+        cv2.circle(labels, (140, 150), 30, 1, -1)
+        for folder, array in (("inputs/dsb/images", labels.astype(np.uint8) * 200), ("inputs/dsb/labels", labels)):
+            (place / folder).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(place / folder / f"{name}.png"), array)
+        (place / "outputs/nuc/labels").mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(place / f"outputs/nuc/labels/{name}.png"), labels * (name == "found"))
+    table = "img_id,kind,official\nfound,dark grey,1.0\nlost,dark grey,0.0\n"
+    (place / "outputs/nuc/metrics.csv").write_text(table)
+    monkeypatch.setattr(figures, "read_config", lambda folder: {"dataset": "dsb"})
+    call(monkeypatch, figures, "--nuclei nuc")
+    sheet = cv2.imread(str(docs / "one_by_one.png"))[..., ::-1]
+    assert sheet.shape[1] > 2 * figures.VIEW
+    colours = [set(map(tuple, half.reshape(-1, 3).tolist())) for half in np.array_split(sheet, 2)]
+    assert report.VERMILION in colours[0] - colours[1] and report.GREEN in colours[0] & colours[1]

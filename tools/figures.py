@@ -2,10 +2,12 @@
 
 python -m tools.figures --name run1 --image ID             # docs/nodes.png ... picture.png
 python -m tools.figures --curves plain_s0 fast_s0 fast_s1  # docs/fast_and_plain.png
+python -m tools.figures --nuclei nuclei                    # docs/one_by_one.png, from what val.py --name nuclei wrote
 
 nodes.png and nodes_encoder.png show the nodes of U-Net++, and features.png what a trained run sees in them
 (HOW_IT_WORKS.md). picture.png is the generated picture that the README segments, fast_and_plain.png compares the logs
-of several runs (SPEED.md).
+of several runs (SPEED.md). one_by_one.png has the worst and the median validation picture of each kind, with the
+outlines of their nuclei.
 """
 
 from pathlib import Path
@@ -18,6 +20,7 @@ def build_parser():
     parser.add_argument("--name", help="models/<name>, trained with deep supervision; default: the newest run")
     parser.add_argument("--image", help="an id of its data set; default: its first validation image")
     parser.add_argument("--curves", nargs="+", metavar="NAME", help="draw the logs of these runs, and nothing else")
+    parser.add_argument("--nuclei", metavar="NAME", help="draw nuclei of this run one by one, and nothing else")
     return parser
 
 
@@ -29,6 +32,7 @@ import torch
 from matplotlib.figure import Figure
 
 from archs import DEPTH, NestedUNet
+from common import report
 from common.files import read_yaml
 from common.images import read_picture, standardise, to_channels, write_png
 from common.report import BLUE, GREEN, ORANGE, PURPLE, SKY
@@ -36,6 +40,9 @@ from common.runs import newest_run, run_folder
 from common.synthetic import nuclei
 from data_folder import find_file
 from inference import load_trained
+from instances import judge
+from labels import find_labels, read_labels
+from nuclei.evaluation import panels_of
 from run_config import check_of_masks, read_config
 from utils import count_params
 
@@ -44,6 +51,7 @@ COLOURS = [(150, 150, 150), ORANGE, SKY, GREEN, BLUE]  # of the diagonals i + j 
 OF_ENCODER = tuple(channel / 255 for channel in PURPLE)  # arrows
 IMAGE = (-0.35, -1.35)  # where the image stands that an encoder reads
 SIDE = 96
+VIEW = 256  # pixels of a picture whose nuclei are drawn
 PICTURE = 13  # the seed of the README's picture to try
 
 
@@ -183,8 +191,29 @@ def draw_curves(path, names):
     figure.savefig(path)
 
 
+def draw_nuclei(path, name):
+    """The worst and the median validation picture of each kind: truth and prediction of a run, as val.py left it."""
+    inputs, output = Path("inputs") / read_config(run_folder(name))["dataset"], Path("outputs") / name
+    table = pd.read_csv(output / "metrics.csv").sort_values(["official", "img_id"])
+    columns, captions = [], []
+    for kind in table["kind"].value_counts().index:
+        rows = table[table["kind"] == kind]
+        for which, row in (("worst", rows.iloc[0]), ("median", rows.iloc[len(rows) // 2])):
+            image = to_channels(read_picture(next((inputs / "images").glob(f"{row['img_id']}.*"))), 3)
+            true, found = (read_labels(find_labels(folder / "labels", row["img_id"])) for folder in (inputs, output))
+            result = judge(found, true)  # of all of it; the middle is shown
+            rows_shown, columns_shown = (slice((side - VIEW) // 2, (side + VIEW) // 2) for side in true.shape)
+            shown = [array[rows_shown, columns_shown] for array in (image, true, found)]
+            columns.append([picture for _, picture in panels_of(*shown, result)[1:]])
+            captions.append(f"{kind}, {which}: {row['official']:.2f}")
+    report.contact_sheet(list(zip(*columns, strict=True)), path, captions, size=VIEW)
+
+
 def main():
     options, _ = parse_options(build_parser)
+    if options.nuclei:
+        draw_nuclei(DOCS / "one_by_one.png", options.nuclei)
+        return
     names = options.curves or [options.name or newest_run("arch")]
     for name in names:
         check_of_masks(read_config(run_folder(name)), name, "tools.figures")

@@ -1,34 +1,58 @@
-"""models/nuclei_L2, the trained model in the repository: small, whole, and good on pictures that it never saw."""
+"""The trained models in the repository: small, whole, and good on pictures that they never saw."""
 
 import cv2
 import numpy as np
+import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, call
 
 import predict
 from common.synthetic import nuclei
+from instances import judge, summarise
+from labels import read_labels
 
-FOLDER = REPOSITORY / "models" / "nuclei_L2"
+MODELS = REPOSITORY / "models"
 PICTURES = 24
 
 
-def test_it_is_a_run_of_about_a_megabyte():
-    names = {path.name for path in FOLDER.iterdir()}
+@pytest.mark.parametrize(
+    ("name", "level", "megabytes", "images"),
+    [("nuclei_L2", 2, 1.5, (536, 134)), ("nuclei_instances", 4, 2, (531, 133))],
+)
+def test_they_are_small_runs(name, level, megabytes, images):
+    folder = MODELS / name
+    names = {path.name for path in folder.iterdir()}
     assert names >= {"README.md", "config.yml", "model.pth", "split.yml"} and "last.pth" not in names
-    assert (FOLDER / "model.pth").stat().st_size < 1.5e6
-    config = yaml.safe_load((FOLDER / "config.yml").read_text())
-    assert (config["name"], config["level"], config["arch"]) == ("nuclei_L2", 2, "NestedUNet")
-    split = yaml.safe_load((FOLDER / "split.yml").read_text())
-    assert (len(split["train"]), len(split["val"])) == (536, 134)
-    state = torch.load(FOLDER / "model.pth", weights_only=True)
+    assert (folder / "model.pth").stat().st_size < megabytes * 1e6
+    config = yaml.safe_load((folder / "config.yml").read_text())
+    assert (config["name"], config["level"], config["arch"]) == (name, level, "NestedUNet")
+    split = yaml.safe_load((folder / "split.yml").read_text())
+    assert (len(split["train"]), len(split["val"])) == images
+    state = torch.load(folder / "model.pth", weights_only=True)
     kinds = {value.dtype for value in state.values() if value.is_floating_point()}
     assert kinds == {torch.float16} and all(value.isfinite().all() for value in state.values())
 
 
+def test_nuclei_one_by_one_without_a_name(tmp_path, monkeypatch, capsys):
+    """The README's command, right after cloning: generated nuclei, most of which touch others."""
+    (tmp_path / "models").symlink_to(MODELS)
+    (tmp_path / "pictures").mkdir()
+    truth = {}
+    for seed in range(8):
+        image, truth[seed] = nuclei(seed)
+        cv2.imwrite(str(tmp_path / "pictures" / f"{seed}.png"), image[..., ::-1])
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, predict, "pictures --device cpu --amp off") == 0
+    assert "models/nuclei_instances, L4" in capsys.readouterr().out
+    found = [read_labels(f"outputs/nuclei_instances/predict/{seed}_labels.tif") for seed in truth]
+    scores = summarise([judge(labels, truth[seed]) for seed, labels in enumerate(found)])
+    assert scores["f1"] > 0.9
+
+
 def test_it_finds_generated_nuclei_at_once(tmp_path, monkeypatch, capsys):
     """Fluorescence and stained tissue, which it knows from photographs alone: one command, as the README has it."""
-    (tmp_path / "models").symlink_to(REPOSITORY / "models")
+    (tmp_path / "models").symlink_to(MODELS)
     (tmp_path / "pictures").mkdir()
     truth = {}
     for seed in range(PICTURES):

@@ -2,14 +2,15 @@
 
 python -m tools.figures --name run1 --image ID             # docs/nodes.png ... picture.png
 python -m tools.figures --curves plain_s0 fast_s0 fast_s1  # docs/fast_and_plain.png
-python -m tools.figures --nuclei nuclei                    # docs/one_by_one.png, from what val.py --name nuclei wrote
+python -m tools.figures --nuclei nuclei                    # docs/one_by_one.jpg, from what val.py --name nuclei wrote
 
 nodes.png and nodes_encoder.png show the nodes of U-Net++, and features.png what a trained run sees in them
 (HOW_IT_WORKS.md). picture.png is the generated picture that the README segments, fast_and_plain.png compares the logs
-of several runs (SPEED.md). one_by_one.png has the worst and the median validation picture of each kind, with the
+of several runs (SPEED.md). one_by_one.jpg has the worst and the median validation picture of each kind, with the
 outlines of their nuclei.
 """
 
+import tempfile
 from pathlib import Path
 
 from common.cli import Parser, answer_early, parse_options, run_script
@@ -26,6 +27,7 @@ def build_parser():
 
 answer_early(__name__, build_parser)  # the imports below take seconds
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -206,13 +208,17 @@ def draw_nuclei(path, name):
             shown = [array[rows_shown, columns_shown] for array in (image, true, found)]
             columns.append([picture for _, picture in panels_of(*shown, result)[1:]])
             captions.append(f"{kind}, {which}: {row['official']:.2f}")
-    report.contact_sheet(list(zip(*columns, strict=True)), path, captions, size=VIEW)
+    with tempfile.TemporaryDirectory() as folder:
+        sheet = Path(folder) / "sheet.png"
+        report.contact_sheet(list(zip(*columns, strict=True)), sheet, captions, size=VIEW)
+        full_colour = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]  # lines are thin
+        cv2.imwrite(str(path), cv2.imread(str(sheet)), [cv2.IMWRITE_JPEG_QUALITY, 85, *full_colour])
 
 
 def main():
     options, _ = parse_options(build_parser)
     if options.nuclei:
-        draw_nuclei(DOCS / "one_by_one.png", options.nuclei)
+        draw_nuclei(DOCS / "one_by_one.jpg", options.nuclei)
         return
     names = options.curves or [options.name or newest_run("arch")]
     for name in names:

@@ -54,6 +54,7 @@ class Here:
         return 2**20
 
 
+@pytest.mark.slow
 def test_every_row(place, monkeypatch, capsys, one_thread):
     """All steps in this process, on small batches, and their table."""
     monkeypatch.setattr(archs, "upsample", archs.upsample)  # the plain way replaces it

@@ -19,7 +19,7 @@ import train
 import val
 from archs import NestedUNet, UNet
 from inference import OnnxPredictor, Predictor
-from instances import DEFAULTS, judge
+from instances import judge
 from nuclei.find import find_nuclei
 from nuclei.scaling import stretch_picture, zoom
 
@@ -51,8 +51,8 @@ def by_hand(model, images, mean, std):
 @pytest.mark.parametrize(
     ("model", "channels", "classes"),
     [
-        (lambda: NestedUNet(2, 3, deep_supervision=True, width=2), 3, 2),
-        pytest.param(lambda: NestedUNet(1, 1, width=4, deep_supervision=True).prune(2), 1, 1, marks=pytest.mark.slow),
+        pytest.param(lambda: NestedUNet(2, 3, deep_supervision=True, width=2), 3, 2, marks=pytest.mark.slow),
+        (lambda: NestedUNet(1, 1, width=4, deep_supervision=True).prune(2), 1, 1),
         pytest.param(lambda: UNet(1, 4, width=2), 4, 1, marks=pytest.mark.slow),
     ],
     ids=["mean of heads", "pruned, grey", "UNet, RGBA"],
@@ -136,6 +136,7 @@ def test_export_as_a_user(exported, run, go):
     assert "tiny_L2.onnx exists; give --overwrite" in error and path.read_bytes() == written
 
 
+@pytest.mark.slow
 def test_mean_of_heads_to_a_file_of_the_users_without_the_data(run, go, tmp_path, monkeypatch):
     shutil.copytree(run / "models", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
@@ -294,7 +295,8 @@ def test_a_run_without_deep_supervision_in_half_precision_is_no_training(tmp_pat
 
 # ---------------------------------------------------------------- individual nuclei
 
-FOUND_WITH = {**DEFAULTS, "mask_threshold": 0.4, "smallest": 5, "diameter": 12.0, "stretch": "2,99", "scale": 1.5}
+FOUND_WITH = {"mask_threshold": 0.4, "contact_threshold": 0.3, "distance_threshold": 0.2, "seed_threshold": 0.5}
+FOUND_WITH |= {"smallest": 5, "diameter": 12.0, "stretch": "2,99", "scale": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +336,7 @@ def test_an_exported_file_finds_the_nuclei_of_its_run(nuclei_place, of_nuclei):
         np.testing.assert_allclose(one.confidence, other.confidence, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_int8_of_nuclei_is_calibrated_at_their_scale(of_nuclei, go, monkeypatch):
     batches = []
     monkeypatch.setattr(

@@ -387,7 +387,7 @@ def test_a_name_that_leads_out(name, here, monkeypatch):
 
 
 def test_imported_data_train(here):
-    """As a user does: import, then the command that is printed, on small pictures."""
+    """As a user does: import, then the command that is printed."""
     ids = [f"day{number}" for number in range(5)]
     write_pictures(ids=ids)
     for number, img_id in enumerate(ids):

@@ -14,11 +14,14 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.cli import Parser, answer_early, in_one_line, listed, parse_options, run_script
+
+answer_early(__name__)  # the imports below take a second, and the help needs them
+
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import Parser, in_one_line, listed, parse_options, run_script
 from common.files import check_place, is_plain_name, new_folder, write_yaml
 from common.images import quieten_opencv, read_picture, squeeze, to_channels, write_png
 from label_forms.pairing import list_pictures

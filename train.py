@@ -8,9 +8,7 @@ python train.py --config configs/nuclei.yml --name nuclei   # nuclei one by one:
 """
 
 import argparse
-import math
 import shlex
-import sys
 from pathlib import Path
 
 from augmentation import AUGMENTATIONS, OF_NUCLEI, WHOLE_IMAGES
@@ -22,6 +20,7 @@ from common.cli import (
     check_config,
     data_set,
     interval,
+    loading,
     number,
     parse_options,
     run_script,
@@ -39,7 +38,6 @@ NUCLEI_AUGMENT = "flips,copies,stain,light,noise,paste"  # with --target instanc
 LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS)  # the config.yml of an older run lacks them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
 ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers that know no last epoch: it may be moved
-ENOUGH_STEPS = 100  # batch norm's statistics remember some ten steps, and start from nothing
 
 
 def build_parser():
@@ -181,7 +179,7 @@ from instances import DEFAULTS, MAPS
 from losses import LOSSES, MapsLoss
 from run_config import read_config
 from tasks import Instances, Segmentation
-from training_data import build_data, chosen_split
+from training_data import build_data, chosen_split, recommend_steps
 from utils import count_params
 
 # ---------------------------------------------------------------- options to a run's config
@@ -300,7 +298,8 @@ def build_run(config, model, steps_per_epoch, device, folder=None):
         model.to(memory_format=torch.channels_last)
     task = build_task(config)
     of_encoder = list(model.encoder.parameters()) if model.encoder else []
-    optimizer = OPTIMIZERS[config["optimizer"]](parameter_groups(model, of_encoder, config), config)
+    with loading():  # what the first optimizer of a process imports
+        optimizer = OPTIMIZERS[config["optimizer"]](parameter_groups(model, of_encoder, config), config)
     scheduler = SCHEDULERS[config["scheduler"]](optimizer, config, steps_per_epoch)
     return Run(
         model,
@@ -326,15 +325,6 @@ def parameter_groups(model, of_encoder, config):
     ids = {id(parameter) for parameter in of_encoder}
     others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     return [{"params": others}, {"params": of_encoder, "lr": config["encoder_lr"]}]
-
-
-def recommend_steps(config, steps_per_epoch):
-    """Warn when the training is too short for batch norm and averaged weights to follow the network."""
-    steps = config["epochs"] * steps_per_epoch
-    if steps < ENOUGH_STEPS:
-        longer = f"--epochs {math.ceil(ENOUGH_STEPS / steps_per_epoch)}"
-        about = f"{steps} steps in all, at least {ENOUGH_STEPS} are recommended: {longer}, or a smaller --batch_size"
-        print(f"train.py: warning: {about}", file=sys.stderr)
 
 
 def prepare(config, folder, earlier, device, resume):

@@ -17,6 +17,7 @@ from data_folder import list_ids
 from dataset import ABOUT, GROUPED, RANDOM, build_dataset, check_split, split_ids
 from nuclei.crops import build_crops
 
+ENOUGH_STEPS = 100  # batch norm's statistics remember some ten steps, and start from nothing
 MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
 
 
@@ -116,3 +117,12 @@ def suspicions(folder, places, found, found_val, count):
             if not share:
                 said.append(f"all {name} masks of {place} are empty")
     return said
+
+
+def recommend_steps(config, steps_per_epoch):
+    """Warn when the training is too short for batch norm and averaged weights to follow the network."""
+    steps = config["epochs"] * steps_per_epoch
+    if steps < ENOUGH_STEPS:
+        longer = f"--epochs {math.ceil(ENOUGH_STEPS / steps_per_epoch)}"
+        about = f"{steps} steps in all, at least {ENOUGH_STEPS} are recommended: {longer}, or a smaller --batch_size"
+        print(f"train.py: warning: {about}", file=sys.stderr)

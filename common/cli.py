@@ -137,14 +137,15 @@ def _says_bool(word):
     return True
 
 
-def answer_early(name, build_parser):
+def answer_early(name, build_parser=None):
     """Called above a script's slow imports: --help and misspelt options are answered before them.
 
-    name: the caller's __name__; nothing happens unless the script is being run. On a terminal `LOADING` is shown until
-    run_script, because importing PyTorch takes seconds.
+    name: the caller's __name__; nothing happens unless the script is being run. build_parser: None where the parser
+    itself needs these imports. On a terminal `LOADING` is shown until run_script, because imports take seconds.
     """
     if name == "__main__":
-        build_parser().parse_args()
+        if build_parser:
+            build_parser().parse_args()
         _on_terminal(LOADING)
 
 

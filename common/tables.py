@@ -32,6 +32,14 @@ def read_table(path, key):
             raise ValueError(f"{path} is not a readable table ({error}); move it elsewhere") from None
 
 
+def _headings(path):
+    """The headings of a CSV file, [] when there is none; a table may have headings and no rows."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        return next(csv.reader(file), [])
+
+
 def merge_table(path, columns, rows, key, replaced):
     """Write a CSV file, whole or not at all: the rows that are there, and after them `rows`, {column: value} each.
 
@@ -40,7 +48,7 @@ def merge_table(path, columns, rows, key, replaced):
     """
     earlier = read_table(path, key)
     first = list(itertools.islice(earlier, 1))
-    columns = list(dict.fromkeys([*(first[0] if first else ()), *columns]))
+    columns = list(dict.fromkeys([*_headings(path), *columns]))
     with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

@@ -205,16 +205,18 @@ def runs(tmp_path_factory, one_thread):
     return folder
 
 
-def test_processes_share_the_files(runs, tmp_path):
+def test_processes_share_the_files(tmp_path):
     """Two processes leave what one leaves, and one table."""
     write(tmp_path / "in" / "stack.tif", stack_of(6, 8), photometric="minisblack")
     for k in range(3):
         write(tmp_path / "in" / f"{k}.png", discs(6 + k)[0])
-    options = f"--name nuclei --device cpu --diameter 12 {tmp_path / 'in'}".split()
-    run_script("predict.py", *options, "--output", tmp_path / "one", cwd=runs)
+    (tmp_path / "models").symlink_to(REPOSITORY / "models")
+    options = "--name nuclei_instances --device cpu --amp off --diameter 14 in".split()
+    said = run_script("predict.py", *options, "--output", "one", cwd=tmp_path).stdout
+    assert "5 pictures" in said and " 0 nuclei" not in said
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(REPOSITORY / "predict.py"), *options, "--output", str(tmp_path / "two")]
-    result = subprocess.run(command, cwd=runs, capture_output=True, text=True, timeout=300)
+    command += [str(REPOSITORY / "predict.py"), *options, "--output", "two"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("nuclei, scale") == 1 and "5 pictures" in result.stdout
     assert names_in(tmp_path / "one") == names_in(tmp_path / "two")

@@ -386,6 +386,7 @@ def test_a_name_that_leads_out(name, here, monkeypatch):
     assert "--name" in refused(monkeypatch, class_maps(1, np.uint8, ".png")()[0], "--name", name)
 
 
+@pytest.mark.slow
 def test_imported_data_train(here):
     """As a user does: import, then the command that is printed."""
     ids = [f"day{number}" for number in range(5)]

@@ -78,6 +78,12 @@ class Judged(NamedTuple):
 # ---------------------------------------------------------------- tables
 
 
+def scores_of(results):
+    """Results of instances.judge -> {column: number}: what instances.summarise says, "ap" as the keys of PRECISION."""
+    scores = summarise(results)
+    return {**dict(zip(PRECISION, scores.pop("ap"), strict=True)), **scores}
+
+
 def row_of(judged):
     """One or more Judged of one level -> {column: number}: the keys of COLUMNS and PRECISION, and those below.
 
@@ -85,13 +91,11 @@ def row_of(judged):
     many of these. seconds: median per picture.
     """
     results = [item.result for item in judged]
-    scores = summarise(results)
-    precision = dict(zip(PRECISION, scores.pop("ap"), strict=True))
     groups = [item.group or item.img_id for item in judged]
     low, high = bootstrap_interval(official_scores(results), groups)
     interval = {"low": low, "high": high, "interval": f"{low:.3f} to {high:.3f}", "groups": len(set(groups))}
     seconds = statistics.median(item.seconds for item in judged)
-    return {"images": len(judged), **scores, **precision, **interval, "seconds": seconds}
+    return {"images": len(judged), **scores_of(results), **interval, "seconds": seconds}
 
 
 def rows_by(judged, key):
@@ -112,12 +116,12 @@ def rows_of_images(judged):
     """Judged images of one level -> one row each, for metrics.csv."""
     rows = []
     for item in judged:
-        row = row_of([item])
+        scores = scores_of([item.result])
         tp, fp, fn = item.result.counts[0].tolist()
         about = {"img_id": item.img_id, "kind": item.kind, "level": item.level, "tp": tp, "fp": fp, "fn": fn}
         columns = ["official", *PRECISION, "f1", "pq", "true", "predicted", "count_error"]
         mistakes = ["merges", "splits", "missed", "false"]
-        values = {column: row[column] for column in (*columns, *mistakes)}
+        values = {column: scores[column] for column in (*columns, *mistakes)}
         rows.append({**about, **values, "scale": item.scale, "seconds": item.seconds})
     return rows
 
@@ -227,10 +231,10 @@ def gallery_items(dataset, judged, folder):
     items = []
     for k in report.worst_to_best([(score, item.img_id) for score, item in zip(scores, judged, strict=True)]):
         image, true = dataset.arrays(k)
-        row = row_of([judged[k]])
-        counts = {COLUMNS[key]: row[key] for key in ("true", "predicted", "missed", "false", "merges", "splits")}
+        own = scores_of([judged[k].result])
+        counts = {COLUMNS[key]: own[key] for key in ("true", "predicted", "missed", "false", "merges", "splits")}
         panels = panels_of(image, true[..., 0], read_found(folder, judged[k].img_id), judged[k].result)
-        values = {"official": row["official"], **counts, "scale": judged[k].scale}
+        values = {"official": scores[k], **counts, "scale": judged[k].scale}
         items.append({"title": judged[k].img_id, "panels": panels, "values": values, "group": judged[k].kind})
     return items
 

@@ -142,25 +142,25 @@ def seen_size(shape, tiled, options, config):
 
 def read_batches(files, options, config, failed):
     """Yields lists of consecutive Pictures whose `small` have one size. What cannot be read goes to `failed`."""
-    batch, reader = [], PageReader(options.max_pixels, options.channels)
-    for path in files:
-        started = time.perf_counter()
-        try:
-            image = to_channels(reader.read(path), config["input_channels"])
-            tiled = in_tiles(image.shape[:2], options, config)
-            size = seen_size(image.shape[:2], tiled, options, config)
-            check_pixels(size[::-1], options.max_pixels)
-            picture = Picture(path, image, squeeze(image, size), tiled, time.perf_counter() - started)
-        except (ValueError, OSError, MemoryError) as error:
-            failed.append((path, reason_of(error)))
-            continue
-        held = sum(waiting.image.nbytes for waiting in batch) + image.nbytes
-        differs = batch and picture.small.shape != batch[0].small.shape
-        if batch and (differs or len(batch) == options.batch_size or held > HELD_BYTES):
-            yield batch
-            batch = []
-        batch.append(picture)
-    reader.close()
+    batch = []
+    with contextlib.closing(PageReader(options.max_pixels, options.channels)) as reader:
+        for path in files:
+            started = time.perf_counter()
+            try:
+                image = to_channels(reader.read(path), config["input_channels"])
+                tiled = in_tiles(image.shape[:2], options, config)
+                size = seen_size(image.shape[:2], tiled, options, config)
+                check_pixels(size[::-1], options.max_pixels)
+                picture = Picture(path, image, squeeze(image, size), tiled, time.perf_counter() - started)
+            except (ValueError, OSError, MemoryError) as error:
+                failed.append((path, reason_of(error)))
+                continue
+            held = sum(waiting.image.nbytes for waiting in batch) + image.nbytes
+            differs = batch and picture.small.shape != batch[0].small.shape
+            if batch and (differs or len(batch) == options.batch_size or held > HELD_BYTES):
+                yield batch
+                batch = []
+            batch.append(picture)
     if batch:
         yield batch
 
@@ -175,10 +175,9 @@ def reason_of(error):
 
 def share_of(files):
     """Those of the files that this one of torchrun's processes takes; all pages of a file stay together."""
-    places = {}
-    for file in files:
-        places.setdefault(file.path if isinstance(file, Page) else file, len(places))
-    return [file for file in files if places[getattr(file, "path", file)] % world_size() == rank()]
+    sources = [file.path if isinstance(file, Page) else file for file in files]
+    places = {source: k for k, source in enumerate(dict.fromkeys(sources))}
+    return [file for file, source in zip(files, sources, strict=True) if places[source] % world_size() == rank()]
 
 
 # ---------------------------------------------------------------- from pictures to results

@@ -61,7 +61,7 @@ class NucleiResults(Results):
         name, labels = self.names[path], found.labels
         pixel_size = self.pixel_size or um_per_pixel(path) or None
         table = measure(labels, picture, found.confidence, pixel_size)
-        write_label_tiff(self.folder / f"{name}_labels.tif", labels, pixel_size)
+        write_label_tiff(self.label_path(name), labels, pixel_size)
         if self.rois:
             write_rois(self.folder / f"{name}_rois.zip", labels)
         if self.geojson:
@@ -81,12 +81,12 @@ class NucleiResults(Results):
         stacks = {}
         for picture, name in self.names.items():
             if isinstance(picture, Page):
-                stacks.setdefault(picture.path, []).append((picture.number, self.label_path(name)))
+                stacks.setdefault(picture.path, []).append((picture.number, name))
         for pages in stacks.values():
-            paths = [path for _, path in sorted(pages)]
+            names = [name for _, name in sorted(pages)]
+            paths = [self.label_path(name) for name in names]
             if len(paths) > 1 and all(path.exists() for path in paths):
-                stack = paths[0].name.removesuffix("_labels.tif")
-                join_label_tiffs(paths, self.label_path(name_of_stack(stack)))
+                join_label_tiffs(paths, self.label_path(name_of_stack(names[0])))
 
     def label_path(self, name):
         return self.folder / f"{name}_labels.tif"

@@ -92,7 +92,7 @@ def paste_nuclei(image, labels, stream, most=8):
     image: (H, W, C) uint8; labels: (H, W) int32 label map. stream is a numpy Generator. Returns new arrays.
     """
     image, labels = image.copy(), labels.copy()
-    originals, first_new = find_nuclei(image, labels), labels.max(initial=0) + 1
+    originals, first_new = whole_nuclei(image, labels), labels.max(initial=0) + 1
     for number in range(first_new, first_new + int(stream.integers(1, most + 1))):
         if not originals:
             break
@@ -114,7 +114,7 @@ def paste_nuclei(image, labels, stream, most=8):
     return image, labels
 
 
-def find_nuclei(image, labels):
+def whole_nuclei(image, labels):
     """-> [(its pixels (h, w, C) with a margin of one, its shape (h, w) bool, its centre (y, x), its radius), ...].
 
     Nuclei at the border of the crop, which may be cut, are left out.

@@ -58,26 +58,27 @@ def stretch(image, limits):
 # ---------------------------------------------------------------- size
 
 
-def median_diameter(labels):
-    """Label map -> the median of its nuclei's diameters in pixels, those of circles of equal area; None if empty."""
-    area = areas(labels)[1:]
-    area = area[area > 0]
-    return float(2 * np.sqrt(np.median(area) / np.pi)) if area.size else None
+def median_diameter(labels, debris=0.0):
+    """Label map -> the median of its nuclei's diameters in pixels, those of circles of equal area; None if empty.
 
-
-def typical_diameter(labels):
-    """Label map -> median diameter of its nuclei without debris, in pixels; None without nuclei.
-
-    The diameter is that of a circle of the same area. Debris is smaller than a tenth of the 90th percentile of the
-    areas. Among the components of Otsu's threshold on 166 images of the 2018 Data Science Bowl, of 20 pixels or more,
-    this is within a factor of 1.25 of the median true nucleus on 84 % of the images; the median of all on 78 %.
+    debris: a fraction of the 90th percentile of the areas; nuclei with less area do not count.
     """
     area = areas(labels)[1:]
     area = area[area > 0]
     if not area.size:
         return None
-    counted = area[area >= DEBRIS * np.percentile(area, 90)]
+    counted = area[area >= debris * np.percentile(area, 90)]
     return float(2 * np.sqrt(np.median(counted) / np.pi))
+
+
+def typical_diameter(labels):
+    """Label map -> median diameter of its nuclei without debris, in pixels; None without nuclei.
+
+    Debris is smaller than a tenth of the 90th percentile of the areas. Among the components of Otsu's threshold on 166
+    images of the 2018 Data Science Bowl, of 20 pixels or more, this is within a factor of 1.25 of the median true
+    nucleus on 84 % of the images; the median of all on 78 %.
+    """
+    return median_diameter(labels, DEBRIS)
 
 
 def resize_labels(labels, size, rows=256):

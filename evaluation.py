@@ -1,17 +1,12 @@
 """What val.py writes about masks: the masks themselves, tables, a gallery of images and the report.
 
-    with replacing("outputs/run1") as new:                     # a folder whose files take their places together
-        predictions.write(new)
+    predictions.write(Path("outputs/run1"))
     rows = rows_of_images(img_ids, tables["L4"])               # one dict per image, for metrics.csv
     items = gallery_items(dataset, rows, predictions.masks)    # worst, median and best images, for report.gallery
 
 A table is int64 (images, classes, thresholds, 4), the pixel counts of metrics.count_pixels for one head.
 nuclei/evaluation.py writes about individual nuclei.
 """
-
-import contextlib
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
@@ -46,30 +41,6 @@ class Predictions:
             for k, plane in enumerate(planes):
                 (folder / str(k)).mkdir(exist_ok=True)
                 write_png(folder / str(k) / f"{img_id}.png", plane.astype(np.uint8) * 255)
-
-
-@contextlib.contextmanager
-def replacing(folder):
-    """Yields an empty folder inside `folder`. When the block succeeds, its files replace those of the same names.
-
-    folder is made. Nothing else in it changes, and nothing at all when the block fails.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new_") as temporary:
-        new = Path(temporary)
-        try:
-            yield new
-        except OSError as error:  # a full disk: the user knows `folder` alone
-            if str(error.filename).startswith(temporary):
-                raise OSError(error.errno, error.strerror, error.filename.replace(temporary, str(folder))) from None
-            raise
-        for path in sorted(new.rglob("*")):
-            place = folder / path.relative_to(new)
-            if path.is_dir():
-                place.mkdir(exist_ok=True)
-            else:
-                path.replace(place)
 
 
 # ---------------------------------------------------------------- tables

@@ -91,9 +91,14 @@ def _is_number(value):
     return type(value) in (int, float) and abs(value) < 1e6  # neither NaN nor infinity is
 
 
+def stretch(text):
+    """An argparse type, of --stretch: '1,99.8' or 'none'."""
+    return text if text == "none" else interval(0, 100)(text)
+
+
 def _is_stretch(text):
     try:
-        return isinstance(text, str) and (text == "none" or bool(interval(0, 100)(text)))
+        return isinstance(text, str) and bool(stretch(text))
     except argparse.ArgumentTypeError:
         return False
 

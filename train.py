@@ -26,7 +26,7 @@ from common.cli import (
     run_script,
     weights,
 )
-from run_config import BOUNDS, INPUT_CHANNELS
+from run_config import BOUNDS, INPUT_CHANNELS, stretch
 
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
@@ -136,11 +136,6 @@ def augment(text):
     if unknown := [name for name in names if name not in AUGMENTATIONS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected none, or some of {','.join(AUGMENTATIONS)}")
     return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
-
-
-def stretch(text):
-    """'1,99.8' or 'none'."""
-    return text if text == "none" else interval(0, 100)(text)
 
 
 def milestones(text):

@@ -16,6 +16,7 @@ from common.lookalikes import Sketches, about_groups, about_twins, grouped_split
 from data_folder import list_ids
 from dataset import ABOUT, GROUPED, RANDOM, build_dataset, check_split, split_ids
 from nuclei.crops import build_crops
+from run_config import is_of_nuclei
 
 ENOUGH_STEPS = 100  # batch norm's statistics remember some ten steps, and start from nothing
 MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
@@ -23,7 +24,7 @@ MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
 
 def open_images(config, ids, augment=False):
     """The data set of these ids, as --target asks for; see dataset.build_dataset and nuclei.crops.build_crops."""
-    return (build_crops if config["target"] == "instances" else build_dataset)(config, ids, augment)
+    return (build_crops if is_of_nuclei(config) else build_dataset)(config, ids, augment)
 
 
 def chosen_split(config, folder):
@@ -46,7 +47,7 @@ def build_data(config, split):
     Adds what was found in the data to config: mean, std and scale (pixels of the input per pixel of the raw image, for
     masks where dataset.yml tells it, for individual nuclei that of the median training picture).
     """
-    folder, of_nuclei = Path("inputs") / config["dataset"], config["target"] == "instances"
+    folder, of_nuclei = Path("inputs") / config["dataset"], is_of_nuclei(config)
     truth = "labels" if of_nuclei else "masks"
     with loading():  # albumentations
         train_set, val_set = open_images(config, split["train"], augment=True), open_images(config, split["val"])

@@ -51,16 +51,15 @@ import instances
 import levels
 from common.devices import device_name, keep_memory, precision_name
 from common.distributed import launched
-from common.files import atomic_path, read_yaml
+from common.files import atomic_path, read_yaml, replacing
 from common.lookalikes import Sketches, groups
 from common.runs import newest_run, run_folder
 from data_folder import check_layout, classes_of, list_ids
-from dataset import GROUPED, RANDOM, build_dataset, changes, check_split, make_loader
+from dataset import GROUPED, RANDOM, changes, check_split, make_loader
 from evaluation import (
     HEADINGS,
     Predictions,
     gallery_items,
-    replacing,
     rows_of_classes,
     rows_of_heads,
     rows_of_images,
@@ -71,10 +70,10 @@ from evaluation import (
 from inference import Predictor
 from metrics import DEFINITIONS, bootstrap_interval, count_pixels, summarise
 from nuclei import evaluation as of_nuclei
-from nuclei.crops import build_crops
 from nuclei.find import find_nuclei
 from nuclei.object_files import check_submission, write_submission
 from run_config import is_of_nuclei, read_config
+from training_data import open_images
 from utils import count_params
 
 # ---------------------------------------------------------------- what to evaluate
@@ -110,8 +109,7 @@ def chosen_images(options, config, folder):
     there = list_ids(root / "images", config["img_ext"])
     if missing := sorted(set(ids) - set(there)):
         raise ValueError(f"{root / 'images'} lacks {len(missing)} of {len(ids)} {part}: {listed(missing, 20)}")
-    build = build_crops if is_of_nuclei(config) else build_dataset
-    dataset = build({**config, "dataset": name}, ids)
+    dataset = open_images({**config, "dataset": name}, ids)
     found = dataset.check()
     if run_split and (
         said := changes(run_split, there, {"val": found}, config.get("split") in (None, GROUPED, RANDOM))

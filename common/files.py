@@ -111,6 +111,30 @@ def new_folder(output, check=None):
         raise OSError(f"{output} was not written: {error.strerror or error}{missing}") from None
 
 
+@contextlib.contextmanager
+def replacing(folder):
+    """Yields an empty folder inside `folder`. When the block succeeds, its files replace those of the same names.
+
+    folder is made. Nothing else in it changes, and nothing at all when the block fails.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new_") as temporary:
+        new = Path(temporary)
+        try:
+            yield new
+        except OSError as error:  # a full disk: the user knows `folder` alone
+            if str(error.filename).startswith(temporary):
+                raise OSError(error.errno, error.strerror, error.filename.replace(temporary, str(folder))) from None
+            raise
+        for path in sorted(new.rglob("*")):
+            place = folder / path.relative_to(new)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                path.replace(place)
+
+
 def check_place(output, mark, overwrite, option):
     """FileExistsError if the folder `output` may not be written: it holds something that is not to be replaced.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common import report
-from evaluation import replacing
+from common.files import replacing
 from instances import DEFINITIONS, KINDS, NONE, bootstrap_interval, judge, summarise
 from nuclei.evaluation import (
     COLOURS,

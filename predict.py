@@ -37,7 +37,6 @@ times smaller or larger than in the median picture. docs/RESULTS.md compares the
 Exit status: 0; 1 when some pictures could not be read and the others are done; 2 when nothing was done.
 """
 
-import argparse
 import contextlib
 import math
 import sys
@@ -48,27 +47,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import Parser, add_machine_options, listed, number, parse_options, run_script
+from common.cli import Parser, add_machine_options, channel_numbers, listed, number, parse_options, run_script
 from common.devices import pick_device
 from common.distributed import gather, is_main, launched, processes, rank, world_size
 from common.headers import check_pixels
 from common.images import MAX_PIXELS, Page, PageReader, find_pictures, list_pages, squeeze, to_channels
 from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
-from predictions import MaskResults, earlier_results, is_done, output_names, write_page
+from predictions import MaskResults, earlier_results, is_done, output_names, reason_of, write_page
 from run_config import is_of_nuclei
 
 OF_MASKS = ("mode", "scale", "threshold", "probability")  # options that only one of the two kinds of runs has
 OF_NUCLEI = ("diameter", "pixel_size", "rois", "geojson", "submission")
 FARTHEST = 5  # times the training's scale that --mode auto resizes to; DSB2018's own pictures are up to 4.2 off
 HELD_BYTES = 2**28  # of decoded pictures that wait in one batch, whatever --batch_size
-
-
-def channel_numbers(text):
-    """An argparse type: "0" -> [0], "2,1,0" -> [2, 1, 0]."""
-    parts = text.split(",")
-    if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"expected one number or three, such as 0 or 2,1,0, found {text!r}")
-    return [int(part) for part in parts]
 
 
 def build_parser():
@@ -163,14 +154,6 @@ def read_batches(files, options, config, failed):
             batch.append(picture)
     if batch:
         yield batch
-
-
-def reason_of(error):
-    """Why a picture was skipped, in words."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if "pixels are more than" in reason:
-        reason += "; --max_pixels raises the limit"
-    return reason
 
 
 def share_of(files):

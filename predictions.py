@@ -86,6 +86,14 @@ def um_per_pixel(picture):
     return round(size, 6) if size else ""
 
 
+def reason_of(error):
+    """Why a picture was skipped, in words."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if "pixels are more than" in reason:
+        reason += "; --max_pixels raises the limit"
+    return reason
+
+
 def is_done(folder, row, settings):
     """Whether a row of images.csv, or None, is of a picture whose results are there, made with the same settings."""
     return bool(row) and row.get("settings") == settings and (folder / f"{row['image']}_overlay.png").is_file()

@@ -71,6 +71,14 @@ def interval(low, high):
     return parse
 
 
+def channel_numbers(text):
+    """An argparse type: "0" -> [0], "2,1,0" -> [2, 1, 0]."""
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected one number or three, such as 0 or 2,1,0, found {text!r}")
+    return [int(part) for part in parts]
+
+
 def auto_or_bool(text):
     """An argparse type: "auto" stays as it is, anything else is read by str2bool."""
     return text if text == "auto" else str2bool(text)

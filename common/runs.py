@@ -35,11 +35,11 @@ def run_folder(name):
     return MODELS / name
 
 
-def newest_run(key):
-    """The name of the run with the newest weights among those whose config.yml has `key`.
+def list_runs(key):
+    """Yields the names of the runs whose config.yml has `key`, those with the newest weights first.
 
     Runs that came with the repository (they have a model card) follow after all others, the last by name first.
-    key: a key of MAKERS. FileNotFoundError when there is none; it names the command that makes one.
+    key: a key of MAKERS.
     """
     own, shipped = [], []
     for path in MODELS.glob("*/model.pth"):
@@ -47,8 +47,15 @@ def newest_run(key):
     own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for path in (*own, *sorted(shipped, reverse=True)):
         if (path.parent / "config.yml").is_file() and key in read_yaml(path.parent / "config.yml"):
-            return path.parent.name
-    raise FileNotFoundError(f"no trained run in {MODELS}/; train one first: {MAKERS[key]}")
+            yield path.parent.name
+
+
+def newest_run(key):
+    """The first of list_runs(key). FileNotFoundError when there is none; it names the command that makes one."""
+    name = next(list_runs(key), None)
+    if name is None:
+        raise FileNotFoundError(f"no trained run in {MODELS}/; train one first: {MAKERS[key]}")
+    return name
 
 
 def check_kind(config, key, folder):

@@ -1,0 +1,210 @@
+"""A local page to try a run: drop a picture, see each nucleus outlined, and take the numbers away.
+
+pip install -r requirements-app.txt
+python app.py                       # opens http://127.0.0.1:7860
+python app.py --name mine           # begins with this run of train.py --target instances
+
+The page finds nuclei with any run under models/ that finds them one by one, classifies pictures with the runs of
+transfer_resnet18.py, and shows the reports of val.py. It listens to this machine alone, needs no network, and removes
+what was uploaded and found when it ends. It refuses what predict.py refuses, in the same words.
+"""
+
+import html
+import os
+import tempfile
+import webbrowser
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+from common.cli import Parser, add_machine_options, answer_early, channel_numbers, number, parse_options, run_script
+from common.images import MAX_PIXELS
+
+
+def build_parser():
+    parser = Parser(description=__doc__)
+    a = parser.add_argument
+    a("--name", help="the run of individual nuclei to begin with; default: the newest")
+    a("--port", type=number(int, 1, 65535), default=7860, help="of the page")
+    a("--open", action="store_true", default=True, help="open the page in the browser")
+    a("--max_pixels", type=number(int, 1, 2**30), default=MAX_PIXELS, help="refuse larger pictures")
+    a("--max_megabytes", type=number(int, 1, 10_000), default=500, help="refuse larger files")
+    add_machine_options(parser)
+    return parser
+
+
+answer_early(__name__, build_parser)
+
+import sessions as visits
+from common.cli import in_one_line, loading
+from common.runs import list_runs, run_folder
+from predictions import reason_of
+from run_config import is_of_nuclei, read_config
+from sessions import Question, Sessions, Stopped, levels_of
+
+WAITING = "Drop a picture, or take an example."
+NO_RUN = "There is no run yet: python transfer_resnet18.py --demo makes one."
+NOTHING = [None] * 5
+REFUSED = (ArgumentTypeError, ValueError, OSError, MemoryError)
+LOCAL = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+POLICY = f'<meta http-equiv="Content-Security-Policy" content="{LOCAL}">'  # the browser refuses every other address
+WORK = {"trigger_mode": "always_last", "concurrency_limit": 2, "concurrency_id": "work"}  # two pictures at a time
+FRAME = '<iframe sandbox="allow-scripts" style="width: 100%; height: 80vh; border: 0" srcdoc="{}"></iframe>'
+
+
+def refusal(path, error):
+    """What the page says of a picture that predict.py would skip."""
+    return f"{Path(path).name}: {in_one_line(reason_of(error))}"
+
+
+# ---------------------------------------------------------------- the three tabs
+
+
+def nuclei_tab(gr, sessions, page, first):
+    """Picture and options on the left; outlines, numbers and files on the right."""
+    examples, levels = sessions.examples(), levels_of(first)
+    mask = read_config(run_folder(first))["mask_threshold"]
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            file = gr.File(label="Your picture (PNG, JPEG, TIFF, BMP, WebP)", height=130, elem_id="file")
+            gallery = gr.Gallery(examples, label="Examples", columns=3, height=140, allow_preview=False, buttons=[])
+            run = gr.Dropdown([first], value=first, label="Run")
+            level = gr.Radio(levels, value=levels[-1], label="Level of U-Net++", info="lower: faster", elem_id="level")
+            diameter = gr.Number(0, label="Typical diameter in pixels", info="0: found from the picture")
+            threshold = gr.Slider(0.05, 0.95, mask, step=0.05, label="Mask threshold", info="lower: larger nuclei")
+            tta = gr.Checkbox(label="Average eight flips and turns", info="eight times the work")
+            with gr.Accordion("Microscope files", open=False):
+                pixel_size = gr.Number(0, label="Micrometres per pixel", info="0: what a TIFF says")
+                channels = gr.Textbox(label="Channels", placeholder="0, or 2,1,0 for red, green and blue")
+                number_of_page = gr.Number(0, label="Page of a stack, counted from 0", precision=0)
+            stop = gr.Button("Stop", elem_id="stop")
+        with gr.Column(scale=2, min_width=300):
+            said = gr.Textbox(WAITING, label="Result", elem_id="said", lines=2, max_lines=6)
+            overlay = gr.Image(label="Outlines", format="png", interactive=False, elem_id="overlay")
+            files = gr.File(label="Take away", file_count="multiple", interactive=False, elem_id="files")
+            with gr.Row():
+                sizes = gr.Plot(label="Sizes")
+                tried = gr.Dataframe(headers=list(visits.TRIED), label="Levels tried", elem_id="tried")
+            table = gr.Dataframe(headers=list(visits.COLUMNS), label="The first 1,000 nuclei", max_height=300)
+
+    wait = gr.Progress()
+
+    def find(path, run, level, diameter, threshold, tta, size, channels, page, request: gr.Request, wait=wait):
+        if not path:
+            return WAITING, *NOTHING
+        try:
+            chosen = channel_numbers(channels) if channels else None
+            question = Question(run, level, tta, threshold, diameter, size, chosen, page)
+            answer = sessions.of(request.session_hash).find(path, question, lambda k: wait((k, None), unit="batches"))
+        except Stopped:
+            return "Stopped.", *[gr.skip() for _ in NOTHING]
+        except REFUSED as error:
+            return refusal(path, error), *NOTHING
+        return answer.about, answer.overlay, answer.figure, answer.rows, answer.tried, answer.files
+
+    def of_run(run):
+        levels = levels_of(run)
+        return gr.Radio(levels, value=levels[-1]), read_config(run_folder(run))["mask_threshold"]
+
+    def stop_work(request: gr.Request):
+        sessions.of(request.session_hash).stop()
+
+    def close(request: gr.Request):
+        sessions.end(request.session_hash)
+
+    def example(event: gr.SelectData):
+        return examples[event.index][0]
+
+    options = [run, level, diameter, threshold, tta, pixel_size, channels, number_of_page]
+    work = {"fn": find, "inputs": [file, *options], "outputs": [said, overlay, sizes, table, tried, files], **WORK}
+    changes = [file.change, level.input, threshold.release, tta.input]
+    changes += [field.submit for field in (diameter, pixel_size, channels, number_of_page)]
+    gr.on(changes, show_progress_on=said, **work)
+    run.input(of_run, run, [level, threshold], queue=False).then(show_progress_on=said, **work)
+    gallery.select(example, None, file, queue=False)
+    stop.click(stop_work, queue=False)
+    page.unload(close)
+    page.load(lambda: gr.Dropdown(visits.runs_of_nuclei()), None, run, queue=False)
+
+
+def classes_tab(gr, sessions, page):
+    """A picture -> its class, and where the network looked."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            file = gr.File(label="Your picture", height=130, elem_id="insect")
+            run = gr.Dropdown([], label="Run of transfer_resnet18.py")
+        with gr.Column(scale=2, min_width=300):
+            said = gr.Textbox("Drop a picture.", label="Result", elem_id="class")
+            label = gr.Label(label="Probabilities")
+            heat = gr.Image(label="Where it looked", format="png", interactive=False, elem_id="heat")
+
+    def classify(path, run, request: gr.Request):
+        if not (path and run):
+            return "Drop a picture." if run else NO_RUN, None, None
+        try:
+            found, picture = sessions.of(request.session_hash).classify(path, run)
+        except REFUSED as error:
+            return refusal(path, error), None, None
+        return f"{Path(path).name}: {max(found, key=found.get)}", found, picture
+
+    def runs():
+        names = list(list_runs("classes"))
+        return gr.Dropdown(names, value=names[0] if names else None)
+
+    page.load(runs, None, run, queue=False)
+    gr.on([file.change, run.input], classify, [file, run], [said, label, heat], **WORK)
+
+
+def runs_tab(gr, tab):
+    """The runs under models/, and the report that val.py or transfer_resnet18.py wrote of one."""
+    table = gr.Dataframe(headers=["run", "finds", "data", "report"], label="Runs under models/", elem_id="runs")
+    run = gr.Dropdown([], label="Open the report of", elem_id="report_of")
+    frame = gr.HTML()
+
+    def runs():
+        rows = visits.about_runs()
+        return rows, gr.Dropdown([row[0] for row in rows if row[-1] != visits.NO_REPORT], value=None)
+
+    def show(run):
+        return FRAME.format(html.escape(visits.report_of(run).read_text(encoding="utf-8", errors="replace")))
+
+    tab.select(runs, None, [table, run], queue=False)
+    run.input(show, run, frame, queue=False)
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def main():
+    options, _ = parse_options(build_parser)
+    first = options.name or visits.runs_of_nuclei()[0]
+    if not is_of_nuclei(read_config(run_folder(first))):
+        raise ValueError(f"models/{first} finds masks, not individual nuclei; give another --name")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with tempfile.TemporaryDirectory(prefix="nuclei-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads, too
+        try:
+            with loading():
+                import gradio as gr
+        except ModuleNotFoundError:
+            raise ValueError("gradio is not installed: pip install -r requirements-app.txt") from None
+        sessions = Sessions(folder, options.device, options.amp, options.max_pixels)
+        with gr.Blocks(title="Nuclei one by one", analytics_enabled=False) as page:
+            gr.Markdown("# Nuclei one by one\nU-Net++ outlines, counts and measures each nucleus, on this machine.")
+            with gr.Tab("Nuclei"):
+                nuclei_tab(gr, sessions, page, first)
+            with gr.Tab("Classes"):
+                classes_tab(gr, sessions, page)
+            with gr.Tab("Runs") as tab:
+                runs_tab(gr, tab)
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        limits = {"max_file_size": options.max_megabytes * 2**20, "share": False, "ssr_mode": False}
+        look = {"theme": theme, "head": POLICY, "footer_links": [], "quiet": True}
+        _, address, _ = page.launch(server_port=options.port, prevent_thread_lock=True, **look, **limits)
+        print(f"the page is at {address}; Ctrl-C ends it", flush=True)
+        if options.open:
+            webbrowser.open(address)
+        page.block_thread()
+
+
+if __name__ == "__main__":
+    run_script(main)

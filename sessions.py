@@ -1,0 +1,303 @@
+"""What a visitor of app.py gets: the nuclei of a picture, or its class, in a temporary folder that ends with the visit.
+
+    sessions = Sessions(folder, device="cpu")
+    session = sessions.of("c0ffee")                      # one for each open page
+    answer = session.find("cells.tif", Question("nuclei", level="2"))
+    answer.about, answer.files                           # "cells: 84 nuclei ...", label TIFF, overlay, tables, outlines
+    session.stop()                                       # from another thread: `find` raises Stopped
+
+app.py lays the page out; this is the work behind it. Pictures, limits, results and messages are those of predict.py.
+"""
+
+import copy
+import functools
+import shutil
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from common import report, synthetic
+from common.devices import pick_amp, pick_device
+from common.files import read_yaml
+from common.images import MAX_PIXELS, PageReader, list_pages, squeeze, standardise, to_channels, write_png
+from common.outlines import distinct_colours, draw_outlines
+from common.runs import MODELS, list_runs, run_folder
+from inference import Predictor
+from run_config import is_of_nuclei, read_config
+
+EXAMPLES = {"bright": 22, "small": 3, "stained": 10}  # seeds of common.synthetic.nuclei
+SHOWN_SIDES = 640, 1600  # pixels of the longer side of the outlines on the page, at least and at most
+NO_REPORT = "–"
+SHOWN_ROWS = 1000  # of the table on the page; the file has all
+TRIED = ("level", "nuclei", "median diameter", "seconds")
+COLUMNS = ("object", "area", "equivalent_diameter", "eccentricity", "solidity", "confidence", "touches_border")
+
+
+class Stopped(Exception):
+    """The visitor does not wait for this answer any more."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a visitor wants to know of a picture: options of predict.py; 0 and None stand for their defaults."""
+
+    run: str
+    level: str | None = None
+    tta: bool = False
+    threshold: float | None = None  # of the mask map
+    diameter: float = 0  # of a typical nucleus, in pixels
+    pixel_size: float = 0  # micrometres
+    channels: tuple | None = None
+    page: int = 0  # of a file with several
+
+    def check(self):
+        """ValueError for numbers that predict.py's own options would refuse."""
+        if self.diameter and not 1 <= self.diameter <= 10_000:
+            raise ValueError(f"diameter {self.diameter:g}: expected 1 to 10,000 pixels")
+        if self.pixel_size and not 1e-6 <= self.pixel_size <= 1e6:
+            raise ValueError(f"{self.pixel_size:g} micrometres per pixel: expected 0.000001 to 1,000,000")
+
+
+@dataclass(frozen=True)
+class Answer:
+    about: str  # one line for people
+    overlay: str  # path of the outlines, as large as the page shows them
+    figure: object  # the histogram of sizes, a matplotlib Figure
+    rows: list  # of the table, in the order of COLUMNS
+    tried: list  # of the table of levels that this picture was asked with, in the order of TRIED
+    files: list  # to take away
+
+
+class Watched:
+    """A Predictor that calls `each` before every batch, which may end the work, with thresholds of its own."""
+
+    def __init__(self, predictor, each, **thresholds):
+        self.predictor, self.each = predictor, each
+        self.config = {**predictor.config, **thresholds}
+
+    def __call__(self, images):
+        self.each()
+        return self.predictor(images)
+
+
+class Sessions:
+    """All visits. folder: a temporary one, which the caller removes in the end. device, amp: as for Predictor."""
+
+    def __init__(self, folder, device="auto", amp="auto", max_pixels=MAX_PIXELS):
+        self.folder, self.max_pixels = Path(folder), max_pixels
+        self.device = pick_device(device)
+        self.amp = pick_amp(amp, self.device)
+        self.open, self.lock = {}, threading.Lock()
+        self.load = functools.lru_cache(maxsize=8)(self.load)
+        self.load_classifier = functools.lru_cache(maxsize=2)(self.load_classifier)
+
+    def of(self, key):
+        """The session of a page; a new one for a new key."""
+        with self.lock:
+            if key not in self.open:
+                self.open[key] = Session(self, Path(tempfile.mkdtemp(dir=self.folder)))
+            return self.open[key]
+
+    def end(self, key):
+        """Stop the work of a page that was closed, and remove its files."""
+        with self.lock:
+            session = self.open.pop(key, None)
+        if session:
+            session.stop()
+            shutil.rmtree(session.folder, ignore_errors=True)
+
+    def load(self, run, level, written):
+        """The Predictor of a run. written: when its weights were, so that those of a new training are read."""
+        predictor = Predictor(run, str(self.device), level=level or "deepest")
+        predictor.amp = self.amp
+        predictor(np.zeros((1, 64, 64, predictor.config["input_channels"]), np.uint8))  # the first call is slow
+        return predictor
+
+    def load_classifier(self, run, written):
+        from classification.predict import load_run  # late: torchvision takes a second
+
+        return load_run(run, self.device)
+
+    def examples(self):
+        """Write the generated example pictures -> [(path, name)]."""
+        folder = self.folder / "examples"
+        folder.mkdir(exist_ok=True)
+        for name, seed in EXAMPLES.items():
+            write_png(folder / f"{name}.png", synthetic.nuclei(seed)[0])
+        return [(str(folder / f"{name}.png"), name) for name in EXAMPLES]
+
+
+class Session:
+    """One visit: its folder, and at most one answer in it."""
+
+    def __init__(self, sessions, folder):
+        self.sessions, self.folder = sessions, folder
+        self.stopping = threading.Event()
+        self.asked, self.tried = None, {}
+
+    def stop(self):
+        self.stopping.set()
+
+    def find(self, path, question, each=None):
+        """The nuclei of a picture -> Answer.
+
+        each(count) is called before every batch of tiles. Raises Stopped after `stop`, and ValueError or OSError for
+        what predict.py would refuse.
+        """
+        from nuclei.find import find_nuclei  # late: scikit-image takes a second
+
+        question.check()
+        self.stopping = stopping = threading.Event()
+        count = 0
+
+        def watch():
+            nonlocal count
+            if stopping.is_set():
+                raise Stopped
+            count += 1
+            if each:
+                each(count)
+
+        page, picture, note = self._read(path, question)
+        predictor = copy.copy(self.sessions.load(question.run, question.level, weights_written(question.run)))
+        predictor.tta = question.tta
+        thresholds = {} if question.threshold is None else {"mask_threshold": question.threshold}
+        started = time.perf_counter()
+        found = find_nuclei(Watched(predictor, watch, **thresholds), picture, question.diameter or None)
+        seconds = time.perf_counter() - started
+        watch()  # what follows cannot be stopped
+        return self._answer(page, picture, found, question, predictor.head, seconds, note)
+
+    def _read(self, path, question):
+        """-> the file or its page, (H, W, C) uint8, and a note where a file has more pages."""
+        pages, failed = list_pages([Path(path)], question.page or None, question.channels)
+        if failed:
+            raise ValueError(failed[0][1])
+        note = f" (page 0 of {len(pages)})" if len(pages) > 1 else ""
+        reader = PageReader(self.sessions.max_pixels, question.channels)
+        try:
+            return pages[0], reader.read(pages[0]), note
+        finally:
+            reader.close()
+
+    def _answer(self, page, picture, found, question, head, seconds, note):
+        from nuclei.predictions import NucleiResults
+
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        name = page.stem
+        settings = f"models/{question.run} {head}"
+        results = NucleiResults(
+            self.folder, {page: name}, settings, question.pixel_size or None, rois=True, geojson=True
+        )
+        results.add(page, picture, found, seconds)
+        objects, summary = list(results.objects), results.images[0]
+        results.write_tables()
+        endings = (f"{name}_overlay.png", f"{name}_labels.tif", "objects.csv", f"{name}_rois.zip", f"{name}.geojson")
+        files = [self.folder / ending for ending in endings]
+        self._note(page, question, [head, summary["objects"], summary["median_diameter"], round(seconds, 2)])
+        height, width = picture.shape[:2]
+        typical = f", median diameter {summary['median_diameter']:.1f} pixels" if objects else ""
+        about = (
+            f"{name}{note}, {width} x {height}: {len(objects):,} nuclei{typical}; {head}, scale {found.scale:.3g}, "
+            f"{seconds:.2f} s"
+        )
+        shown = self._show(picture, found.labels)
+        rows = [[row[column] for column in COLUMNS] for row in objects[:SHOWN_ROWS]]
+        figure = draw_sizes([row["equivalent_diameter"] for row in objects])
+        return Answer(about, str(shown), figure, rows, list(self.tried.values()), list(map(str, files)))
+
+    def _note(self, page, question, row):
+        """Remember what a level gave, as long as nothing else changes."""
+        asked = (page, {**vars(question), "level": None})
+        if asked != self.asked:
+            self.asked, self.tried = asked, {}
+        self.tried[row[0]] = row
+        self.tried = dict(sorted(self.tried.items()))
+
+    def _show(self, picture, labels):
+        """Write the outlines as large as the page shows them -> their path."""
+        side = max(labels.shape)
+        zoom = np.clip(side, *SHOWN_SIDES) / side
+        size = [max(1, round(length * zoom)) for length in labels.shape]
+        labels = cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST)
+        image = report.brighten(squeeze(to_channels(picture, 3), size))
+        write_png(self.folder / "shown.png", draw_outlines(image, labels, distinct_colours(labels), 2))
+        return self.folder / "shown.png"
+
+    def classify(self, path, run):
+        """-> {class: probability}, (H, W, 3) uint8 where the network looked: bright where, dark elsewhere."""
+        from classification.folders import MEAN, STD, middle, read_tensor
+        from classification.predict import classify
+        from classification.resnet18 import grad_cam
+        from classification.scores import heat_overlay
+
+        model, config = self.sessions.load_classifier(run, weights_written(run))
+        seen = middle(read_tensor(Path(path), config["img_size"]), config["img_size"])
+        image = standardise(seen, MEAN, STD)
+        [values] = classify(model, image[None], self.sessions.device, self.sessions.amp)
+        heat = grad_cam(model, image.to(self.sessions.device), int(values.argmax()))
+        picture = heat_overlay(seen.permute(1, 2, 0).numpy(), heat)
+        return dict(zip(config["classes"], values.tolist(), strict=True)), picture
+
+
+# ---------------------------------------------------------------- runs
+
+
+def weights_written(run):
+    return (run_folder(run) / "model.pth").stat().st_mtime_ns
+
+
+def runs_of_nuclei():
+    """Names of the runs that find individual nuclei, the newest first; FileNotFoundError when there is none."""
+    names = [name for name in list_runs("arch") if is_of_nuclei(read_yaml(MODELS / name / "config.yml"))]
+    if not names:
+        raise FileNotFoundError(
+            "models/ has no run of individual nuclei; train one first: python train.py --config configs/nuclei.yml"
+        )
+    return names
+
+
+def levels_of(run):
+    """The levels that a run has, the deepest last: ["1", ... "4"], or one alone."""
+    config = read_config(run_folder(run))
+    if config.get("level"):
+        return [str(config["level"])]
+    return ["1", "2", "3", "4"] if config["deep_supervision"] else ["4"]
+
+
+def about_runs():
+    """[name, job, data, report or NO_REPORT] of each run under models/, the newest first in each job."""
+    rows = []
+    for name in [*list_runs("arch"), *list_runs("classes")]:
+        config = read_yaml(MODELS / name / "config.yml")
+        if "classes" in config:
+            job, data = "classes", ", ".join(map(str, config["classes"]))
+        else:
+            job, data = ("individual nuclei" if is_of_nuclei(config) else "masks"), str(config.get("dataset"))
+        rows.append([name, job, data, str(report_of(name)) if report_of(name).is_file() else NO_REPORT])
+    return rows
+
+
+def report_of(run):
+    return Path("outputs") / run_folder(run).name / "report.html"
+
+
+def draw_sizes(diameters):
+    """The histogram of equivalent diameters, a matplotlib Figure."""
+    from matplotlib.figure import Figure  # late: it takes a second
+
+    figure = Figure(figsize=(5, 2.4), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    if diameters:
+        axis.hist(diameters, bins=min(40, max(5, round(len(diameters) ** 0.5 * 2))), color="#0072b2")
+    axis.set_xlabel("equivalent diameter, pixels", fontsize=9)
+    axis.set_ylabel("nuclei", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -14,7 +14,6 @@ import os
 import tempfile
 import webbrowser
 from argparse import ArgumentTypeError
-from pathlib import Path
 
 from common.cli import Parser, add_machine_options, answer_early, channel_numbers, number, parse_options, run_script
 from common.images import MAX_PIXELS
@@ -35,28 +34,18 @@ def build_parser():
 answer_early(__name__, build_parser)
 
 import sessions as visits
-from common.cli import in_one_line, loading
+from common.cli import loading
 from common.runs import list_runs, run_folder
-from predictions import reason_of
 from run_config import is_of_nuclei, read_config
-from sessions import Question, Sessions, Stopped, levels_of
+from sessions import Question, Sessions, Stopped, levels_of, refusal
 
 WAITING = "Drop a picture, or take an example."
-NO_RUN = "There is no run yet: python transfer_resnet18.py --demo makes one."
 NOTHING = [None] * 5
 REFUSED = (ArgumentTypeError, ValueError, OSError, MemoryError)
 LOCAL = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 POLICY = f'<meta http-equiv="Content-Security-Policy" content="{LOCAL}">'  # the browser refuses every other address
 WORK = {"trigger_mode": "always_last", "concurrency_limit": 2, "concurrency_id": "work"}  # two pictures at a time
 FRAME = '<iframe sandbox="allow-scripts" style="width: 100%; height: 80vh; border: 0" srcdoc="{}"></iframe>'
-
-
-def refusal(path, error):
-    """What the page says of a picture that predict.py would skip."""
-    return f"{Path(path).name}: {in_one_line(reason_of(error))}"
-
-
-# ---------------------------------------------------------------- the three tabs
 
 
 def nuclei_tab(gr, sessions, page, first):
@@ -66,11 +55,12 @@ def nuclei_tab(gr, sessions, page, first):
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             file = gr.File(label="Your picture (PNG, JPEG, TIFF, BMP, WebP)", height=130, elem_id="file")
-            gallery = gr.Gallery(examples, label="Examples", columns=3, height=140, allow_preview=False, buttons=[])
+            tiles = {"columns": 3, "height": 140, "interactive": False, "allow_preview": False}
+            gallery = gr.Gallery(examples, label="Examples", elem_id="examples", **tiles)
             run = gr.Dropdown([first], value=first, label="Run")
             level = gr.Radio(levels, value=levels[-1], label="Level of U-Net++", info="lower: faster", elem_id="level")
             diameter = gr.Number(0, label="Typical diameter in pixels", info="0: found from the picture")
-            threshold = gr.Slider(0.05, 0.95, mask, step=0.05, label="Mask threshold", info="lower: larger nuclei")
+            threshold = gr.Slider(0.05, 0.95, mask, step=0.05, label="Mask threshold", elem_id="mask")
             tta = gr.Checkbox(label="Average eight flips and turns", info="eight times the work")
             with gr.Accordion("Microscope files", open=False):
                 pixel_size = gr.Number(0, label="Micrometres per pixel", info="0: what a TIFF says")
@@ -79,16 +69,14 @@ def nuclei_tab(gr, sessions, page, first):
             stop = gr.Button("Stop", elem_id="stop")
         with gr.Column(scale=2, min_width=300):
             said = gr.Textbox(WAITING, label="Result", elem_id="said", lines=2, max_lines=6)
-            overlay = gr.Image(label="Outlines", format="png", interactive=False, elem_id="overlay")
+            overlay = gr.Image(label="Outlines", interactive=False, buttons=["fullscreen"], elem_id="overlay")
             files = gr.File(label="Take away", file_count="multiple", interactive=False, elem_id="files")
             with gr.Row():
                 sizes = gr.Plot(label="Sizes")
                 tried = gr.Dataframe(headers=list(visits.TRIED), label="Levels tried", elem_id="tried")
             table = gr.Dataframe(headers=list(visits.COLUMNS), label="The first 1,000 nuclei", max_height=300)
 
-    wait = gr.Progress()
-
-    def find(path, run, level, diameter, threshold, tta, size, channels, page, request: gr.Request, wait=wait):
+    def find(path, run, level, diameter, threshold, tta, size, channels, page, request: gr.Request, wait=gr.Progress()):
         if not path:
             return WAITING, *NOTHING
         try:
@@ -131,20 +119,20 @@ def classes_tab(gr, sessions, page):
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             file = gr.File(label="Your picture", height=130, elem_id="insect")
-            run = gr.Dropdown([], label="Run of transfer_resnet18.py")
+            run = gr.Dropdown([], label="Run", info="python transfer_resnet18.py makes them")
         with gr.Column(scale=2, min_width=300):
             said = gr.Textbox("Drop a picture.", label="Result", elem_id="class")
             label = gr.Label(label="Probabilities")
-            heat = gr.Image(label="Where it looked", format="png", interactive=False, elem_id="heat")
+            heat = gr.Image(label="Where it looked", interactive=False, buttons=["fullscreen"], elem_id="heat")
 
     def classify(path, run, request: gr.Request):
         if not (path and run):
-            return "Drop a picture." if run else NO_RUN, None, None
+            return "Drop a picture.", None, None
         try:
             found, picture = sessions.of(request.session_hash).classify(path, run)
         except REFUSED as error:
             return refusal(path, error), None, None
-        return f"{Path(path).name}: {max(found, key=found.get)}", found, picture
+        return max(found, key=found.get), found, picture
 
     def runs():
         names = list(list_runs("classes"))
@@ -169,9 +157,6 @@ def runs_tab(gr, tab):
 
     tab.select(runs, None, [table, run], queue=False)
     run.input(show, run, frame, queue=False)
-
-
-# ---------------------------------------------------------------- the whole
 
 
 def main():

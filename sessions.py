@@ -22,12 +22,14 @@ import cv2
 import numpy as np
 
 from common import report, synthetic
+from common.cli import in_one_line
 from common.devices import pick_amp, pick_device
 from common.files import read_yaml
 from common.images import MAX_PIXELS, PageReader, list_pages, squeeze, standardise, to_channels, write_png
 from common.outlines import distinct_colours, draw_outlines
 from common.runs import MODELS, list_runs, run_folder
 from inference import Predictor
+from predictions import reason_of
 from run_config import is_of_nuclei, read_config
 
 EXAMPLES = {"bright": 22, "small": 3, "stained": 10}  # seeds of common.synthetic.nuclei
@@ -244,6 +246,11 @@ class Session:
         heat = grad_cam(model, image.to(self.sessions.device), int(values.argmax()))
         picture = heat_overlay(seen.permute(1, 2, 0).numpy(), heat)
         return dict(zip(config["classes"], values.tolist(), strict=True)), picture
+
+
+def refusal(path, error):
+    """What the page says of a picture that predict.py would skip."""
+    return f"{Path(path).name}: {in_one_line(reason_of(error))}"
 
 
 # ---------------------------------------------------------------- runs

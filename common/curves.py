@@ -1,6 +1,6 @@
 """The curves of a training: one PNG with a panel for each pair of columns of its log.
 
-    plot_curves(rows, "curves.png", "run1")     # rows: those of log.csv
+plot_curves(rows, "curves.png", "run1")     # rows: those of log.csv
 """
 
 import math

@@ -1,7 +1,7 @@
 """Pages and pictures for reports: tables, galleries that sort and filter, error overlays, contact sheets.
 
 Everything here takes plain values and uint8 arrays in RGB order, and knows no model or dataset. A page is one file that
-never uses the network. Its HTML, CSS and JavaScript are in page.html. To see one:
+never uses the network. It is made of page.html and page.js. To see one:
 
     python -c "from common import report as r; r.write_page('page.html', 'Hello', [('A', r.table([{'iou': 0.84}]))])"
 
@@ -15,7 +15,10 @@ import functools
 import json
 import math
 import numbers
+import sys
+import webbrowser
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -222,17 +225,29 @@ def legend_of(entries):
     return _render("legend", entries=entries)
 
 
+class Region(NamedTuple):
+    """A part of a picture that says what it is when the pointer is on it."""
+
+    text: str
+    outlines: list  # of (n, 2) int arrays: x and y in pixels of the picture, (0, 0) the centre of the first
+    name: str = ""  # different for each region of a card
+    partner: str = ""  # the name of a region in another picture of the card; the two light up together
+
+
 def gallery(items, sort_keys, note=""):
     """Cards of pictures that can be sorted and filtered in the browser; clicking a picture enlarges it.
 
-    items: list of {"title": str, "panels": [(caption, uint8 array), ...], "values": {name: number}, "group": str}, of
-    which "values" and "group" are optional. sort_keys: the names of the values to sort by. The cards keep the given
-    order until the reader sorts them.
+    items: list of {"title": str, "panels": [(caption, uint8 array), ...], "values": {name: number}, "group": str,
+    "tags": [str, ...], "regions": {caption: [Region, ...]}}, of which all but the first two are optional. sort_keys:
+    the names of the values to sort by. A reader can choose a group and a tag; the cards keep the given order until they
+    are sorted.
     """
     groups = collections.Counter(item["group"] for item in items if item.get("group"))  # in order of first appearance
+    tags = collections.Counter(tag for item in items for tag in item.get("tags", ()))
     cards = [_card(item) for item in items]
     widest = max((len(card["panels"]) for card in cards), default=1)
-    return _render("gallery", cards=cards, groups=groups, sort_keys=sort_keys, panels_per_card=widest, note=note)
+    filters = {"group": groups, "tag": tags}
+    return _render("gallery", cards=cards, filters=filters, sort_keys=sort_keys, panels_per_card=widest, note=note)
 
 
 def worst_to_best(scores):
@@ -258,17 +273,30 @@ def _card(item):
     """The arguments of the template's `card_of`."""
     values = item.get("values", {})
     finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-    panels = [
-        {"uri": data_uri(array), "caption": caption, "pixelated": max(np.shape(array)[:2]) <= LARGEST_ICON}
-        for caption, array in item["panels"]
-    ]
+    panels = []
+    for caption, array in item["panels"]:
+        regions = [(region, _path(region.outlines)) for region in item.get("regions", {}).get(caption, ())]
+        (height, width), pixelated = np.shape(array)[:2], max(np.shape(array)[:2]) <= LARGEST_ICON
+        panel = {"uri": data_uri(array), "caption": caption, "pixelated": pixelated}
+        panels.append({**panel, "width": width, "height": height, "regions": regions})
     return {
         "title": item["title"],
         "group": item.get("group") or "",
+        "tags": item.get("tags", []),
+        "tags_json": json.dumps(item.get("tags", [])),
         "values": values,
         "values_json": json.dumps(finite),
         "panels": panels,
     }
+
+
+def _path(outlines):
+    """Closed outlines as the `d` of an SVG path: the first point of each, and the steps to the others."""
+    pieces = []
+    for points in outlines:
+        steps = " ".join(map(str, np.diff(points, axis=0).ravel().tolist()))
+        pieces.append(f"M{points[0][0]} {points[0][1]}l{steps or '0 0'}z".replace(" -", "-"))
+    return "".join(pieces)
 
 
 def write_page(path, title, sections, subtitle=""):
@@ -281,6 +309,16 @@ def write_page(path, title, sections, subtitle=""):
     page = _render("page", title=title, subtitle=subtitle, sections=sections)
     with atomic_path(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # file names may contain bytes that are not UTF-8
+
+
+def open_page(path):
+    """Open a page in the reader's browser; a line on stderr where there is none."""
+    try:
+        opened = webbrowser.open(Path(path).resolve().as_uri())
+    except webbrowser.Error:
+        opened = False
+    if not opened:
+        print(f"{Path(sys.argv[0]).name}: warning: no browser could be started; open {path} yourself", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the template

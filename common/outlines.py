@@ -31,7 +31,7 @@ def draw_outlines(image, labels, colours, width=1):
     return drawn
 
 
-def polygons(labels, tolerance=1):
+def polygons(labels, tolerance=0.7):
     """-> {label: [(n, 2) int32 x and y, ...]}, the outside of each part of an object, without holes.
 
     The corners are centres of the outermost pixels; those that change the line by at most `tolerance` pixels are left

@@ -20,11 +20,11 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common.cli import Stops
+from common.curves import plot_curves
 from common.devices import precision
 from common.distributed import copy_main, gather, is_main, parallel, world_size
 from common.files import load_checkpoint, save_checkpoint
 from common.loaders import set_epoch, with_shares
-from common.report import plot_curves
 from common.runs import keeping, write_log
 from utils import AverageMeter
 

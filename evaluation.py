@@ -12,6 +12,7 @@ import numpy as np
 
 from common import report
 from common.images import write_png
+from common.lookalikes import kind
 from metrics import DEFINITIONS, INTERSECTION, PREDICTED, THRESHOLDS, TRUE, dice, iou, per_class, summarise
 
 HEADINGS = {  # of the printed tables; the definitions follow them
@@ -109,7 +110,8 @@ def gallery_items(dataset, rows, masks):
         truth = truth.transpose(2, 0, 1) > 0
         values = {"IoU": rows[k]["iou"], "Dice": rows[k]["dice"], "foreground": float(truth.mean())}
         panels = panels_of(image, truth, masks[rows[k]["img_id"]])
-        items.append({"title": rows[k]["img_id"], "panels": panels, "values": values, "group": group})
+        tags = [kind(image)]
+        items.append({"title": rows[k]["img_id"], "panels": panels, "values": values, "group": group, "tags": tags})
     return items
 
 

@@ -52,6 +52,7 @@ from common.devices import pick_device
 from common.distributed import gather, is_main, launched, processes, rank, world_size
 from common.headers import check_pixels
 from common.images import MAX_PIXELS, Page, PageReader, find_pictures, list_pages, squeeze, to_channels
+from common.report import open_page
 from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
 from predictions import MaskResults, earlier_results, is_done, output_names, reason_of, write_page
 from run_config import is_of_nuclei
@@ -96,6 +97,7 @@ def build_parser():
     channels = "one channel, counted from 0, for grey, or three for red, green and blue: 0 or 2,1,0"
     a("--channels", type=channel_numbers, metavar="K[,K,K]", help=channels)
     a("--html", action="store_true", help="write report.html, one page of all outlines in the folder")
+    a("--open", action="store_true", help="write report.html and open it in the browser")
     a("--max_pixels", type=number(int, 1, 2**30), default=MAX_PIXELS, help="refuse larger pictures")
     a("-b", "--batch_size", type=number(int, 1), default=8, help="pictures or tiles at once")
     add_machine_options(parser)
@@ -306,9 +308,11 @@ def report(results, failed, done, options, predictor, files):
         left_out = {path for path, _ in failed}
         results.write_submission(options.submission, [file for file in files if file not in left_out])
         print(f"run lengths of all nuclei are in {options.submission}")
-    if options.html:
+    if options.html or options.open:
         write_page(results.folder, predictor.about)
         print(f"open {results.folder / 'report.html'}")
+    if options.open:
+        open_page(results.folder / "report.html")
     return 1 if failed else 0
 
 

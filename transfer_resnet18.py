@@ -31,6 +31,7 @@ from common.cli import (
 
 RUN_FILES = ("config.yml", "log.csv", "curves.png", "model.pth", "last.pth")
 ABOUT_THE_COMMAND = (
+    "open",
     "resume",
     "overwrite",
     "predict",
@@ -63,6 +64,7 @@ def build_parser():
     reject = "with --predict: the answer is `unknown` where no class has this probability; default: always a class"
     a("--reject", type=number(float, 0, 1), metavar="P", help=reject)
     a("--demo", action="store_true", help="train on generated pictures of two classes, offline")
+    a("--open", action="store_true", help="open the report in the browser after the training")
     a("--resume", action="store_true", help="continue models/<name> after its last finished epoch")
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of order, augmentation and initial weights")
@@ -130,6 +132,7 @@ from common.devices import keep_memory, pick_amp, pick_device, precision_name
 from common.distributed import copy_main, gather, is_main, launched, processes, sync_batch_norm
 from common.files import load_weights
 from common.loaders import EpochSampler, SharedBatches, WholeBatches, build_loader
+from common.report import open_page
 from common.runs import (
     check_start,
     earlier_files,
@@ -343,7 +346,7 @@ def prepare(config, options, folder, earlier, device, stops):
 
 
 def conclude(config, run, dataset, folder):
-    """Print accuracy and confusion of the finished run and write outputs/<name>/report.html."""
+    """Print accuracy and confusion of the finished run and write outputs/<name>/report.html -> its path."""
     run.load_best()
     model = run.whole.eval()
     batches = tqdm(DataLoader(dataset, 64), "best weights", leave=False, disable=None)
@@ -354,10 +357,13 @@ def conclude(config, run, dataset, folder):
     write_report(page, config, model, dataset, probabilities, headline, counts, folder / "curves.png")
     print(f"the run is in {folder}, the report in {page}")
     print(f"python transfer_resnet18.py --name {shlex.quote(config['name'])} --predict PATH")
+    return page
 
 
 def main():
     options, given = parse_options(build_parser)
+    if options.predict and options.open:
+        raise ValueError("--open shows the report of a training, and --predict writes none")
     if options.predict:
         if launched() > 1:
             raise ValueError("--predict runs in one process; start it without torchrun")
@@ -373,7 +379,9 @@ def main():
             run, loaders, datasets = prepare(config, options, folder, earlier, device, stops)
             fit_and_keep(run, loaders["train"], loaders["val"], "transfer_resnet18.py", stops)
         if is_main():
-            conclude(config, run, datasets["val"], folder)
+            page = conclude(config, run, datasets["val"], folder)
+    if is_main() and options.open:
+        open_page(page)
     return 0
 
 

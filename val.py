@@ -1,6 +1,7 @@
 """Evaluate a trained run: its scores by every definition, what it found, a table of the images and a report.
 
 python val.py --name run1
+python val.py --name run1 --open                    # shows the report in the browser
 python val.py --name run1 --dataset other_nuclei    # all images of another data set
 python val.py --name run1 --split my_split.yml      # the `test:` ids of a split of your own
 python val.py --name run1 --levels                  # what each pruned model costs and gives
@@ -36,6 +37,7 @@ def build_parser():
     a("--explain", action="store_true", help="print the definition of each column; the report has them in any case")
     submission = "CSV file for the nuclei of all images in the format of the Data Science Bowl; --target instances"
     a("--submission", type=Path, metavar="FILE", help=submission)
+    a("--open", action="store_true", help="open the report in the browser")
     a = add_machine_options(parser).add_argument
     a("--num_workers", type=number(int, 0, 1024), default=0, help="loader processes")
     return parser
@@ -53,6 +55,7 @@ from common.devices import device_name, keep_memory, precision_name
 from common.distributed import launched
 from common.files import atomic_path, read_yaml, replacing
 from common.lookalikes import Sketches, groups
+from common.report import open_page
 from common.runs import newest_run, run_folder
 from data_folder import check_layout, classes_of, list_ids
 from dataset import GROUPED, RANDOM, changes, check_split, make_loader
@@ -361,6 +364,8 @@ def main():
         check_submission(options.submission)
     evaluate = evaluate_nuclei if is_of_nuclei(config) else evaluate_masks
     evaluate(options, config, folder, output)
+    if options.open:
+        open_page(output / "report.html")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Outlines of numbered objects on a picture, in the colours that the caller gives or in such that neighbours differ.
 
     drawn = draw_outlines(image, labels, distinct_colours(labels))     # (H, W, 3) uint8
+    polygons(labels)                                                   # {1: [(n, 2) x and y, ...], ...}
 
 labels is (H, W) of whole numbers, 0 background, 1 ... n the objects. Everything here takes plain arrays.
 """
 
+import cv2
 import numpy as np
+from scipy import ndimage
 
 from common.report import GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, as_rgb
 
@@ -26,6 +29,21 @@ def draw_outlines(image, labels, colours, width=1):
     line &= labels > 0
     drawn[line] = colours[labels[line]]
     return drawn
+
+
+def polygons(labels, tolerance=0.7):
+    """-> {label: [(n, 2) int32 x and y, ...]}, the outside of each part of an object, without holes.
+
+    The corners are centres of the outermost pixels; those that change the line by at most `tolerance` pixels are left
+    out.
+    """
+    found = {}
+    for label, box in enumerate(ndimage.find_objects(labels), 1):
+        if box is not None:
+            mask, corner = (labels[box] == label).astype(np.uint8), (box[1].start, box[0].start)
+            lines = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE, offset=corner)[0]
+            found[label] = [cv2.approxPolyDP(line, tolerance, True)[:, 0] for line in lines]
+    return found
 
 
 def edges(labels, width=1):

@@ -1,7 +1,7 @@
-"""Pages and figures for reports: curves, tables, galleries that sort and filter, error overlays, contact sheets.
+"""Pages and pictures for reports: tables, galleries that sort and filter, error overlays, contact sheets.
 
 Everything here takes plain values and uint8 arrays in RGB order, and knows no model or dataset. A page is one file that
-never uses the network. Its HTML, CSS and JavaScript are in page.html. To see one:
+never uses the network. It is made of page.html and page.js. To see one:
 
     python -c "from common import report as r; r.write_page('page.html', 'Hello', [('A', r.table([{'iou': 0.84}]))])"
 
@@ -15,7 +15,10 @@ import functools
 import json
 import math
 import numbers
+import sys
+import webbrowser
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -36,7 +39,6 @@ GAP, CAPTION_HEIGHT, CHARACTER_WIDTH = 8, 20, 6.4  # of a contact sheet, in pixe
 LARGEST_ICON = 128  # pixels; the browser enlarges pictures up to this size without smoothing
 SHOWN = 12  # pictures in each group of worst_to_best
 LARGEST_PNG = 200  # pixels; colour pictures with a longer side become JPEG, which is smaller
-PANEL_TITLES = {"lr": "learning rate", "iou": "IoU", "acc": "accuracy", "official": "official score"}
 
 
 # ---------------------------------------------------------------- pictures
@@ -152,79 +154,6 @@ def _write_caption(figure, x, y, caption, width):
     figure.text(x, y, caption, transform=None, fontsize=8, va="center", ha="center", color="#333", parse_math=False)
 
 
-# ---------------------------------------------------------------- training curves
-
-
-def plot_curves(rows, path, title=""):
-    """Write the curves of a run as one PNG: a panel for each pair of columns (x, val_x) and one for lr.
-
-    rows: the rows of log.csv as dicts or a DataFrame, with `epoch`, pairs such as (loss, val_loss) and (iou, val_iou),
-    and optionally `lr`. The best validation epoch is marked in every panel but those of losses.
-    """
-    from matplotlib.figure import Figure
-
-    rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
-    assert rows, "no epochs to plot"
-    names = [name for name in rows[0] if f"val_{name}" in rows[0]]
-    widths = [1.8] * len(names)
-    if "lr" in rows[0]:
-        names.append("lr")
-        widths.append(1)
-    figure = Figure(figsize=(2.5 * sum(widths), 3.6), dpi=120, layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False, width_ratios=widths)[0]
-    epochs = _column(rows, "epoch")
-    for axis, name in zip(axes, names, strict=True):
-        if name == "lr":
-            _draw_learning_rate(axis, epochs, _column(rows, "lr"))
-        else:
-            _draw_pair(axis, epochs, _column(rows, name), _column(rows, f"val_{name}"), mark_best="loss" not in name)
-        _style_axis(axis, epochs, PANEL_TITLES.get(name, name))
-    if title:
-        figure.suptitle(title, fontsize=11, parse_math=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def _column(rows, name):
-    """The values of one column as float64, NaN where a row has none."""
-    return np.array([math.nan if row.get(name) in (None, "") else float(row[name]) for row in rows])
-
-
-def _marker(epochs):
-    return "o" if len(epochs) < 15 else ""  # a line through a single epoch would be invisible
-
-
-def _draw_learning_rate(axis, epochs, rates):
-    axis.plot(epochs, rates, color="#666", marker=_marker(epochs), markersize=3)
-    if rates.min() > 0 and rates.max() / rates.min() > 30:
-        axis.set_yscale("log")
-
-
-def _draw_pair(axis, epochs, train, valid, mark_best):
-    """Training and validation curves of one quantity; with `mark_best`, a star at the highest validation value."""
-    train_colour, valid_colour = (tuple(channel / 255 for channel in colour) for colour in (BLUE, VERMILION))
-    axis.plot(epochs, train, color=train_colour, label="training", marker=_marker(epochs), markersize=3)
-    axis.plot(epochs, valid, color=valid_colour, label="validation", marker=_marker(epochs), markersize=3)
-    if mark_best and np.isfinite(valid).any():
-        best = len(valid) - 1 - np.nanargmax(valid[::-1])  # the last of equals
-        axis.plot(epochs[best], valid[best], "*", color=valid_colour, markersize=13, markeredgecolor="white")
-        axis.axvline(epochs[best], color=valid_colour, linewidth=0.8, linestyle=":", zorder=0)
-        axis.plot([], [], " ", label=f"best {valid[best]:.4f}, epoch {epochs[best]:.0f}")
-    axis.legend(frameon=False, fontsize=8)
-
-
-def _style_axis(axis, epochs, title):
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel("epoch", fontsize=9)
-    axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    axis.tick_params(labelsize=8)
-    axis.grid(color="#ddd", linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 # ---------------------------------------------------------------- pieces of a page
 
 
@@ -296,17 +225,29 @@ def legend_of(entries):
     return _render("legend", entries=entries)
 
 
+class Region(NamedTuple):
+    """A part of a picture that says what it is when the pointer is on it."""
+
+    text: str
+    outlines: list  # of (n, 2) int arrays: x and y in pixels of the picture, (0, 0) the centre of the first
+    name: str = ""  # different for each region of a card
+    partner: str = ""  # the name of a region in another picture of the card; the two light up together
+
+
 def gallery(items, sort_keys, note=""):
     """Cards of pictures that can be sorted and filtered in the browser; clicking a picture enlarges it.
 
-    items: list of {"title": str, "panels": [(caption, uint8 array), ...], "values": {name: number}, "group": str}, of
-    which "values" and "group" are optional. sort_keys: the names of the values to sort by. The cards keep the given
-    order until the reader sorts them.
+    items: list of {"title": str, "panels": [(caption, uint8 array), ...], "values": {name: number}, "group": str,
+    "tags": [str, ...], "regions": {caption: [Region, ...]}}, of which all but the first two are optional. sort_keys:
+    the names of the values to sort by. A reader can choose a group and a tag; the cards keep the given order until they
+    are sorted.
     """
     groups = collections.Counter(item["group"] for item in items if item.get("group"))  # in order of first appearance
+    tags = collections.Counter(tag for item in items for tag in item.get("tags", ()))
     cards = [_card(item) for item in items]
     widest = max((len(card["panels"]) for card in cards), default=1)
-    return _render("gallery", cards=cards, groups=groups, sort_keys=sort_keys, panels_per_card=widest, note=note)
+    filters = {"group": groups, "tag": tags}
+    return _render("gallery", cards=cards, filters=filters, sort_keys=sort_keys, panels_per_card=widest, note=note)
 
 
 def worst_to_best(scores):
@@ -332,17 +273,30 @@ def _card(item):
     """The arguments of the template's `card_of`."""
     values = item.get("values", {})
     finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-    panels = [
-        {"uri": data_uri(array), "caption": caption, "pixelated": max(np.shape(array)[:2]) <= LARGEST_ICON}
-        for caption, array in item["panels"]
-    ]
+    panels = []
+    for caption, array in item["panels"]:
+        regions = [(region, _path(region.outlines)) for region in item.get("regions", {}).get(caption, ())]
+        (height, width), pixelated = np.shape(array)[:2], max(np.shape(array)[:2]) <= LARGEST_ICON
+        panel = {"uri": data_uri(array), "caption": caption, "pixelated": pixelated}
+        panels.append({**panel, "width": width, "height": height, "regions": regions})
     return {
         "title": item["title"],
         "group": item.get("group") or "",
+        "tags": item.get("tags", []),
+        "tags_json": json.dumps(item.get("tags", [])),
         "values": values,
         "values_json": json.dumps(finite),
         "panels": panels,
     }
+
+
+def _path(outlines):
+    """Closed outlines as the `d` of an SVG path: the first point of each, and the steps to the others."""
+    pieces = []
+    for points in outlines:
+        steps = " ".join(map(str, np.diff(points, axis=0).ravel().tolist()))
+        pieces.append(f"M{points[0][0]} {points[0][1]}l{steps or '0 0'}z".replace(" -", "-"))
+    return "".join(pieces)
 
 
 def write_page(path, title, sections, subtitle=""):
@@ -355,6 +309,16 @@ def write_page(path, title, sections, subtitle=""):
     page = _render("page", title=title, subtitle=subtitle, sections=sections)
     with atomic_path(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # file names may contain bytes that are not UTF-8
+
+
+def open_page(path):
+    """Open a page in the reader's browser; a line on stderr where there is none."""
+    try:
+        opened = webbrowser.open(Path(path).resolve().as_uri())
+    except webbrowser.Error:
+        opened = False
+    if not opened:
+        print(f"{Path(sys.argv[0]).name}: warning: no browser could be started; open {path} yourself", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the template

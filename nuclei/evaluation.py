@@ -15,7 +15,7 @@ import numpy as np
 
 from common import report
 from common.files import atomic_path
-from common.outlines import draw_outlines
+from common.outlines import draw_outlines, polygons
 from instances import (
     DEFINITIONS,
     FALSE,
@@ -27,6 +27,7 @@ from instances import (
     TWENTIETHS,
     Result,
     bootstrap_interval,
+    match,
     official_scores,
     summarise,
 )
@@ -60,6 +61,7 @@ COLOURS = {  # of an outline
     MERGED: (report.YELLOW, "one prediction for several true nuclei"),
     SPLIT: (report.PURPLE, "several predictions for one true nucleus"),
 }
+POINT = "Point at a nucleus, or tap it in the enlarged picture, to read what it is and which nucleus it overlaps best."
 PANEL = 512  # pixels per side of a drawn picture, at least
 
 
@@ -201,17 +203,45 @@ def panels_of(image, true, found, result):
     ]
 
 
+def enlarged(array):
+    """A picture or label map, each pixel repeated until its longer side has at least PANEL of them."""
+    zoom = -(-PANEL // max(array.shape[:2]))
+    return array.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
 def outlined(image, labels, kinds):
     """An image and the outline of each nucleus in the colour of its kind -> (h, w, 3) uint8, enlarged if small.
 
     kinds: (n + 1,) indices into instances.KINDS, as in a Result.
     """
-    zoom = -(-PANEL // max(labels.shape))
-    image, labels = (array.repeat(zoom, axis=0).repeat(zoom, axis=1) for array in (image, labels))
+    image, labels = enlarged(image), enlarged(labels)
     table = np.zeros((len(KINDS), 3), np.uint8)
     for kind, (colour, _) in COLOURS.items():
         table[kind] = colour
     return draw_outlines(image, labels, table[kinds], width=2)
+
+
+def regions_of(true, found, result):
+    """What each nucleus of `panels_of` says, and where: {"truth": [report.Region, ...], "prediction": [...]}."""
+    pairs = match(found, true)
+    overlaps = sorted(zip(pairs.intersection / pairs.union, pairs.predicted, pairs.true, strict=True))
+    of_true = {t: (iou, f"predicted nucleus {p}") for iou, p, t in overlaps}  # the last one, the best, stays
+    of_found = {p: (iou, f"true nucleus {t}") for iou, p, t in overlaps}
+    return {
+        "truth": _regions("true nucleus", true, pairs.true_areas, result.true_kinds, of_true),
+        "prediction": _regions("predicted nucleus", found, pairs.predicted_areas, result.predicted_kinds, of_found),
+    }
+
+
+def _regions(name, labels, areas, kinds, best):
+    """best: {label: (IoU, name of the nucleus it overlaps best)}."""
+    regions = []
+    for label, outlines in polygons(enlarged(labels)).items():
+        iou, partner = best.get(label, (0, ""))
+        overlap = f"IoU {iou:.3f} with {partner}" if partner else "no overlap"
+        text = f"{name} {label}: {KINDS[kinds[label]]}, {areas[label]:,} px, {overlap}"
+        regions.append(report.Region(text, outlines, f"{name} {label}", partner))
+    return regions
 
 
 def legend():
@@ -223,19 +253,21 @@ def legend():
 
 
 def gallery_items(dataset, judged, folder):
-    """The pictures with the lowest, middle and highest official score, for report.gallery; a kind is a group.
+    """The pictures with the lowest, middle and highest official score, for report.gallery; a kind is a tag.
 
     dataset: a NucleiDataset; judged: of its pictures, in order, at one level; folder: of their label maps.
     """
     scores = official_scores([item.result for item in judged]).tolist()
+    groups = report.worst_to_best([(score, item.img_id) for score, item in zip(scores, judged, strict=True)])
     items = []
-    for k in report.worst_to_best([(score, item.img_id) for score, item in zip(scores, judged, strict=True)]):
+    for k, group in groups.items():
         image, true = dataset.arrays(k)
+        shown = true[..., 0].astype(np.int32), read_found(folder, judged[k].img_id), judged[k].result
         own = scores_of([judged[k].result])
         counts = {COLUMNS[key]: own[key] for key in ("true", "predicted", "missed", "false", "merges", "splits")}
-        panels = panels_of(image, true[..., 0], read_found(folder, judged[k].img_id), judged[k].result)
-        values = {"official": scores[k], **counts, "scale": judged[k].scale}
-        items.append({"title": judged[k].img_id, "panels": panels, "values": values, "group": judged[k].kind})
+        item = {"title": judged[k].img_id, "group": group, "tags": [judged[k].kind]}
+        item["values"] = {"official": scores[k], **counts, "scale": judged[k].scale}
+        items.append({**item, "panels": panels_of(image, *shown), "regions": regions_of(*shown)})
     return items
 
 
@@ -269,9 +301,10 @@ def write_report(folder, config, what, head, rows, remarks, items, curves, more=
         picture = report.picture(report.file_uri(curves), "Loss, official score and learning rate by epoch")
         sections.append(("Training", picture))
     shown = len(items)
-    note = ""
+    note = POINT
     if shown < total["images"]:
-        note = f"The {shown // 3} worst, {shown // 3} median and {shown // 3} best of {total['images']} pictures."
+        each = shown // 3
+        note = f"The {each} worst, {each} median and {each} best of {total['images']} pictures. {POINT}"
     gallery = report.gallery(items, ("official", "true", "missed", "false", "merges", "splits"), note)
     sections += [("Images", legend() + gallery), ("Configuration", report.options(config))]
     report.write_page(folder / "report.html", f"{config['name']}: {config['arch']}", sections, subtitle=what)

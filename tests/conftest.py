@@ -75,6 +75,14 @@ def trained(folder, script, *options):
     return folder
 
 
+def browser_in(folder):
+    """A stand-in for a browser -> the environment in which scripts start it, and the file where it notes addresses."""
+    program, seen = folder / "browser", folder / "seen.txt"
+    program.write_text(f'#!/bin/sh\necho "$1" >> "{seen}"\n')
+    program.chmod(0o755)
+    return {"BROWSER": str(program)}, seen
+
+
 def write_data_set(folder, count=6, size=(32, 32), num_classes=1, channels=3, seed=0):
     """folder/images/<id>.png and folder/masks/<class>/<id>.png, ids img00, img01 ...; -> the ids.
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, write_data_set
+from conftest import REPOSITORY, browser_in, write_data_set
 from PIL import Image
 from torch import nn
 
@@ -463,7 +463,8 @@ def test_a_stopped_torchrun_leaves_a_run_that_goes_on(place, how):
 
 @pytest.mark.slow
 def test_the_transfer_command(place):
-    words = "--weights none --img_size 64 -b 4 --device cpu --epochs 2 --name transfer"
-    status, out, err = ended(torchrun(REPOSITORY / "transfer_resnet18.py", *words.split(), cwd=place))
+    words = "--weights none --img_size 64 -b 4 --device cpu --epochs 2 --name transfer --open"
+    browser, seen = browser_in(place)
+    status, out, err = ended(torchrun(REPOSITORY / "transfer_resnet18.py", *words.split(), cwd=place, env=browser))
     assert status == 0 and out.count("epoch 2/2") == out.count("the run is in") == 1, out + err
-    assert (place / "outputs" / "transfer" / "report.html").is_file()
+    assert seen.read_text() == f"{(place / 'outputs/transfer/report.html').as_uri()}\n"  # once

@@ -20,6 +20,7 @@ from nuclei.evaluation import (
     outlined,
     panels_of,
     read_found,
+    regions_of,
     row_of,
     rows_by,
     rows_of_images,
@@ -139,6 +140,31 @@ def test_outlines_have_the_colours_of_their_kinds():
             seen = {tuple(pixel) for pixel in picture[large == label].tolist()}
             assert seen == {colours[kind], (0, 0, 0)}
     assert outlined(image, true, judge(true, true).true_kinds).any()
+
+
+def test_regions_say_what_each_nucleus_is():
+    true = drawn("111..222 111..222 ........ 33333333 33333333 ........ 44444444 5555....")
+    found = drawn("11111111 11111111 ........ 33334444 33334444 .......5 66...... 777.....")
+    regions = regions_of(true, found, judge(found, true))
+    assert [region.text for region in regions["truth"]] == [
+        "true nucleus 1: merged, 6 px, IoU 0.375 with predicted nucleus 1",
+        "true nucleus 2: merged, 6 px, IoU 0.375 with predicted nucleus 1",
+        "true nucleus 3: split, 16 px, IoU 0.500 with predicted nucleus 4",  # of equals the last
+        "true nucleus 4: missed, 8 px, IoU 0.250 with predicted nucleus 6",
+        "true nucleus 5: found, 4 px, IoU 0.750 with predicted nucleus 7",
+    ]
+    assert [region.text for region in regions["prediction"]] == [
+        "predicted nucleus 1: merged, 16 px, IoU 0.375 with true nucleus 2",
+        "predicted nucleus 3: split, 8 px, IoU 0.500 with true nucleus 3",
+        "predicted nucleus 4: split, 8 px, IoU 0.500 with true nucleus 3",
+        "predicted nucleus 5: false, 1 px, no overlap",
+        "predicted nucleus 6: false, 2 px, IoU 0.250 with true nucleus 4",
+        "predicted nucleus 7: found, 3 px, IoU 0.750 with true nucleus 5",
+    ]
+    names = {region.name: region.partner for part in regions.values() for region in part}
+    assert len(names) == 11 and names["true nucleus 4"] == "predicted nucleus 6" and not names["predicted nucleus 5"]
+    (outline,) = regions["truth"][1].outlines  # each pixel has grown to 64 x 64: see panels_of
+    assert {tuple(point) for point in outline.tolist()} == {(320, 0), (511, 0), (511, 127), (320, 127)}
 
 
 def test_a_large_picture_is_not_enlarged():

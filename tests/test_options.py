@@ -10,6 +10,7 @@ bools, and what lies outside of the bounds of a number are added from the parser
 import math
 import shutil
 import sys
+import webbrowser
 from pathlib import Path
 
 import cv2
@@ -126,6 +127,7 @@ FLAGS = {
         "levels": ("!", ""),
         "tta": ("!", ""),
         "explain": ("!", ""),
+        "open": ("!", ""),
         "submission": ("", "new.csv"),  # of a run of individual nuclei: test_val_nuclei.py
         "device": DEVICES,
         "amp": ("", "on"),
@@ -151,6 +153,7 @@ FLAGS = {
         "page": ("0", "-1 1 x"),
         "channels": ("0 2,1,0 0,0,0", "3 0,1 -1 a _ 0,1,2,3"),
         "html": ("!", ""),
+        "open": ("!", ""),
         "max_pixels": ("1024 1073741824", "0 1 1073741825"),
         "batch_size": ("1 1000", "0"),
         "device": DEVICES,
@@ -190,6 +193,7 @@ FLAGS = {
         "name": ("a_name-1 _", ".. a/b"),
         "predict": ("", "none"),  # with a run in test_transfer.py
         "demo": ("", ""),  # test_transfer.py
+        "open": ("!", ""),
         "reject": ("", "0.5"),  # not without --predict
         "resume": RESUMING,
         "overwrite": ("!", ""),
@@ -319,7 +323,8 @@ def here(furnished, tmp_path, monkeypatch):
     shutil.copytree(furnished, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
-    monkeypatch.setattr(transfer_resnet18, "conclude", lambda *args, **kwargs: None)
+    monkeypatch.setattr(transfer_resnet18, "conclude", lambda *args, **kwargs: "report.html")
+    monkeypatch.setattr(webbrowser, "open", lambda address: True)
     return tmp_path / "here"
 
 

@@ -3,10 +3,11 @@
 python -m pytest -q tests/test_outlines.py
 """
 
+import cv2
 import numpy as np
 import pytest
 
-from common.outlines import DISTINCT, NEAR, distinct_colours, draw_outlines, edges, neighbours
+from common.outlines import DISTINCT, NEAR, distinct_colours, draw_outlines, edges, neighbours, polygons
 from common.synthetic import nuclei as generated
 
 
@@ -84,9 +85,34 @@ def test_more_neighbours_than_colours():
     assert before.count(colours[9]) == min(before.count(colour) for colour in DISTINCT)
 
 
+def corners(outlines):
+    return [{tuple(point) for point in points.tolist()} for points in outlines]
+
+
+def test_polygons_by_hand():
+    found = polygons(SQUARES)
+    assert found.keys() == {1, 2, 3}
+    assert corners(found[2]) == [{(4, 1), (5, 1), (5, 2), (4, 2)}] and corners(found[3]) == [{(0, 4)}]
+    parts = polygons(drawn("11...22. 11...... 11...222 11...2.2 .....222"))
+    assert corners(parts[1]) == [{(0, 0), (1, 0), (1, 3), (0, 3)}]
+    assert sorted(map(len, parts[2])) == [2, 4]  # two parts; the hole of the second is left out
+
+
+def test_polygons_of_generated_nuclei_are_close_and_short():
+    labels, filled, count = generated(2)[1], 0, 0
+    labels = labels.repeat(2, axis=0).repeat(2, axis=1)  # as in a report
+    drawn_again = np.zeros(labels.shape, np.int32)
+    for label, outlines in polygons(labels).items():
+        cv2.fillPoly(drawn_again, outlines, label)
+        count += sum(map(len, outlines))
+        filled += 1
+    assert filled == len(np.unique(labels)) - 1 > 10
+    assert (drawn_again != labels).sum() < 0.02 * (labels > 0).sum() and count < 30 * filled
+
+
 def test_nothing():
     none = np.zeros((3, 4), np.int32)
-    assert distinct_colours(none).shape == (1, 3) and neighbours(none) == {}
+    assert distinct_colours(none).shape == (1, 3) and neighbours(none) == {} == polygons(none)
     image = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
     assert (draw_outlines(image, none, distinct_colours(none)) == image).all()
     assert distinct_colours(drawn("1..3")).shape == (4, 3)

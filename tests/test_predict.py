@@ -243,7 +243,10 @@ def test_the_page_shows_the_pictures_of_all_calls(workplace, monkeypatch, capsys
     table.write_text(re.sub(r",0\.\d+,\d+,(?=[^,]+,)", ",,?,", table.read_text()))  # as by hand
     assert call(monkeypatch, "a.png", "--html", "--resume") == 0
     monkeypatch.setattr(predictions, "ON_PAGE", 1)
-    assert call(monkeypatch, "a.png", "--html") == 0
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    assert call(monkeypatch, "a.png", "--open") == 0
+    assert opened == [Path("outputs/tiny/predict/report.html").resolve().as_uri()]
     page = Path("outputs/tiny/predict/report.html").read_text()
     assert "The first 1 of 2 pictures." in page and page.count("data:image/jpeg") == 1
 

@@ -2,7 +2,6 @@
 
 import base64
 import collections
-import csv
 import html.parser
 import json
 import re
@@ -12,14 +11,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, browser_in
 
 from common import report
 
 HOSTILE = "<script>alert(1)</script></style></title>\"'&amp;{x} {{7*7}} {% raw %} ä"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
+TRIANGLE = np.array([[1, 2], [4, 2], [4, 0]])
 
 
 class Page(html.parser.HTMLParser):
@@ -66,8 +65,10 @@ def picture():
 @pytest.fixture
 def page(tmp_path, picture):
     """A page with one of each piece, in which every text is hostile."""
+    region = report.Region(HOSTILE, [TRIANGLE], HOSTILE, HOSTILE)
+    first = {"title": HOSTILE, "panels": [(HOSTILE, picture), ("b", picture)], "regions": {HOSTILE: [region]}}
     items = [
-        {"title": HOSTILE, "panels": [(HOSTILE, picture), ("b", picture)], "values": {HOSTILE: 0.5}, "group": HOSTILE},
+        {**first, "values": {HOSTILE: 0.5}, "group": HOSTILE, "tags": [HOSTILE, "t"]},
         {"title": "second", "panels": [("a", picture[..., 0])], "values": {HOSTILE: np.nan, "n": np.int64(3)}},
     ]
     parts = [
@@ -88,20 +89,22 @@ def page(tmp_path, picture):
 
 def test_hostile_text_stays_text(page):
     assert (len(page.all("script")), len(page.all("style"))) == (1, 1)
-    assert page.words.count(HOSTILE) == 30
+    assert page.words.count(HOSTILE) == 32
     assert all(not name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert page.all("img")[0]["alt"] == HOSTILE
 
 
 @pytest.mark.parametrize("quoted", ['" onload="alert(1)', "' onload='alert(1)", "</script><script>alert(1)//"])
 def test_hostile_attributes_stay_attributes(quoted, picture):
-    item = {"title": quoted, "panels": [(quoted, picture)], "values": {quoted: 1}, "group": quoted}
+    item = {"title": quoted, "panels": [(quoted, picture)], "values": {quoted: 1}, "group": quoted, "tags": [quoted]}
+    item["regions"] = {quoted: [report.Region(quoted, [TRIANGLE], quoted, quoted)]}
     pieces = report.gallery([item], [quoted]) + report.table([], caption=quoted) + report.picture(quoted, quoted)
     values = [value for _, attributes in Page(pieces).elements for value in attributes.values() if value]
     assert not any("onload" in attributes for _, attributes in Page(pieces).elements)
     assert not Page(pieces).all("script")
-    # data-sort, two of data-group, aria-label, src, alt; alt of the panel; data-values
-    assert values.count(quoted) == 6 and f"{quoted}, {quoted}" in values and json.dumps({quoted: 1.0}) in values
+    assert json.dumps([quoted]) in values  # data-tags
+    # data-sort, two of data-group, data-tag, three of a path, aria-label, src, alt; alt of the panel; data-values
+    assert values.count(quoted) == 10 and f"{quoted}, {quoted}" in values and json.dumps({quoted: 1.0}) in values
 
 
 def test_pieces_join_like_text():
@@ -115,7 +118,8 @@ def test_page_never_uses_the_network(page):
     for _, attributes in page.elements:
         for name in ("src", "href", "action", "srcset", "data"):
             assert re.match(r"data:|#", attributes.get(name) or "#")
-    template = Path(report.__file__).with_name("page.html").read_text(encoding="utf-8")
+    template = "".join(path.read_text(encoding="utf-8") for path in Path(report.__file__).parent.glob("page.*"))
+    assert "</style>" in template and "showModal" in template
     assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(|XMLHttp", template)
     policies = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
     assert len(policies) == 1 and policies[0].startswith("default-src 'none'; img-src data:;")
@@ -142,6 +146,45 @@ def test_gallery_carries_its_values_and_groups(page):
     assert (first["data-group"], second["data-group"]) == (HOSTILE, "")
     assert [button["data-sort"] for button in page.all("button") if "data-sort" in button] == [HOSTILE, "n"]
     assert [button["data-group"] for button in page.all("button") if "data-group" in button] == ["", HOSTILE]
+
+
+def test_gallery_carries_its_tags(page):
+    assert [json.loads(card["data-tags"]) for card in page.all("article")] == [[HOSTILE, "t"], []]
+    buttons = [button for button in page.all("button") if "data-tag" in button]
+    assert [button["data-tag"] for button in buttons] == ["", HOSTILE, "t"]
+    assert [button["aria-pressed"] for button in buttons] == ["true", "false", "false"]
+    counts = page.words[page.words.index("and") :][1:7]
+    assert counts == ["all", "2", HOSTILE, "1", "t", "1"]
+    assert "and" not in Page(report.gallery([{"title": "a", "panels": []}], ["n"])).words
+
+
+def test_regions_lie_above_their_own_picture(page):
+    """The picture has 9 x 12 pixels. M: to the first corner; l: steps to the others; z: back."""
+    (svg,) = page.all("svg")
+    assert svg["viewbox"] == "-.5 -.5 9 12"  # the centre of the first pixel is (0, 0)
+    (path,) = page.all("path")
+    assert path["d"] == "M1 2l3 0 0-2z" and {path["aria-label"], path["data-name"], path["data-partner"]} == {HOSTILE}
+    panels = Page(report.gallery([{"title": "t", "panels": [("a", np.zeros((2, 3), np.uint8))] * 2}], []))
+    assert len(panels.all("img")) == 2 and not panels.all("svg")
+    dot = report.Region("", [np.array([[5, 6]]), TRIANGLE])
+    item = {"title": "t", "panels": [("a", np.zeros((2, 3), np.uint8))], "regions": {"a": [dot], "b": [dot]}}
+    (path,) = Page(report.gallery([item], [])).all("path")
+    assert path["d"] == "M5 6l0 0zM1 2l3 0 0-2z"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_page_is_opened_or_a_line_says_that_there_is_no_browser(tmp_path, there):
+    environment, seen = browser_in(tmp_path)
+    environment = environment if there else {}  # no PATH, where other browsers might be found
+    command = [sys.executable, "-c", f"import sys; sys.path.append({str(REPOSITORY)!r})"]
+    command[-1] += "; from common.report import open_page; open_page('a b/ä#.html')"
+    said = subprocess.run(command, cwd=tmp_path, env={**environment, "PATH": ""}, capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (0, "")
+    if there:
+        assert (seen.read_text(), said.stderr) == (f"file://{tmp_path}/a%20b/%C3%A4%23.html\n", "")
+    else:
+        expected = "warning: no browser could be started; open a b/ä#.html yourself\n"
+        assert said.stderr.endswith(expected) and said.stderr.count("\n") == 1 and not seen.exists()
 
 
 def test_page_that_fails_leaves_the_old_one(tmp_path):
@@ -276,44 +319,3 @@ def test_contact_sheet_captions(tmp_path, picture):
         sheet = read_png(path)
         assert sheet.shape == (8 + 2 * (60 + 8) + extra, 8 + 2 * (45 + 8), 3)
         assert (sheet[8:26] < 128).any()  # there is writing above the first row
-
-
-@pytest.mark.parametrize("epochs", [1, 40])
-def test_plot_curves(tmp_path, epochs):
-    names = ("epoch", "lr", "loss", "iou", "val_loss", "val_iou", "seconds")
-    rows = [dict(zip(names, (e, 10.0**-e, 1 / e, 0.5, 2 / e, e / 99, 0.1), strict=True)) for e in range(1, epochs + 1)]
-    path = tmp_path / "curves.png"
-    report.plot_curves(rows, path, "a_run_$with_dollars")
-    first = read_png(path)
-    assert first.std() > 5
-    report.plot_curves(pd.DataFrame(rows), path, "a_run_$with_dollars")
-    assert np.array_equal(read_png(path), first)  # the same from a DataFrame
-    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures that were saved."""
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    return figures
-
-
-def test_plot_curves_marks_the_best_epoch_of_a_log_with_gaps(tmp_path, drawn):
-    (tmp_path / "log.csv").write_text("epoch,acc,val_acc,note\n1,0.5,0.6,x\n2,0.6,0.9,y\n3,0.7,0.9,\n4,0.8,,z\n")
-    with open(tmp_path / "log.csv", newline="") as file:
-        report.plot_curves(list(csv.DictReader(file)), tmp_path / "curves.png")
-    (axis,) = drawn[0].axes
-    assert axis.get_title() == "accuracy"
-    assert axis.get_legend().get_texts()[-1].get_text() == "best 0.9000, epoch 3"  # of equals the later
-
-
-@pytest.mark.parametrize(("last", "scale"), [(0.02, "linear"), (0.0001, "log"), (0, "linear")])
-def test_plot_curves_panels_and_scale_of_the_learning_rate(tmp_path, drawn, last, scale):
-    rows = [{"epoch": e, "lr": lr, "loss": 1, "val_loss": 2} for e, lr in ((1, 0.1), (2, last))]
-    report.plot_curves(rows, tmp_path / "curves.png")
-    loss, rate = drawn[0].axes
-    assert (loss.get_title(), rate.get_title(), rate.get_yscale()) == ("loss", "learning rate", scale)
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "validation"]  # no best loss

@@ -369,9 +369,17 @@ def test_more_classes_and_no_val_folder(capsys):
 def test_demo_runs_offline(monkeypatch):
     fewer = functools.partial(sources.write_demo, counts=(("train", 8), ("val", 4)), size=64)
     monkeypatch.setattr(sources, "write_demo", fewer)
-    assert run("--demo", "--epochs", 1, "--img_size", 32, "--device", "cpu") == 0
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    assert run("--demo", "--open", "--epochs", 1, "--img_size", 32, "--device", "cpu") == 0
     assert len(list(Path("inputs/two_classes/train/bees").glob("*.png"))) == 8
+    assert opened == [Path("outputs/two_classes_resnet18/report.html").resolve().as_uri()]
     assert Path("outputs/two_classes_resnet18/report.html").is_file()
+    assert "open" not in yaml.safe_load(Path("models/two_classes_resnet18/config.yml").read_text())
+
+
+def test_predicting_opens_no_report():
+    assert refused("--predict", "x.jpg", "--open").startswith("--open shows the report of a training")
 
 
 def test_predicting_without_a_run_says_how_to_make_one():

@@ -131,7 +131,7 @@ def test_earlier_output_is_replaced_and_nothing_else(place):
 def test_the_report_asks_the_network_for_nothing_and_names_the_classes(place):
     page = (place[0] / "outputs" / "two" / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "url(" not in page and "@import" not in page
-    assert "class 0" in page and "class 1" in page
+    assert "class 0" in page and "class 1" in page and 'data-tag="dark ' in page
     for img_id in yaml.safe_load((place[0] / "models" / "two" / "split.yml").read_text())["val"]:
         assert img_id in page
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import call, run_script, write_data_set, write_label_set
+from conftest import browser_in, call, run_script, write_data_set, write_label_set
 
 import engine
 import train
@@ -72,7 +72,8 @@ def place(tmp_path_factory, one_thread):
         call(patch, train, NUCLEI, "--crops 80 --epochs 4 --deep_supervision True --name nuclei")
         path = Path("models/nuclei/config.yml")
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **EASY}))
-    said = run_script("val.py", *["--name", "nuclei", "--amp", "off", "--submission", "new/bowl.csv"], cwd=folder)
+    words, browser = ["--name", "nuclei", "--amp", "off", "--submission", "new/bowl.csv", "--open"], browser_in(folder)
+    said = run_script("val.py", *words, cwd=folder, env=browser[0])
     shutil.copytree(folder / "outputs" / "nuclei", folder / "first")
     return folder, said.stdout
 
@@ -284,7 +285,12 @@ def test_the_report_names_kinds_and_pictures_and_asks_the_network_for_nothing(pl
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "url(" not in page
     for img_id in ids_of(place[0]):
         assert img_id in page
-    assert 'data-group="dark grey"' in page and "one prediction for several true nuclei" in page
+    assert 'data-tag="dark grey"' in page and 'data-group="worst"' in page and 'data-sort="merges"' in page
+    rows = pd.read_csv(place[0] / "first/metrics.csv")
+    assert page.count("<path") == rows[["true", "predicted"]].sum().sum() and "px, IoU 0." in page
+    assert page.count(": found, ") == 2 * rows.tp.sum() and page.count(": false, ") == rows.false.sum()
+    assert (place[0] / "seen.txt").read_text() == f"{(place[0] / 'outputs/nuclei/report.html').as_uri()}\n"  # --open
+    assert "one prediction for several true nuclei" in page
     scores = [float(score) for score in re.findall(r"&#34;official&#34;: ([\d.]+)", page)]
     assert len(scores) == 3 and scores == sorted(scores)  # worst first
 

@@ -1,0 +1,83 @@
+"""The curves of a training: one PNG with a panel for each pair of columns of its log.
+
+plot_curves(rows, "curves.png", "run1")     # rows: those of log.csv
+"""
+
+import math
+
+import numpy as np
+
+from common.files import atomic_path
+from common.report import BLUE, VERMILION
+
+PANEL_TITLES = {"lr": "learning rate", "iou": "IoU", "acc": "accuracy", "official": "official score"}
+
+
+def plot_curves(rows, path, title=""):
+    """Write the curves of a run as one PNG: a panel for each pair of columns (x, val_x) and one for lr.
+
+    rows: the rows of log.csv as dicts or a DataFrame, with `epoch`, pairs such as (loss, val_loss) and (iou, val_iou),
+    and optionally `lr`. The best validation epoch is marked in every panel but those of losses.
+    """
+    from matplotlib.figure import Figure
+
+    rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+    assert rows, "no epochs to plot"
+    names = [name for name in rows[0] if f"val_{name}" in rows[0]]
+    widths = [1.8] * len(names)
+    if "lr" in rows[0]:
+        names.append("lr")
+        widths.append(1)
+    figure = Figure(figsize=(2.5 * sum(widths), 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False, width_ratios=widths)[0]
+    epochs = _column(rows, "epoch")
+    for axis, name in zip(axes, names, strict=True):
+        if name == "lr":
+            _draw_learning_rate(axis, epochs, _column(rows, "lr"))
+        else:
+            _draw_pair(axis, epochs, _column(rows, name), _column(rows, f"val_{name}"), mark_best="loss" not in name)
+        _style_axis(axis, epochs, PANEL_TITLES.get(name, name))
+    if title:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _column(rows, name):
+    """The values of one column as float64, NaN where a row has none."""
+    return np.array([math.nan if row.get(name) in (None, "") else float(row[name]) for row in rows])
+
+
+def _marker(epochs):
+    return "o" if len(epochs) < 15 else ""  # a line through a single epoch would be invisible
+
+
+def _draw_learning_rate(axis, epochs, rates):
+    axis.plot(epochs, rates, color="#666", marker=_marker(epochs), markersize=3)
+    if rates.min() > 0 and rates.max() / rates.min() > 30:
+        axis.set_yscale("log")
+
+
+def _draw_pair(axis, epochs, train, valid, mark_best):
+    """Training and validation curves of one quantity; with `mark_best`, a star at the highest validation value."""
+    train_colour, valid_colour = (tuple(channel / 255 for channel in colour) for colour in (BLUE, VERMILION))
+    axis.plot(epochs, train, color=train_colour, label="training", marker=_marker(epochs), markersize=3)
+    axis.plot(epochs, valid, color=valid_colour, label="validation", marker=_marker(epochs), markersize=3)
+    if mark_best and np.isfinite(valid).any():
+        best = len(valid) - 1 - np.nanargmax(valid[::-1])  # the last of equals
+        axis.plot(epochs[best], valid[best], "*", color=valid_colour, markersize=13, markeredgecolor="white")
+        axis.axvline(epochs[best], color=valid_colour, linewidth=0.8, linestyle=":", zorder=0)
+        axis.plot([], [], " ", label=f"best {valid[best]:.4f}, epoch {epochs[best]:.0f}")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _style_axis(axis, epochs, title):
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("epoch", fontsize=9)
+    axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axis.tick_params(labelsize=8)
+    axis.grid(color="#ddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -10,6 +10,8 @@ tensorboard --logdir models                  # prints the address to open in a b
 Needs the package tensorboard: pip install -r requirements-tensorboard.txt. Without the option it is not imported.
 """
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -58,7 +60,10 @@ class Board:
     def __init__(self, run, dataset, titles, mean, std):
         self.mean, self.std = mean, std
         chosen = np.unique(np.linspace(0, len(dataset) - 1, PICTURES).round().astype(int)).tolist()
-        self.examples = [(titles[index], default_collate([dataset[index]])) for index in chosen]
+        self.examples = [
+            (f"validation/{number} {titles[index]}", default_collate([dataset[index]]))
+            for number, index in enumerate(chosen, 1)  # titles may be alike
+        ]
         folder = run.folder / "tensorboard"
         begun = any(folder.glob("events.*"))
         # only `add` flushes, so that an error of the disk is raised where it is waited for, not in the writer's thread
@@ -76,12 +81,12 @@ class Board:
         """Write a row of the log, and what run.kept says of the examples."""
         self._add_scalars(row)
         model = run.kept.eval()
-        for title, batch in self.examples:  # one by one: they need less memory than a batch of the training
+        for tag, batch in self.examples:  # one by one: they need less memory than a batch of the training
             inputs, truth = run.task.to_device(batch, run.device, run.amp)
             with precision(run.device, run.amp):
                 output = model(inputs)
             picture = arranged(as_picture(inputs[0], self.mean, self.std), *run.task.drawn(output, truth))
-            self.writer.add_image(f"validation/{title}", picture, row["epoch"], dataformats="HWC")
+            self.writer.add_image(tag, picture, row["epoch"], dataformats="HWC")
         self.writer.flush()
 
     def close(self):
@@ -106,8 +111,14 @@ def arranged(image, rows, caption=""):
         panels = [squeeze(as_rgb(panel), (height, width)) for panel in (first, *row)]
         lines.append(np.hstack([np.pad(panel, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for panel in panels]))
     picture = np.vstack(lines)
-    if caption:
-        strip = Image.new("RGB", (picture.shape[1], CAPTION_HEIGHT), "white")
-        ImageDraw.Draw(strip).text((2, 1), caption, "black", ImageFont.load_default(CAPTION_HEIGHT - 5))
-        picture = np.vstack([picture, np.asarray(strip)])
-    return picture
+    return with_caption(picture, caption) if caption else picture
+
+
+def with_caption(picture, caption):
+    """(H, W, 3) uint8, with a line of text below; it becomes as wide as the text."""
+    font = ImageFont.load_default(CAPTION_HEIGHT - 5)
+    height, width = picture.shape[0], max(picture.shape[1], math.ceil(font.getlength(caption)) + 4)
+    canvas = Image.new("RGB", (width, height + CAPTION_HEIGHT), "white")
+    canvas.paste(Image.fromarray(picture), (0, 0))
+    ImageDraw.Draw(canvas).text((2, height + 1), caption, "black", font)
+    return np.asarray(canvas)

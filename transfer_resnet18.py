@@ -374,7 +374,7 @@ def main():
         earlier = earlier_files(folder, RUN_FILES, options)
         with processes(pick_device(config["device"])) as device:
             run, loaders, datasets = prepare(config, options, folder, earlier, device, stops)
-            titles = [f"{path.parent.name}/{path.name}" for path, _ in datasets["val"].samples]
+            titles = [f"{config['classes'][label]}/{path.name}" for path, label in datasets["val"].samples]
             board = open_board(config, run, datasets["val"], titles)
             fit_and_keep(run, loaders["train"], loaders["val"], "transfer_resnet18.py", stops, board=board)
         if is_main():

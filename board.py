@@ -11,6 +11,7 @@ Needs the package tensorboard: pip install -r requirements-tensorboard.txt. With
 """
 
 import math
+import threading
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from common.report import as_rgb, brighten
 PICTURES = 4  # of the validation; each epoch adds them to the file
 SIDE = 128  # pixels, at most, of a panel's longer side
 GAP, CAPTION_HEIGHT = 2, 16  # pixels
-NEVER = 1e9  # seconds
 
 
 def check_tensorboard(config):
@@ -66,10 +66,15 @@ class Board:
         ]
         folder = run.folder / "tensorboard"
         begun = any(folder.glob("events.*"))
-        # only `add` flushes, so that an error of the disk is raised where it is waited for, not in the writer's thread
-        self.writer = import_writer()(str(folder), purge_step=run.epoch + 1, flush_secs=NEVER)
+        self.hook, threading.excepthook = threading.excepthook, self._ignore_writer
+        self.writer = import_writer()(str(folder), purge_step=run.epoch + 1)
         for row in [] if begun else run.rows:
             self._add_scalars(row)
+
+    def _ignore_writer(self, failed):
+        """No traceback of a full disk from the writer's own thread: `add` raises the error."""
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+            self.hook(failed)
 
     def _add_scalars(self, row):
         for name, value in row.items():
@@ -90,7 +95,10 @@ class Board:
         self.writer.flush()
 
     def close(self):
-        self.writer.close()
+        try:
+            self.writer.close()
+        finally:
+            threading.excepthook = self.hook
 
 
 def as_picture(tensor, mean, std):

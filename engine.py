@@ -10,6 +10,7 @@ differs between the jobs: how a batch is laid out, what its loss is, and what is
 import copy
 import math
 import random
+import statistics
 import time
 
 import numpy as np
@@ -25,7 +26,7 @@ from common.devices import precision
 from common.distributed import copy_main, gather, is_main, parallel, world_size
 from common.files import load_checkpoint, save_checkpoint
 from common.loaders import set_epoch, with_shares
-from common.runs import keeping, write_log
+from common.runs import keeping, time_left, write_log
 from utils import AverageMeter
 
 SHORT = 200  # steps of a training in which averaged weights should forget sooner
@@ -182,6 +183,11 @@ class Run:
         """The model that is validated: the averaged weights when averaging is on."""
         return self.ema.module if self.ema else self.model
 
+    @property
+    def kept(self):
+        """The whole model that is validated; model.pth gets its weights from the best epoch."""
+        return self.judged if self.whole is self.model else self.whole
+
     def learn(self, loss):
         """One step of the optimizer, of the scheduler that counts steps, and of the averaged weights."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -208,22 +214,18 @@ class Run:
             self.best_score, self.best_epoch = row[f"val_{self.task.score}"], row["epoch"]
         if self.folder is None:
             if better:
-                self.best = copy.deepcopy(self._weights().state_dict())
+                self.best = copy.deepcopy(self.kept.state_dict())
         elif is_main():
             if better:
-                save_checkpoint(self.folder / "model.pth", self._weights().state_dict())
+                save_checkpoint(self.folder / "model.pth", self.kept.state_dict())
             save_checkpoint(self.folder / "last.pth", self.state())
             write_log(self.rows, self.folder / "log.csv")  # last: it counts the epochs that are safe
         return better
 
-    def _weights(self):
-        """The model whose weights are kept as the best."""
-        return self.judged if self.whole is self.model else self.whole
-
     def load_best(self):
         """Give the model the weights of the best epoch."""
         best = self.best if self.folder is None else load_checkpoint(self.folder / "model.pth")
-        self._weights().load_state_dict(best)
+        self.kept.load_state_dict(best)
 
     def over(self):
         """Why no further epoch is due, or None."""
@@ -283,8 +285,8 @@ def averaged(model, decay):
     return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
-def fit(run, loader, val_loader, check_stop=no_check, compiled=False):
-    """Train from the epoch after run.epoch to the last one; every finished epoch is kept.
+def fit(run, loader, val_loader, check_stop=no_check, compiled=False, board=None):
+    """Train from the epoch after run.epoch to the last one; every finished epoch is kept, and shown on the board.
 
     check_stop() is called after each step and epoch, never while files are written; what it raises ends the training.
     ValueError when a loss is not finite, before anything of that epoch is kept.
@@ -292,6 +294,7 @@ def fit(run, loader, val_loader, check_stop=no_check, compiled=False):
     run.forward = parallel(run.model, run.device)
     if compiled:
         run.forward = torch.compile(run.forward)
+    before = run.epoch
     while not run.over():
         start, epoch, rate = time.perf_counter(), run.epoch + 1, run.optimizer.param_groups[0]["lr"]
         label = f"epoch {epoch}/{run.epochs}"
@@ -310,22 +313,30 @@ def fit(run, loader, val_loader, check_stop=no_check, compiled=False):
             raise ValueError(f"{label}: {error}; {kept}; a lower learning rate or --amp off may help") from None
         scores = {**trained, **{f"val_{name}": value for name, value in judged.items()}}
         seconds = round(time.perf_counter() - start, 2)
-        better = run.finish_epoch({"epoch": epoch, "lr": rate, **scores, "seconds": seconds})
+        row = {"epoch": epoch, "lr": rate, **scores, "seconds": seconds}
+        if board:
+            board.add(run, row)  # before last.pth: what the board has too much is purged by resuming
+        better = run.finish_epoch(row)
+        usual = statistics.median(row["seconds"] for row in run.rows[before:])
+        left = f", {time_left(usual * (run.epochs - epoch))}" if epoch < run.epochs else ""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        print(f"{label}  lr {rate:.1e}  {shown}{'*' if better else ' '} {seconds:.1f} s", flush=True)
+        print(f"{label}  lr {rate:.1e}  {shown}{'*' if better else ' '} {seconds:.1f} s{left}", flush=True)
         check_stop()
     print(run.over())
 
 
-def fit_and_keep(run, loader, val_loader, script, stops=None, compiled=False):
+def fit_and_keep(run, loader, val_loader, script, stops=None, compiled=False, board=None):
     """`fit` as a script runs it: signals wait for the end of a step, and it ends with curves.png in any case.
 
     script: named in the command that continues a stopped run. stops: a common.cli.Stops, or None for a new one.
+    board: a board.Board, which is closed in any case, or None.
     """
 
-    def draw_curves():
+    def at_end():
+        if board:
+            board.close()
         if run.rows and is_main():
             plot_curves(run.rows, run.folder / "curves.png", title=run.folder.name)
 
-    with keeping(run.folder, script, draw_curves), stops or Stops() as stops:
-        fit(run, loader, val_loader, stops.check, compiled)
+    with keeping(run.folder, script, at_end), stops or Stops() as stops:
+        fit(run, loader, val_loader, stops.check, compiled, board)

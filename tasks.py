@@ -4,7 +4,8 @@
 
 A task has `score`, the name of its score; to_device(batch, device, amp) -> inputs, truth; loss(output, truth,
 training) -> scalar; count(output, truth, own, training) -> a tensor that adds up over batches and processes, of the
-first `own` images; and score_of(sum of counts) -> float.
+first `own` images; and score_of(sum of counts) -> float. For board.py it has drawn(output, truth) -> (rows, caption) of
+the first image: rows of pictures, (H, W) or (H, W, 3) uint8, that show what is true and what the output says.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch
 
 from archs import as_heads
 from common.devices import to_device
+from common.report import mask_picture
 from instances import DEFAULTS, judge, nuclei, official_scores
 from losses import mean_over_heads, smooth_borders
 from metrics import count_pixels, summarise
@@ -46,6 +48,11 @@ class Segmentation:
 
     def score_of(self, counts):
         return summarise(counts[None].numpy())["iou"]
+
+    def drawn(self, output, masks):
+        """One row: the true and the predicted mask."""
+        pair = masks[0] > 0.5, torch.sigmoid(as_heads(output)[-1][0].float()) > 0.5
+        return [[mask_picture(mask.cpu().numpy()) for mask in pair]], ""
 
 
 class Truth(NamedTuple):
@@ -87,14 +94,22 @@ class Instances:
         total, number = counts.tolist()
         return total / number
 
+    def drawn(self, output, truth):
+        """Two rows, true and predicted: mask, contact and distance."""
+        pair = truth.maps[0], torch.sigmoid(as_heads(output)[-1][0].float())
+        return [list((255 * maps).round().byte().cpu().numpy()) for maps in pair], ""
+
 
 class Classification:
-    """Batches are images (N, 3, H, W), or features (N, D), and labels (N,) int64. The score is accuracy."""
+    """Batches are images (N, 3, H, W), or features (N, D), and labels (N,) int64. The score is accuracy.
+
+    classes: their names, for `drawn`.
+    """
 
     score = "acc"
 
-    def __init__(self, criterion):
-        self.criterion = criterion
+    def __init__(self, criterion, classes=()):
+        self.criterion, self.classes = criterion, classes
 
     def to_device(self, batch, device, amp):
         images, labels = batch
@@ -111,3 +126,8 @@ class Classification:
     def score_of(self, counts):
         right, total = counts.tolist()
         return right / total
+
+    def drawn(self, logits, labels):
+        """No row, but a caption: the predicted class, its probability, and the true class."""
+        probability, answer = logits[0].float().softmax(0).max(0)
+        return [[]], f"{self.classes[answer]} {probability:.2f}, is {self.classes[labels[0]]}"

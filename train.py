@@ -28,14 +28,14 @@ from common.cli import (
 )
 from run_config import BOUNDS, INPUT_CHANNELS, stretch
 
-RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth")
+RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth", "tensorboard")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
-FREE_ON_RESUME = {"name", "device", "num_workers", "cache", "checkpointing", *ABOUT_THE_COMMAND}  # no effect on results
+FREE_ON_RESUME = {"name", "device", "num_workers", "cache", "checkpointing", "tensorboard", *ABOUT_THE_COMMAND}
 NO_OPTIONS = ("mean", "std", "scale", "environment", "level")  # what config.yml may keep beside the options
 ENCODER_OPTIONS = ("stem", "encoder_weights", "encoder_lr", "encoder_freeze", "encoder_freeze_bn")
 NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance", "map_weights")
 NUCLEI_AUGMENT = "flips,copies,stain,light,noise,paste"  # with --target instances, unless --augment says otherwise
-LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS)  # the config.yml of an older run lacks them
+LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS, "tensorboard")  # older runs lack them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
 ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers that know no last epoch: it may be moved
 
@@ -151,6 +151,7 @@ answer_early(__name__, build_parser)  # the imports below take seconds
 import torch
 
 from archs import WIDTH, build_model
+from board import check_tensorboard, open_board
 from common.devices import keep_memory, memory, pick_amp, pick_device, precision_name
 from common.distributed import is_main, processes, sync_batch_norm
 from common.files import read_yaml
@@ -370,12 +371,14 @@ def prepare(config, folder, earlier, device, resume):
 def main():
     options, given = parse_options(build_parser, read_config=read_recipe)
     config = resumed_config(options, given) if options.resume else new_config(options)
+    check_tensorboard(config)
     folder = run_folder(config["name"])
     with only_trainer(folder, RUN_FILES):
         earlier = earlier_files(folder, RUN_FILES, options)
         with processes(pick_device(config["device"])) as device:
             run, loader, val_loader = prepare(config, folder, earlier, device, options.resume)
-            fit_and_keep(run, loader, val_loader, "train.py", compiled=config["compile"])
+            board = open_board(config, run, val_loader.dataset, val_loader.dataset.img_ids)
+            fit_and_keep(run, loader, val_loader, "train.py", compiled=config["compile"], board=board)
             score = f"val_{run.task.score}"
             print(f"best {score} {run.best_score:.4f} at epoch {run.best_epoch}, last {run.rows[-1][score]:.4f}")
             print(f"the run is in {folder}; evaluate it: python val.py --name {shlex.quote(config['name'])}")

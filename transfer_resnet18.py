@@ -29,7 +29,7 @@ from common.cli import (
     run_script,
 )
 
-RUN_FILES = ("config.yml", "log.csv", "curves.png", "model.pth", "last.pth")
+RUN_FILES = ("config.yml", "log.csv", "curves.png", "model.pth", "last.pth", "tensorboard")
 ABOUT_THE_COMMAND = (
     "open",
     "resume",
@@ -40,7 +40,7 @@ ABOUT_THE_COMMAND = (
     "download",
     "raw",
 )  # config.yml does not keep these
-FREE_ON_RESUME = {"name", "device", "num_workers", *ABOUT_THE_COMMAND}  # the result does not depend on them
+FREE_ON_RESUME = {"name", "device", "num_workers", "tensorboard", *ABOUT_THE_COMMAND}  # no effect on results
 ENDLESS = ("ConstantLR", "StepLR")  # schedulers that know no last epoch: --resume may move it
 
 RECIPES = {  # the value of an option that nobody gave, by the kind of training
@@ -123,6 +123,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from board import check_tensorboard, open_board
 from classification import folders
 from classification.predict import classify, predict_files, read_run
 from classification.resnet18 import ResNet18, fill_body, imagenet_file
@@ -185,7 +186,8 @@ def resumed_config(options, given):
     """The config of the run to resume; ValueError when an option was given that differs from the run's."""
     name = options.name or default_name(DEMO["data_dir"] if options.demo else options.data_dir)
     folder = run_folder(name)
-    config = check_config(build_parser, read_run(folder), folder / "config.yml")
+    config = {"tensorboard": False, **read_run(folder)}  # older runs lack it
+    config = check_config(build_parser, config, folder / "config.yml")
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)
 
 
@@ -325,7 +327,7 @@ def prepare(config, options, folder, earlier, device, stops):
     copy_main(model)
     loaders = build_loaders(config, datasets, model, device, amp, stops.check)
     optimizer, scheduler = build_optimizer(model, config)
-    task = Classification(nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"]))
+    task = Classification(nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"]), classes)
     trained = model.fc if config["freeze"] else model  # a frozen body is a fixed function: its features are the data
     run = Run(trained, task, optimizer, scheduler, device, epochs=config["epochs"], amp=amp, folder=folder, whole=model)
     if options.resume and (folder / "last.pth").is_file():
@@ -372,12 +374,15 @@ def main():
         raise ValueError("--reject is for --predict; give both")
     keep_memory()
     config = resumed_config(options, given) if options.resume else new_config(options, given)
+    check_tensorboard(config)
     folder, stops = run_folder(config["name"]), Stops()
     with only_trainer(folder, RUN_FILES):
         earlier = earlier_files(folder, RUN_FILES, options)
         with processes(pick_device(config["device"])) as device:
             run, loaders, datasets = prepare(config, options, folder, earlier, device, stops)
-            fit_and_keep(run, loaders["train"], loaders["val"], "transfer_resnet18.py", stops)
+            titles = [f"{config['classes'][label]}/{path.name}" for path, label in datasets["val"].samples]
+            board = open_board(config, run, datasets["val"], titles)
+            fit_and_keep(run, loaders["train"], loaders["val"], "transfer_resnet18.py", stops, board=board)
         if is_main():
             page = conclude(config, run, datasets["val"], folder)
     if is_main() and options.open:

@@ -85,7 +85,7 @@ def auto_or_bool(text):
 
 
 def add_machine_options(parser, training=False):
-    """--device and --amp, and for training --num_workers and --sync_bn -> the group, for more options of its kind."""
+    """--device and --amp, and more for training -> the group, for more options of its kind."""
     group = parser.add_argument_group("machine")
     a = group.add_argument
     a("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -93,6 +93,8 @@ def add_machine_options(parser, training=False):
     if training:
         workers = "loader processes; -1: none on a CPU, up to 8 with a GPU"
         a("--num_workers", type=number(int, -1, 1024), default=-1, help=workers)
+        board = "curves and example pictures in models/<name>/tensorboard; needs requirements-tensorboard.txt"
+        a("--tensorboard", action="store_true", help=board)
         a("--sync_bn", action="store_true", help="torchrun: batch norm over the batches of all GPUs")
     return group
 

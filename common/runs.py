@@ -10,6 +10,7 @@ import contextlib
 import csv
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 from common.cli import in_one_line
@@ -83,7 +84,10 @@ def write_start(config, folder, earlier, device, split=None):
     """What a run's folder holds before its first epoch: config.yml and split.yml. The files of an earlier run go."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in earlier:
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     if split:
         write_yaml(folder / "split.yml", split)
     write_yaml(folder / "config.yml", {**config, "environment": machine(device)})  # last: now it can be resumed
@@ -228,6 +232,14 @@ def note_epochs(config, folder):
     kept = read_yaml(folder / "config.yml")
     if kept["epochs"] != config["epochs"]:
         write_yaml(folder / "config.yml", {**kept, "epochs": config["epochs"]})
+
+
+def time_left(seconds):
+    """0.4, 35, 2880, 3900 -> "1 s left", "35 s left", "48 min left", "1 h 05 min left"."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{max(1, round(seconds))} s left"
+    return f"{minutes // 60} h {minutes % 60:02} min left" if minutes >= 60 else f"{minutes} min left"
 
 
 def write_log(rows, path):

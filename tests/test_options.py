@@ -113,6 +113,7 @@ FLAGS = {
         "amp": ("", "on"),  # fp16 needs a GPU
         "channels_last": ("auto", "2"),
         "checkpointing": ("", "2"),
+        "tensorboard": ("", "2"),
         "sync_bn": ("", "2"),
         "compile": ("", "2"),
         "cache": ("auto", "2"),
@@ -211,6 +212,7 @@ FLAGS = {
         "mirror": ("", "2"),
         "weights": ("none", "none.pth recipe.yml models/run/model.pth"),
         "freeze": ("!", ""),
+        "tensorboard": ("", "2"),
         "sync_bn": ("", "2"),
         "freeze_bn": ("", "2"),
         "thaw": ("0 1 1000", "-1"),

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from common.runs import newest_run, only_trainer
+from common.runs import newest_run, only_trainer, time_left
 
 TRAINER = """
 import os, sys, time
@@ -69,3 +69,12 @@ def test_the_newest_run_and_the_shipped_ones_last(tmp_path, monkeypatch):
     write("new", 200)
     write("ants", 300, key="classes")
     assert newest_run("arch") == "new" and newest_run("classes") == "ants"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "1 s"), (35.4, "35 s"), (99.4, "99 s"), (99.6, "2 min"), (2880, "48 min"), (3569, "59 min")]
+    + [(3571, "1 h 00 min"), (3900, "1 h 05 min"), (100 * 3600, "100 h 00 min")],
+)
+def test_the_time_left_in_words(seconds, words):
+    assert time_left(seconds) == f"{words} left"

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a training: the columns of log.csv, and what the network says of a few pictures.
+"""What TensorBoard shows of a training: the columns of log.csv, and what the network predicts for a few pictures.
 
 python train.py --name run1 --tensorboard    # transfer_resnet18.py as well
 tensorboard --logdir models                  # prints the address to open in a browser
@@ -11,7 +11,6 @@ Needs the package tensorboard: pip install -r requirements-tensorboard.txt. With
 """
 
 import math
-import threading
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ def import_writer():
     except ImportError:
         install = "pip install -r requirements-tensorboard.txt"
         raise ValueError(
-            f"--tensorboard needs tensorboard, which is not installed: {install}; --tensorboard False does without"
+            f"--tensorboard needs tensorboard, which is not installed: {install}; or pass --tensorboard False"
         ) from None
     return SummaryWriter
 
@@ -66,15 +65,9 @@ class Board:
         ]
         folder = run.folder / "tensorboard"
         begun = any(folder.glob("events.*"))
-        self.hook, threading.excepthook = threading.excepthook, self._ignore_writer
         self.writer = import_writer()(str(folder), purge_step=run.epoch + 1)
         for row in [] if begun else run.rows:
             self._add_scalars(row)
-
-    def _ignore_writer(self, failed):
-        """No traceback of a full disk from the writer's own thread: `add` raises the error."""
-        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
-            self.hook(failed)
 
     def _add_scalars(self, row):
         for name, value in row.items():
@@ -95,10 +88,7 @@ class Board:
         self.writer.flush()
 
     def close(self):
-        try:
-            self.writer.close()
-        finally:
-            threading.excepthook = self.hook
+        self.writer.close()
 
 
 def as_picture(tensor, mean, std):

@@ -294,7 +294,7 @@ def fit(run, loader, val_loader, check_stop=no_check, compiled=False, board=None
     run.forward = parallel(run.model, run.device)
     if compiled:
         run.forward = torch.compile(run.forward)
-    before = run.epoch
+    spent = []  # seconds of each epoch
     while not run.over():
         start, epoch, rate = time.perf_counter(), run.epoch + 1, run.optimizer.param_groups[0]["lr"]
         label = f"epoch {epoch}/{run.epochs}"
@@ -315,10 +315,10 @@ def fit(run, loader, val_loader, check_stop=no_check, compiled=False, board=None
         seconds = round(time.perf_counter() - start, 2)
         row = {"epoch": epoch, "lr": rate, **scores, "seconds": seconds}
         if board:
-            board.add(run, row)  # before last.pth: what the board has too much is purged by resuming
+            board.add(run, row)  # before last.pth: resuming purges any extra epoch
         better = run.finish_epoch(row)
-        usual = statistics.median(row["seconds"] for row in run.rows[before:])
-        left = f", {time_left(usual * (run.epochs - epoch))}" if epoch < run.epochs else ""
+        spent.append(time.perf_counter() - start)
+        left = f", {time_left(statistics.median(spent) * (run.epochs - epoch))}" if epoch < run.epochs else ""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         print(f"{label}  lr {rate:.1e}  {shown}{'*' if better else ' '} {seconds:.1f} s{left}", flush=True)
         check_stop()
@@ -333,10 +333,10 @@ def fit_and_keep(run, loader, val_loader, script, stops=None, compiled=False, bo
     """
 
     def at_end():
-        if board:
-            board.close()
         if run.rows and is_main():
             plot_curves(run.rows, run.folder / "curves.png", title=run.folder.name)
+        if board:
+            board.close()
 
     with keeping(run.folder, script, at_end), stops or Stops() as stops:
         fit(run, loader, val_loader, stops.check, compiled, board)

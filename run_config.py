@@ -53,6 +53,13 @@ def read_config(folder):
     return config
 
 
+def levels_of(config):
+    """The levels of U-Net++ that a run can answer with, the deepest last: [1, 2, 3, 4], or one alone."""
+    if config.get("level"):
+        return [config["level"]]
+    return [1, 2, 3, 4] if config["deep_supervision"] else [4]
+
+
 def fits_of(config):
     """{key: whether its value is one that train.py writes}, for what runs and exported files both tell."""
     scale = config.get("scale", 1)

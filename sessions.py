@@ -1,4 +1,4 @@
-"""What a visitor of app.py gets: the nuclei of a picture, or its class, in a temporary folder that ends with the visit.
+"""What a visitor of app.py gets: the nuclei of a picture, or its class, in a folder that is deleted with the page.
 
     sessions = Sessions(folder, device="cpu")
     session = sessions.of("c0ffee")                      # one for each open page
@@ -9,6 +9,7 @@
 app.py lays the page out; this is the work behind it. Pictures, limits, results and messages are those of predict.py.
 """
 
+import contextlib
 import copy
 import functools
 import shutil
@@ -22,7 +23,7 @@ import cv2
 import numpy as np
 
 from common import report, synthetic
-from common.cli import in_one_line
+from common.cli import in_one_line, lack_of_memory
 from common.devices import pick_amp, pick_device
 from common.files import read_yaml
 from common.images import MAX_PIXELS, PageReader, list_pages, squeeze, standardise, to_channels, write_png
@@ -30,7 +31,7 @@ from common.outlines import distinct_colours, draw_outlines
 from common.runs import MODELS, list_runs, run_folder
 from inference import Predictor
 from predictions import reason_of
-from run_config import is_of_nuclei, read_config
+from run_config import is_of_nuclei
 
 EXAMPLES = {"bright": 22, "small": 3, "stained": 10}  # seeds of common.synthetic.nuclei
 SHOWN_SIDES = 640, 1600  # pixels of the longer side of the outlines on the page, at least and at most
@@ -41,7 +42,7 @@ COLUMNS = ("object", "area", "equivalent_diameter", "eccentricity", "solidity", 
 
 
 class Stopped(Exception):
-    """The visitor does not wait for this answer any more."""
+    """The visitor cancelled this question."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Question:
             raise ValueError(f"diameter {self.diameter:g}: expected 1 to 10,000 pixels")
         if self.pixel_size and not 1e-6 <= self.pixel_size <= 1e6:
             raise ValueError(f"{self.pixel_size:g} micrometres per pixel: expected 0.000001 to 1,000,000")
+        if self.page and self.page < 0:
+            raise ValueError(f"page {self.page:g}: pages are counted from 0")
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,7 @@ class Sessions:
 
     def __init__(self, folder, device="auto", amp="auto", max_pixels=MAX_PIXELS):
         self.folder, self.max_pixels = Path(folder), max_pixels
-        self.device = pick_device(device)
-        self.amp = pick_amp(amp, self.device)
+        self.device, self.amp = pick_device(device), amp
         self.open, self.lock = {}, threading.Lock()
         self.load = functools.lru_cache(maxsize=8)(self.load)
         self.load_classifier = functools.lru_cache(maxsize=2)(self.load_classifier)
@@ -110,13 +112,15 @@ class Sessions:
         with self.lock:
             session = self.open.pop(key, None)
         if session:
-            session.stop()
-            shutil.rmtree(session.folder, ignore_errors=True)
+            session.close()
+
+    def end_all(self):
+        for key in list(self.open):
+            self.end(key)
 
     def load(self, run, level, written):
         """The Predictor of a run. written: when its weights were, so that those of a new training are read."""
-        predictor = Predictor(run, str(self.device), level=level or "deepest")
-        predictor.amp = self.amp
+        predictor = Predictor(run, str(self.device), self.amp, level or "deepest")
         predictor(np.zeros((1, 64, 64, predictor.config["input_channels"]), np.uint8))  # the first call is slow
         return predictor
 
@@ -139,14 +143,20 @@ class Session:
 
     def __init__(self, sessions, folder):
         self.sessions, self.folder = sessions, folder
-        self.stopping = threading.Event()
-        self.asked, self.tried = None, {}
+        self.stopping, self.closed, self.lock = threading.Event(), False, threading.Lock()
+        self.last, self.asked, self.tried = None, None, {}
 
     def stop(self):
         self.stopping.set()
 
+    def close(self):
+        self.stop()
+        with self.lock:  # an answer that is being written ends first
+            self.closed = True
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def find(self, path, question, each=None):
-        """The nuclei of a picture -> Answer.
+        """The nuclei of a picture -> Answer. It stops the work on an earlier question of this visit.
 
         each(count) is called before every batch of tiles. Raises Stopped after `stop`, and ValueError or OSError for
         what predict.py would refuse.
@@ -154,6 +164,7 @@ class Session:
         from nuclei.find import find_nuclei  # late: scikit-image takes a second
 
         question.check()
+        self.stop()
         self.stopping = stopping = threading.Event()
         count = 0
 
@@ -172,47 +183,44 @@ class Session:
         started = time.perf_counter()
         found = find_nuclei(Watched(predictor, watch, **thresholds), picture, question.diameter or None)
         seconds = time.perf_counter() - started
-        watch()  # what follows cannot be stopped
-        return self._answer(page, picture, found, question, predictor.head, seconds, note)
+        with self.lock:
+            if self.closed or stopping.is_set():
+                raise Stopped
+            return self._answer(page, picture, found, question, predictor.head, seconds, note)
 
     def _read(self, path, question):
-        """-> the file or its page, (H, W, C) uint8, and a note where a file has more pages."""
+        """-> the file or its page, its picture as PageReader returns it, and a note where a file has more pages."""
         pages, failed = list_pages([Path(path)], question.page or None, question.channels)
         if failed:
             raise ValueError(failed[0][1])
         note = f" (page 0 of {len(pages)})" if len(pages) > 1 else ""
-        reader = PageReader(self.sessions.max_pixels, question.channels)
-        try:
+        with contextlib.closing(PageReader(self.sessions.max_pixels, question.channels)) as reader:
             return pages[0], reader.read(pages[0]), note
-        finally:
-            reader.close()
 
     def _answer(self, page, picture, found, question, head, seconds, note):
+        """Write the files of an answer to a folder of their own; those of the last answer go."""
         from nuclei.predictions import NucleiResults
 
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
-        name = page.stem
-        settings = f"models/{question.run} {head}"
-        results = NucleiResults(
-            self.folder, {page: name}, settings, question.pixel_size or None, rois=True, geojson=True
-        )
-        results.add(page, picture, found, seconds)
-        objects, summary = list(results.objects), results.images[0]
+        folder, name = Path(tempfile.mkdtemp(dir=self.folder)), page.stem
+        settings, pixel_size = f"models/{question.run} {head}", question.pixel_size or None
+        results = NucleiResults(folder, {page: name}, settings, pixel_size, rois=True, geojson=True)
+        objects = results.add(page, picture, found, seconds)
         results.write_tables()
-        endings = (f"{name}_overlay.png", f"{name}_labels.tif", "objects.csv", f"{name}_rois.zip", f"{name}.geojson")
-        files = [self.folder / ending for ending in endings]
-        self._note(page, question, [head, summary["objects"], summary["median_diameter"], round(seconds, 2)])
+        [summary] = results.images
+        self._note(page, question, [head, len(objects), summary["median_diameter"], round(seconds, 2)])
         height, width = picture.shape[:2]
         typical = f", median diameter {summary['median_diameter']:.1f} pixels" if objects else ""
-        about = (
-            f"{name}{note}, {width} x {height}: {len(objects):,} nuclei{typical}; {head}, scale {found.scale:.3g}, "
-            f"{seconds:.2f} s"
-        )
-        shown = self._show(picture, found.labels)
+        about = f"{name}{note}, {width} x {height}: {len(objects):,} nuclei{typical}"
+        about += f"; {head}, scale {found.scale:.3g}, {seconds:.2f} s"
         rows = [[row[column] for column in COLUMNS] for row in objects[:SHOWN_ROWS]]
         figure = draw_sizes([row["equivalent_diameter"] for row in objects])
-        return Answer(about, str(shown), figure, rows, list(self.tried.values()), list(map(str, files)))
+        write_png(folder / "shown.png", as_shown(picture, found.labels))
+        endings = (f"{name}_overlay.png", f"{name}_labels.tif", "objects.csv", f"{name}_rois.zip", f"{name}.geojson")
+        files = [str(folder / ending) for ending in endings]
+        if self.last:
+            shutil.rmtree(self.last, ignore_errors=True)
+        self.last = folder
+        return Answer(about, str(folder / "shown.png"), figure, rows, list(self.tried.values()), files)
 
     def _note(self, page, question, row):
         """Remember what a level gave, as long as nothing else changes."""
@@ -222,16 +230,6 @@ class Session:
         self.tried[row[0]] = row
         self.tried = dict(sorted(self.tried.items()))
 
-    def _show(self, picture, labels):
-        """Write the outlines as large as the page shows them -> their path."""
-        side = max(labels.shape)
-        zoom = np.clip(side, *SHOWN_SIDES) / side
-        size = [max(1, round(length * zoom)) for length in labels.shape]
-        labels = cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST)
-        image = report.brighten(squeeze(to_channels(picture, 3), size))
-        write_png(self.folder / "shown.png", draw_outlines(image, labels, distinct_colours(labels), 2))
-        return self.folder / "shown.png"
-
     def classify(self, path, run):
         """-> {class: probability}, (H, W, 3) uint8 where the network looked: bright where, dark elsewhere."""
         from classification.folders import MEAN, STD, middle, read_tensor
@@ -240,42 +238,46 @@ class Session:
         from classification.scores import heat_overlay
 
         model, config = self.sessions.load_classifier(run, weights_written(run))
-        seen = middle(read_tensor(Path(path), config["img_size"]), config["img_size"])
+        seen = middle(read_tensor(Path(path), config["img_size"], self.sessions.max_pixels), config["img_size"])
         image = standardise(seen, MEAN, STD)
-        [values] = classify(model, image[None], self.sessions.device, self.sessions.amp)
-        heat = grad_cam(model, image.to(self.sessions.device), int(values.argmax()))
+        device = self.sessions.device
+        [values] = classify(model, image[None], device, pick_amp(self.sessions.amp, device))
+        heat = grad_cam(model, image.to(device), int(values.argmax()))
         picture = heat_overlay(seen.permute(1, 2, 0).numpy(), heat)
         return dict(zip(config["classes"], values.tolist(), strict=True)), picture
 
 
+def as_shown(picture, labels):
+    """A picture and its label map -> the outlines as large as the page shows them, (h, w, 3) uint8."""
+    side = max(labels.shape)
+    zoom = np.clip(side, *SHOWN_SIDES) / side
+    size = [max(1, round(length * zoom)) for length in labels.shape]
+    labels = cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST)
+    image = report.brighten(squeeze(to_channels(picture, 3), size))
+    return draw_outlines(image, labels, distinct_colours(labels), 2)
+
+
 def refusal(path, error):
-    """What the page says of a picture that predict.py would skip."""
-    return f"{Path(path).name}: {in_one_line(reason_of(error))}"
+    """What the page says of a picture that predict.py would skip, or of a run that has gone."""
+    if isinstance(error, RuntimeError):
+        error = lack_of_memory(error)
+    reason, name = error if isinstance(error, str) else in_one_line(reason_of(error)), Path(path).name
+    return reason.replace(str(path), name) if str(path) in reason else f"{name}: {reason}"
 
 
 # ---------------------------------------------------------------- runs
 
 
 def weights_written(run):
-    return (run_folder(run) / "model.pth").stat().st_mtime_ns
+    path = run_folder(run) / "model.pth"
+    if not path.is_file():
+        raise ValueError(f"the run {run} is gone; reload the page")
+    return path.stat().st_mtime_ns
 
 
 def runs_of_nuclei():
-    """Names of the runs that find individual nuclei, the newest first; FileNotFoundError when there is none."""
-    names = [name for name in list_runs("arch") if is_of_nuclei(read_yaml(MODELS / name / "config.yml"))]
-    if not names:
-        raise FileNotFoundError(
-            "models/ has no run of individual nuclei; train one first: python train.py --config configs/nuclei.yml"
-        )
-    return names
-
-
-def levels_of(run):
-    """The levels that a run has, the deepest last: ["1", ... "4"], or one alone."""
-    config = read_config(run_folder(run))
-    if config.get("level"):
-        return [str(config["level"])]
-    return ["1", "2", "3", "4"] if config["deep_supervision"] else ["4"]
+    """Yields the names of the runs that find individual nuclei, the newest first."""
+    return (name for name in list_runs("arch") if is_of_nuclei(read_yaml(MODELS / name / "config.yml")))
 
 
 def about_runs():
@@ -302,7 +304,8 @@ def draw_sizes(diameters):
     figure = Figure(figsize=(5, 2.4), dpi=120, layout="constrained")
     axis = figure.subplots()
     if diameters:
-        axis.hist(diameters, bins=min(40, max(5, round(len(diameters) ** 0.5 * 2))), color="#0072b2")
+        bins = min(40, max(5, round(len(diameters) ** 0.5 * 2)))
+        axis.hist(diameters, bins=bins, color=[channel / 255 for channel in report.BLUE])
     axis.set_xlabel("equivalent diameter, pixels", fontsize=9)
     axis.set_ylabel("nuclei", fontsize=9)
     axis.tick_params(labelsize=8)

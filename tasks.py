@@ -130,4 +130,4 @@ class Classification:
     def drawn(self, logits, labels):
         """No row, but a caption: the predicted class, its probability, and the true class."""
         probability, answer = logits[0].float().softmax(0).max(0)
-        return [[]], f"{self.classes[answer]} {probability:.2f}, is {self.classes[labels[0]]}"
+        return [[]], f"predicted {self.classes[answer]} ({probability:.2f}), true class {self.classes[labels[0]]}"

@@ -159,7 +159,7 @@ from common.runs import (
     check_start,
     earlier_files,
     machine_name,
-    note_epochs,
+    note_changes,
     only_trainer,
     resolve_machine,
     resumed,
@@ -357,7 +357,7 @@ def prepare(config, folder, earlier, device, resume):
         print(f"{folder} has no finished epoch yet: starting with the first")
     check_start(config, FREE_ON_RESUME, data=about["fingerprint"], epoch=run.epoch)
     if is_main() and resume:
-        note_epochs(config, folder)
+        note_changes(config, folder)
     elif is_main():
         write_start(config, folder, earlier, device, {**split, **about})
         recommend_steps(config, len(loader))

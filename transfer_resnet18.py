@@ -138,7 +138,7 @@ from common.runs import (
     check_start,
     earlier_files,
     machine_name,
-    note_epochs,
+    note_changes,
     only_trainer,
     resolve_machine,
     resumed,
@@ -336,7 +336,7 @@ def prepare(config, options, folder, earlier, device, stops):
         print(f"{folder} has no finished epoch yet: starting with the first")
     check_start(config, FREE_ON_RESUME, epoch=run.epoch)
     if is_main() and options.resume:
-        note_epochs(config, folder)
+        note_changes(config, folder)
     elif is_main():
         write_start(config, folder, earlier, device)
     learning = f"{count_params(model):,} of {sum(p.numel() for p in model.parameters()):,} parameters learn"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common.cli import listed
 from common.devices import precision, to_device
 from common.distributed import gather, is_main, local_processes
-from common.images import EXTENSIONS, is_picture, read_thumbnail, standardise
+from common.images import EXTENSIONS, MAX_PIXELS, is_picture, read_thumbnail, standardise
 from common.loaders import set_epoch, stream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]; the weights expect them
@@ -107,12 +107,12 @@ def stratified_split(samples, fraction, seed):
 # ---------------------------------------------------------------- one picture
 
 
-def read_tensor(path, img_size):
+def read_tensor(path, img_size, max_pixels=MAX_PIXELS):
     """A file -> (3, H, W) uint8 RGB, large enough for crops of img_size; ValueError when it is damaged.
 
     It is a view of (H, W, 3) bytes, the layout that torchvision resizes fastest.
     """
-    return torch.from_numpy(read_thumbnail(path, round(KEEP * img_size))).permute(2, 0, 1)
+    return torch.from_numpy(read_thumbnail(path, round(KEEP * img_size), max_pixels)).permute(2, 0, 1)
 
 
 def middle(picture, img_size):

@@ -293,14 +293,14 @@ def run_script(main):
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError):
-            error = _lack_of_memory(error)
+            error = lack_of_memory(error)
         if is_main():  # torchrun's SIGTERM, as another process fails too, shall not interrupt the message
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(f"{name}: error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _lack_of_memory(error):
+def lack_of_memory(error):
     """What to say of torch's RuntimeError when memory ran out; any other is our own mistake and is raised again."""
     if type(error).__name__ == "OutOfMemoryError":  # torch is not imported here to name its class
         device = "GPU"

@@ -227,11 +227,12 @@ def _longer(config, folder, epochs, endless):
     return epochs
 
 
-def note_epochs(config, folder):
-    """Write a resumed run's number of epochs to its config.yml, when there are more of them than before."""
+def note_changes(config, folder, keys=("epochs", "tensorboard")):
+    """Write what a resumed run does otherwise from now on to its config.yml."""
     kept = read_yaml(folder / "config.yml")
-    if kept["epochs"] != config["epochs"]:
-        write_yaml(folder / "config.yml", {**kept, "epochs": config["epochs"]})
+    changed = {key: config[key] for key in keys if key in config and config[key] != kept.get(key)}
+    if changed:
+        write_yaml(folder / "config.yml", {**kept, **changed})
 
 
 def time_left(seconds):

@@ -61,7 +61,7 @@ COLOURS = {  # of an outline
     MERGED: (report.YELLOW, "one prediction for several true nuclei"),
     SPLIT: (report.PURPLE, "several predictions for one true nucleus"),
 }
-POINT = "Point at a nucleus, or tap it in the enlarged picture, to read what it is and which nucleus it overlaps best."
+POINT = "Point at a nucleus, or tap it in the enlarged picture, to see its outcome and its best match."
 PANEL = 512  # pixels per side of a drawn picture, at least
 
 

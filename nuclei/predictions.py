@@ -51,7 +51,7 @@ class NucleiResults(Results):
                     require(package)
 
     def add(self, path, picture, found, seconds):
-        """Write the results of a picture.
+        """Write the results of a picture -> its rows of objects.csv.
 
         path: its path or common.images.Page. picture: (H, W[, C]) as common.images.PageReader returns it, in its own
         values. found: nuclei.find.Found. seconds: what reading it and finding its nuclei took.
@@ -75,6 +75,7 @@ class NucleiResults(Results):
         columns = ["image", *table]
         rows = [dict(zip(columns, (name, *values), strict=True)) for values in zip(*table.values(), strict=True)]
         self.keep(about, rows, columns)
+        return rows
 
     def finish(self):
         """Join the label TIFFs of the pages of each file, where all are there: cells_p000_labels.tif, ... -> one."""

@@ -18,6 +18,8 @@ import pytest
 import tifffile
 from conftest import REPOSITORY, run_script
 
+from common import report
+
 pytest.importorskip("gradio", reason="gradio is not installed: requirements-app.txt")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -37,7 +39,8 @@ def place(tmp_path_factory):
     (folder / "models").symlink_to(REPOSITORY / "models")
     (folder / "temporary").mkdir()
     (folder / "outputs" / "nuclei_L2").mkdir(parents=True)
-    (folder / "outputs" / "nuclei_L2" / "report.html").write_text("<p>the report of nuclei_L2</p>")
+    gallery = report.gallery([{"title": "a", "panels": [("image", np.zeros((9, 9), np.uint8))]}], [])
+    report.write_page(folder / "outputs" / "nuclei_L2" / "report.html", "the report of nuclei_L2", [("A", gallery)])
     return folder
 
 
@@ -54,7 +57,8 @@ def address(place):
         assert list((place / "temporary").glob("nuclei-app-*"))
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(PATIENCE)
+        status = server.wait(PATIENCE)
+    assert status == 130
     assert not list((place / "temporary").glob("nuclei-app-*"))
 
 
@@ -125,11 +129,12 @@ def test_a_picture_its_options_and_its_files(visit, tmp_path):
     assert download.value.suggested_filename == "picture_labels.tif"
     assert tifffile.imread(tmp_path / "labels.tif").max() == count
 
-    before = said(page)
+    before, source = said(page), shown.get_attribute("src")
     page.fill("#mask input[type=number]", "0.95")
     page.keyboard.press("Tab")
     after = until(page, lambda text: text != before and "nuclei" in text)
     assert diameter_of(after) < diameter_of(before) - 1
+    page.wait_for_function("source => document.querySelector('#overlay img').src != source", arg=source)
     page.click("#level label >> nth=0")
     until(page, lambda text: text != after and "nuclei" in text)
     page.click("#examples button:has(img) >> nth=2")
@@ -184,9 +189,9 @@ def test_the_other_tabs(visit):
     page.wait_for_selector("#runs :text('nuclei_L2')", state="attached")
     page.click("#report_of input")
     page.click("role=option[name='nuclei_L2']")
-    report = page.frame_locator("iframe").locator("p")
-    report.wait_for()
-    assert report.inner_text() == "the report of nuclei_L2"
+    frame = page.frame_locator("iframe")
+    frame.locator("text=the report of nuclei_L2 >> nth=0").wait_for()
+    frame.locator(".controls").wait_for()  # its script has run
 
 
 def test_no_other_file_is_served(address):
@@ -197,6 +202,15 @@ def test_no_other_file_is_served(address):
     given = {"path": str(PICTURE), "meta": {"_type": "gradio.FileData"}}
     event = httpx.post(f"{address}gradio_api/call/classify", json={"data": [given, None]}).json()["event_id"]
     assert "event: error" in httpx.get(f"{address}gradio_api/call/classify/{event}", timeout=PATIENCE).text
+    answer = httpx.get(f"{address}config")
+    assert answer.status_code == 200 and "default-src 'self'" in answer.headers["content-security-policy"]
+    for path, headers in (
+        ("config", {"host": "elsewhere.example"}),
+        ("config", {"sec-fetch-site": "cross-site"}),
+        ("gradio_api/file=http://elsewhere.example/a.png", {}),
+    ):
+        assert httpx.get(f"{address}{path}", headers=headers).status_code == 403
+    assert httpx.get(address, headers={"sec-fetch-site": "cross-site"}).status_code == 200  # a link leads here
 
 
 def test_mistakes_on_the_command_line(place, tmp_path):
@@ -204,7 +218,7 @@ def test_mistakes_on_the_command_line(place, tmp_path):
         "finds masks, not individual nuclei" in run_script("app.py", "--name", "nuclei_L2", cwd=place, ok=False).stderr
     )
     assert "no such file; the runs are: " in run_script("app.py", "--name", "gone", cwd=place, ok=False).stderr
-    assert "models/ has no run of individual nuclei" in run_script("app.py", cwd=tmp_path, ok=False).stderr
+    assert "models/ has no run of individual nuclei: python" in run_script("app.py", cwd=tmp_path, ok=False).stderr
     (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError('gradio')")
     search = f"{tmp_path}{os.pathsep}{REPOSITORY}"
     missing = run_script("app.py", cwd=place, ok=False, env={"PYTHONPATH": search})
@@ -214,4 +228,4 @@ def test_mistakes_on_the_command_line(place, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         busy = run_script("app.py", "--port", port, "--open", "False", cwd=place, ok=False)
-    assert str(port) in busy.stderr
+    assert f"port {port} is in use; give another --port" in busy.stderr

@@ -5,6 +5,8 @@ python -m pytest -q tests/test_sessions.py
 
 import csv
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -13,12 +15,13 @@ import pytest
 import tifffile
 import torch
 import yaml
-from conftest import BrightNuclei, call, discs
+from conftest import REPOSITORY, BrightNuclei, call, discs
 
 import predict
 import sessions as visits
 from classification.resnet18 import ResNet18
-from sessions import COLUMNS, Question, Sessions, Stopped, Watched, levels_of, refusal, report_of
+from run_config import levels_of
+from sessions import COLUMNS, Question, Sessions, Stopped, Watched, as_shown, refusal, report_of
 
 
 @pytest.fixture
@@ -108,16 +111,78 @@ def test_stop_ends_the_work_and_keeps_the_last_answer(sessions):
     assert session.find("discs.png", Question("bright")).about  # the next question is answered
 
 
-def test_two_visitors_do_not_mix(sessions, place):
-    first = sessions.of("a").find("discs.png", Question("bright"))
-    cv2.imwrite("other.png", discs(20)[0])
-    second = sessions.of("b").find("other.png", Question("bright"))
-    assert sessions.of("a") is not sessions.of("b")
-    assert all(Path(path).is_file() for path in first.files) and not set(first.files) & set(second.files)
+def test_visitors_do_not_mix(sessions):
+    """Four at once, each with a picture and a folder of his own."""
+    radii = {"a": 6, "b": 9, "c": 14, "d": 20}
+    for name, radius in radii.items():
+        cv2.imwrite(f"{name}.png", discs(radius)[0])
+    with ThreadPoolExecutor(4) as threads:
+        answers = threads.map(lambda name: sessions.of(name).find(f"{name}.png", Question("bright")), radii)
+        answers = dict(zip(radii, answers, strict=True))
+    for name, radius in radii.items():
+        assert answers[name].about.startswith(f"{name}, ") and len(answers[name].rows) == discs(radius)[1].max()
+        assert tifffile.imread(answers[name].files[1]).max() == discs(radius)[1].max()
     sessions.end("a")
     sessions.end("nobody")
-    assert not any(Path(path).exists() for path in first.files) and all(Path(path).is_file() for path in second.files)
-    assert sessions.of("a").find("discs.png", Question("bright")).files != first.files
+    assert not any(Path(path).exists() for path in answers["a"].files)
+    assert all(Path(path).is_file() for path in answers["b"].files)
+    sessions.end_all()
+    assert not any(Path("temporary").iterdir())
+
+
+def test_a_new_question_ends_the_one_before(sessions):
+    """Of two at once in one visit the later one is answered; the earlier one leaves no files."""
+    session, started = sessions.of("a"), threading.Event()
+
+    def each(count):
+        started.set()
+        session.waiting.wait(60)
+
+    session.waiting = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(session.find, "discs.png", Question("bright"), each)
+        assert started.wait(60)
+        answer = session.find("discs.png", Question("bright", diameter=18))
+        session.waiting.set()
+        with pytest.raises(Stopped):
+            first.result()
+    assert [path.parent for path in map(Path, answer.files)] == [Path(answer.overlay).parent] * 5
+    assert list(session.folder.iterdir()) == [Path(answer.overlay).parent]
+
+
+def test_each_answer_has_files_of_its_own(sessions):
+    """A browser that is given the address of before shows what it has kept."""
+    first, second = (sessions.of("a").find("discs.png", Question("bright")) for _ in range(2))
+    assert first.overlay != second.overlay and not Path(first.overlay).exists() and Path(second.overlay).exists()
+
+
+def test_a_visit_that_ended_gets_no_files(sessions):
+    session = sessions.of("a")
+    with pytest.raises(Stopped):
+        session.find("discs.png", Question("bright"), lambda count: sessions.end("a"))
+    assert not session.folder.exists()
+
+
+def test_with_a_trained_network(tmp_path, monkeypatch):
+    """The run that came with the repository, once more with another level's name."""
+    monkeypatch.chdir(tmp_path)
+    Path("models").symlink_to(REPOSITORY / "models")
+    session = Sessions(tmp_path, device="cpu", amp="off").of("a")
+    name = next(visits.runs_of_nuclei())
+    answer = session.find(REPOSITORY / "docs" / "picture.png", Question(name))
+    assert 30 <= len(answer.rows) <= 60 and "; L4, " in answer.about  # 42 were drawn
+    with pytest.raises(ValueError, match="nuclei_L2 was cut to level 2 and has no other"):
+        session.find(REPOSITORY / "docs" / "picture.png", Question("nuclei_L2", level="3"))
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((100, 50), (640, 320)), ((700, 900), (700, 900)), ((20, 3200), (10, 1600))]
+)
+def test_outlines_fit_the_page(size, shown):
+    labels = np.zeros(size, np.int32)
+    labels[5:15, 5:40] = 1
+    drawn = as_shown(np.full((*size, 3), 99, np.uint8), labels)
+    assert drawn.shape == (*shown, 3) and (drawn != drawn[-1, -1]).any()
 
 
 def write_bad(name):
@@ -151,8 +216,9 @@ def test_what_predict_refuses_in_its_words(sessions, monkeypatch, capsys, name):
         (Question("bright", diameter=0.5), "diameter 0.5: expected 1 to 10,000 pixels"),
         (Question("bright", pixel_size=-1), "-1 micrometres per pixel: expected"),
         (Question("bright", channels=(7,)), "has no channel 7"),
+        (Question("bright", page=-1), "page -1: pages are counted from 0"),
         (Question("../bright"), "expected the plain name"),
-        (Question("gone"), "gone"),
+        (Question("gone"), "the run gone is gone; reload the page"),
     ],
 )
 def test_wrong_questions(sessions, question, words):
@@ -181,9 +247,12 @@ def test_the_table_of_runs(place):
     Path("models/insects").mkdir()
     Path("models/insects/config.yml").write_text("classes: [ants, bees]")
     Path("models/insects/model.pth").touch()
-    with pytest.raises(FileNotFoundError, match="models/ has no run of individual nuclei; train one first: python"):
-        visits.runs_of_nuclei()
-    assert [levels_of(name) for name in ("masks", "deep", "cut")] == [["4"], ["1", "2", "3", "4"], ["2"]]
+    Path("models/nuclei").mkdir()
+    Path("models/nuclei/config.yml").write_text("{arch: NestedUNet, target: instances}")
+    Path("models/nuclei/model.pth").touch()
+    assert list(visits.runs_of_nuclei()) == ["nuclei"]
+    configs = {name: yaml.safe_load(Path(f"models/{name}/config.yml").read_text()) for name in ("masks", "deep", "cut")}
+    assert [levels_of(config) for config in configs.values()] == [[4], [1, 2, 3, 4], [2]]
     report = Path("outputs/deep/report.html")
     report.parent.mkdir(parents=True)
     report.touch()
@@ -206,5 +275,18 @@ def test_classes_and_where_it_looked(sessions):
     assert set(found) == {"ants", "bees"} and sum(found.values()) == pytest.approx(1)
     assert heat.shape == (64, 64, 3) and heat.dtype == np.uint8 and heat.std() > 0
     Path("text.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"text\.png is not a readable picture"):
-        sessions.of("a").classify("text.png", "insects")
+    with pytest.raises(ValueError) as caught:
+        sessions.of("a").classify(Path("text.png").resolve(), "insects")
+    said = refusal(Path("text.png").resolve(), caught.value)
+    assert said.startswith("text.png is not a readable picture (") and "/" not in said
+    sessions.max_pixels = 1000
+    with pytest.raises(ValueError, match="pixels are more than"):
+        sessions.of("a").classify("discs.png", "insects")
+
+
+def test_a_lack_of_memory_is_said_in_one_line():
+    assert refusal("a.png", RuntimeError("DefaultCPUAllocator: can't allocate")).startswith(
+        "a.png: the machine's memory"
+    )
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        refusal("a.png", RuntimeError("a mistake of ours"))

@@ -4,6 +4,7 @@ python export.py --name run1               # models/run1 -> outputs/run1/run1_L4
 python export.py --name run1 --level 2     # pruned: smaller and faster; --level mean averages all heads
 python export.py --name run1 --int8        # -> run1_L4_int8.onnx: a quarter of the size, faster, quantised
 python export.py --name run1 --level 2 --run small   # no ONNX: a run of 1 MB, models/small, for predict.py and val.py
+python export.py --name run1 --level mean --run half # the same with all its levels
 python export.py --name nuclei             # of --target instances: the file gives the three maps of individual nuclei
 
 Using the file needs onnxruntime only:
@@ -60,7 +61,7 @@ def build_parser():
     a("--name", help="models/<name>; default: the newest run")
     a("--level", choices=LEVELS, help="the head to keep, or the mean of all; default: the deepest")
     a("--int8", action="store_true", help="quantise to 8 bits, calibrated on training images")
-    a("--run", metavar="NAME", help="write a run folder instead, models/NAME: pruned to --level, in half precision")
+    a("--run", metavar="NAME", help="write a run instead, models/NAME: --level (mean: all), in half precision")
     a("--output", type=Path, help="file to write; default: outputs/<name>/<name>_L<level>.onnx, or ..._int8.onnx")
     a("--overwrite", action="store_true", help="replace an existing file or run")
     return parser
@@ -282,12 +283,10 @@ def write_int8(deployed, path, config, metadata):
 
 
 def write_run(name, options):
-    """models/<name> -> models/<options.run>: pruned, weights in half precision, with the ids it was trained on."""
+    """models/<name> -> models/<options.run>: pruned, or with all heads for --level mean, in half precision."""
     source, folder = run_folder(name), run_folder(options.run)
     if given := [flag for flag, value in (("--int8", options.int8), ("--output", options.output)) if value]:
         raise ValueError(f"{given[0]} is for an ONNX file, --run for a run folder; give one of them")
-    if options.level == "mean":
-        raise ValueError("--run keeps one head: --level 1, 2, 3 or 4")
     if folder.resolve() == source.resolve():
         raise ValueError(f"--run {options.run} is the run itself; give the new one another name")
     if earlier := [path for path in (folder / file for file in RUN_FILES) if path.exists()]:
@@ -305,10 +304,13 @@ def write_run(name, options):
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / "model.pth", state)
     write_yaml(folder / "split.yml", split)
-    level = model.levels[-1] if config["deep_supervision"] else DEPTH
-    write_yaml(folder / "config.yml", {**config, "name": folder.name, "level": level})
+    config = {**config, "name": folder.name}
+    if options.level != "mean":
+        config["level"] = model.levels[-1] if config["deep_supervision"] else DEPTH
+    write_yaml(folder / "config.yml", config)
     size = (folder / "model.pth").stat().st_size / 2**20
-    print(f"{folder}: {model.head_names[-1]}, {count_params(model):,} parameters in half precision, {size:.1f} MB")
+    heads = ", ".join(model.head_names)
+    print(f"{folder}: {heads}, {count_params(model):,} parameters in half precision, {size:.1f} MB")
     print(f"use it: python predict.py --name {shlex.quote(folder.name)} pictures/")
 
 

@@ -256,7 +256,6 @@ def test_a_run_cut_to_a_level_answers_like_that_level(exported, go, tmp_path, mo
     for options, expected in (
         ("--level 2 --run small", "models/small/config.yml exists; give --overwrite"),
         ("--run tiny --overwrite", "is the run itself"),
-        ("--level mean --run new", "keeps one head"),
         ("--run new --int8", "--int8 is for an ONNX file"),
         ("--run ../new", "expected the plain name of a folder"),
     ):
@@ -291,6 +290,19 @@ def test_a_run_without_deep_supervision_in_half_precision_is_no_training(tmp_pat
     assert "another run cut to level 4" in refused(go, train, "--name small --resume")
     assert kept == Path("models/small/model.pth").read_bytes()
     assert "\nL4 " in go(val, "--name small --device cpu")
+
+
+def test_a_run_with_all_its_levels_in_half_precision(exported, go, tmp_path, monkeypatch):
+    shutil.copytree(exported[0], tmp_path / "here", ignore=shutil.ignore_patterns("outputs"))
+    monkeypatch.chdir(tmp_path / "here")
+    assert "models/half: L1, L2, L3, L4, " in go(export, "--name tiny --level mean --run half")
+    config = yaml.safe_load(Path("models/half/config.yml").read_text())
+    assert config["name"] == "half" and "level" not in config
+    state, whole = (torch.load(f"models/{name}/model.pth", weights_only=True) for name in ("half", "tiny"))
+    assert state.keys() == whole.keys()
+    assert {value.dtype for value in state.values()} == {torch.float16, torch.int64}
+    for level in (2, 4):
+        assert f"models/half, L{level}," in go(predict, "inputs/cells/images", f"--name half --level {level}")
 
 
 # ---------------------------------------------------------------- individual nuclei

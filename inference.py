@@ -8,6 +8,7 @@ val.py, predict.py, export.py and notebooks share it. torch is imported inside t
 ONNX file can be used without PyTorch.
 """
 
+import copy
 import math
 import sys
 from pathlib import Path
@@ -133,6 +134,15 @@ def eight_ways(function, images, axes):
     return total / 8
 
 
+def without_tta(predictor):
+    """A Predictor or OnnxPredictor -> one of the same network that looks once; itself where it already does."""
+    if not predictor.tta:
+        return predictor
+    plain = copy.copy(predictor)
+    plain.tta = False
+    return plain
+
+
 class Predictor:
     """A run of train.py, ready to answer.
 
@@ -165,6 +175,10 @@ class Predictor:
             images = torch.from_numpy(images).to(self.device)
             found = eight_ways(look, images, (1, 2)) if self.tta else look(images)
             return found.cpu().numpy()
+
+    def plain(self):
+        """This predictor without test-time augmentation."""
+        return without_tta(self)
 
     def of_heads(self, images):
         """Standardised images (N, C, H, W) -> {head: probabilities (N, classes, H, W) float32}, as in head_names."""
@@ -238,6 +252,10 @@ class OnnxPredictor:
     def __call__(self, images):
         """uint8 (N, H, W, C) in [0, 255] -> float32 (N, H, W, classes) in [0, 1]."""
         return eight_ways(self._look, images, (1, 2)) if self.tta else self._look(images)
+
+    def plain(self):
+        """This predictor without test-time augmentation."""
+        return without_tta(self)
 
     def _look(self, images):
         try:

@@ -82,12 +82,16 @@ class Watched:
     """A Predictor that calls `each` before every batch, which may end the work, with thresholds of its own."""
 
     def __init__(self, predictor, each, **thresholds):
-        self.predictor, self.each = predictor, each
+        self.predictor, self.each, self.thresholds = predictor, each, thresholds
         self.config = {**predictor.config, **thresholds}
 
     def __call__(self, images):
         self.each()
         return self.predictor(images)
+
+    def plain(self):
+        plain = self.predictor.plain()
+        return self if plain is self.predictor else Watched(plain, self.each, **self.thresholds)
 
 
 class Sessions:

@@ -39,16 +39,16 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2):
     """picture: (H, W, C) uint8, as common.images.read_picture returns it -> Found.
 
     predictor: inference.Predictor or OnnxPredictor, its run one of --target instances. diameter: the typical nucleus,
-    in pixels of the picture; by default the scale is searched (scale_search.py), in large pictures in a window with
-    much structure. batch_size: tiles that the network sees at once. ValueError for a diameter at which the network
-    would see more than MOST_PIXELS.
+    in pixels of the picture; by default the scale is searched (scale_search.py), without test-time augmentation and, in
+    large pictures, in a window with much structure. batch_size: tiles that the network sees at once. ValueError for a
+    diameter at which the network would see more than MOST_PIXELS.
     """
     config = predictor.config
     image = stretch_picture(picture, config)
     lowest, highest = bounds_of(image.shape[:2], MOST_PIXELS)
     thresholds = {key: config[key] for key in DEFAULTS}
 
-    def look(part, scale):
+    def look(part, scale, predictor=predictor):
         maps = predict_tiled(predictor, zoom(part, scale)[None], batch_size)[0]
         return nuclei_in_blocks(maps, **thresholds)
 
@@ -61,16 +61,17 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2):
             )
         labels, confidence = look(image, max(scale, lowest))
     else:
-        part = image[busiest_window(image, SEARCHED)]
+        part, plain = image[busiest_window(image, SEARCHED)], predictor.plain()
         looks = {}
 
         def nuclei_at(scale):
-            looks[scale] = look(part, scale)
+            looks[scale] = look(part, scale, plain)
             return looks[scale][0]
 
         bounds = lowest, min(LARGEST, highest, bounds_of(part.shape[:2], MOST_SEARCHED)[1])
         scale, _ = find_scale(nuclei_at, config["diameter"], config.get("scale", 1.0), bounds)
-        labels, confidence = looks[scale] if part.shape == image.shape else look(image, scale)
+        seen = part.shape == image.shape and plain is predictor
+        labels, confidence = looks[scale] if seen else look(image, scale)
     labels = resize_labels(labels, image.shape[:2])
     kept = np.bincount(labels.ravel(), minlength=len(confidence)) > 0
     kept[0] = True

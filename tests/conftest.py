@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from inference import without_tta
 from instances import DEFAULTS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -149,6 +150,7 @@ class BrightNuclei:
     """
 
     about = name = head = "bright"
+    tta = False
 
     def __init__(self, **config):
         self.seen = []
@@ -160,6 +162,9 @@ class BrightNuclei:
             "num_classes": 3,
         }
         self.config |= {"input_h": 64, "input_w": 64, **DEFAULTS, "smallest": 4, **config}
+
+    def plain(self):
+        return without_tta(self)
 
     def __call__(self, images):
         self.seen += [image.shape[:2] for image in images]

@@ -33,6 +33,22 @@ def test_a_given_diameter_is_taken_as_it_is():
     assert official_scores([judge(found.labels, labels)])[0] > 0.6
 
 
+def test_the_scale_is_searched_without_flips():
+    """A predictor that averages flips is asked once, at the scale that one without them has found."""
+
+    class Flipping(BrightNuclei):
+        def __call__(self, images):
+            modes.append(self.tta)
+            return super().__call__(images)
+
+    modes, predictor = [], Flipping()
+    plain = find_nuclei(predictor, discs(9)[0])
+    before = len(modes)
+    predictor.tta = True
+    found = find_nuclei(predictor, discs(9)[0])
+    assert modes[before:] == [False] * before + [True] and found.scale == plain.scale and predictor.tta
+
+
 def test_pictures_without_nuclei_and_of_odd_shapes():
     for shape in ((1, 1), (3, 400), (300, 2)):
         found = find_nuclei(BrightNuclei(), np.zeros((*shape, 3), np.uint8))

@@ -148,7 +148,7 @@ def classes_tab(gr, visits, block):
         return max(found, key=found.get), found, picture
 
     def runs():
-        names = list(list_runs("classes"))
+        names = [name for name, _ in list_runs("classes")]
         return gr.Dropdown(names, value=names[0] if names else None)
 
     block.load(said_by(gr, REFUSED, runs), None, run, queue=False)

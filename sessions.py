@@ -25,10 +25,9 @@ import numpy as np
 from common import report, synthetic
 from common.cli import in_one_line, lack_of_memory
 from common.devices import pick_amp, pick_device
-from common.files import read_yaml
 from common.images import MAX_PIXELS, PageReader, list_pages, squeeze, standardise, to_channels, write_png
 from common.outlines import distinct_colours, draw_outlines
-from common.runs import MODELS, list_runs, run_folder
+from common.runs import list_runs, run_folder
 from inference import Predictor
 from predictions import reason_of
 from run_config import is_of_nuclei
@@ -264,8 +263,8 @@ def as_shown(picture, labels):
 def refusal(path, error):
     """What the page says of a picture that predict.py would skip, or of a run that has gone."""
     if isinstance(error, RuntimeError):
-        error = lack_of_memory(error)
-    reason, name = error if isinstance(error, str) else in_one_line(reason_of(error)), Path(path).name
+        error = MemoryError(lack_of_memory(error))
+    reason, name = in_one_line(reason_of(error)), Path(path).name
     return reason.replace(str(path), name) if str(path) in reason else f"{name}: {reason}"
 
 
@@ -281,14 +280,13 @@ def weights_written(run):
 
 def runs_of_nuclei():
     """Yields the names of the runs that find individual nuclei, the newest first."""
-    return (name for name in list_runs("arch") if is_of_nuclei(read_yaml(MODELS / name / "config.yml")))
+    return (name for name, config in list_runs("arch") if is_of_nuclei(config))
 
 
 def about_runs():
     """[name, job, data, report or NO_REPORT] of each run under models/, the newest first in each job."""
     rows = []
-    for name in [*list_runs("arch"), *list_runs("classes")]:
-        config = read_yaml(MODELS / name / "config.yml")
+    for name, config in [*list_runs("arch"), *list_runs("classes")]:
         if "classes" in config:
             job, data = "classes", ", ".join(map(str, config["classes"]))
         else:

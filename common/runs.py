@@ -37,7 +37,7 @@ def run_folder(name):
 
 
 def list_runs(key):
-    """Yields the names of the runs whose config.yml has `key`, those with the newest weights first.
+    """Yields (name, config) of the runs whose config.yml has `key`, those with the newest weights first.
 
     Runs that came with the repository (they have a model card) follow after all others, the last by name first.
     key: a key of MAKERS.
@@ -47,13 +47,14 @@ def list_runs(key):
         (shipped if (path.parent / MODEL_CARD).is_file() else own).append(path)
     own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for path in (*own, *sorted(shipped, reverse=True)):
-        if (path.parent / "config.yml").is_file() and key in read_yaml(path.parent / "config.yml"):
-            yield path.parent.name
+        about = path.parent / "config.yml"
+        if about.is_file() and key in (config := read_yaml(about)):
+            yield path.parent.name, config
 
 
 def newest_run(key):
-    """The first of list_runs(key). FileNotFoundError when there is none; it names the command that makes one."""
-    name = next(list_runs(key), None)
+    """The first name of list_runs(key). FileNotFoundError when there is none; it names the command that makes one."""
+    name, _ = next(list_runs(key), (None, None))
     if name is None:
         raise FileNotFoundError(f"no trained run in {MODELS}/; train one first: {MAKERS[key]}")
     return name

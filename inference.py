@@ -176,10 +176,6 @@ class Predictor:
             found = eight_ways(look, images, (1, 2)) if self.tta else look(images)
             return found.cpu().numpy()
 
-    def plain(self):
-        """This predictor without test-time augmentation."""
-        return without_tta(self)
-
     def of_heads(self, images):
         """Standardised images (N, C, H, W) -> {head: probabilities (N, classes, H, W) float32}, as in head_names."""
         import torch
@@ -253,10 +249,6 @@ class OnnxPredictor:
         """uint8 (N, H, W, C) in [0, 255] -> float32 (N, H, W, classes) in [0, 1]."""
         return eight_ways(self._look, images, (1, 2)) if self.tta else self._look(images)
 
-    def plain(self):
-        """This predictor without test-time augmentation."""
-        return without_tta(self)
-
     def _look(self, images):
         try:
             [found] = self.session.run(None, {self.input: images})
@@ -299,12 +291,13 @@ def windows(length, tile, overlap=OVERLAP, multiple=MULTIPLE):
     return starts, np.stack([bump / total[start : start + size] for start in starts]).astype(np.float32)
 
 
-def predict_tiled(predictor, images, batch_size=8):
+def predict_tiled(predictor, images, batch_size=8, each=None):
     """(N, H, W, C) uint8 -> (N, classes, H, W) uint16, 65535 = 1; the network sees `batch_size` tiles at a time.
 
     Images that fit into tile_size are seen whole. Sides are padded to a multiple of 16 or 32 at their ends by
     replication, as the network itself does, so that every tile begins on one and all have one size. The sums of one row
-    of tiles are kept, and those lines that the next row does not reach go to the result.
+    of tiles are kept, and those lines that the next row does not reach go to the result. each() is called before every
+    batch; what it raises ends the work.
     """
     tile, num_classes, (height, width) = tile_size(predictor.config), predictor.config["num_classes"], images.shape[1:3]
     multiple = multiple_of(predictor.config)
@@ -320,6 +313,8 @@ def predict_tiled(predictor, images, batch_size=8):
     strip = np.zeros((count, tile_h, right, num_classes), np.float32)
     for top, end, weights_y in zip(tops, [*tops[1:], bottom], row_weights, strict=True):
         for batch in (places[first : first + batch_size] for first in range(0, len(places), batch_size)):
+            if each:
+                each()
             seen = np.stack([images[k, top : top + tile_h, left : left + tile_w] for k, left, _ in batch])
             for (k, left, weights_x), values in zip(batch, predictor(seen), strict=True):
                 strip[k, :, left : left + tile_w] += values * (weights_y[:, None] * weights_x)[..., None]

@@ -77,22 +77,6 @@ class Answer:
     files: list  # to take away
 
 
-class Watched:
-    """A Predictor that calls `each` before every batch, which may end the work, with thresholds of its own."""
-
-    def __init__(self, predictor, each, **thresholds):
-        self.predictor, self.each, self.thresholds = predictor, each, thresholds
-        self.config = {**predictor.config, **thresholds}
-
-    def __call__(self, images):
-        self.each()
-        return self.predictor(images)
-
-    def plain(self):
-        plain = self.predictor.plain()
-        return self if plain is self.predictor else Watched(plain, self.each, **self.thresholds)
-
-
 class Sessions:
     """All visits. folder: a temporary one, which the caller removes in the end. device, amp: as for Predictor."""
 
@@ -182,9 +166,10 @@ class Session:
         page, picture, note = self._read(path, question)
         predictor = copy.copy(self.sessions.load(question.run, question.level, weights_written(question.run)))
         predictor.tta = question.tta
-        thresholds = {} if question.threshold is None else {"mask_threshold": question.threshold}
+        if question.threshold is not None:
+            predictor.config = {**predictor.config, "mask_threshold": question.threshold}
         started = time.perf_counter()
-        found = find_nuclei(Watched(predictor, watch, **thresholds), picture, question.diameter or None)
+        found = find_nuclei(predictor, picture, question.diameter or None, each=watch)
         seconds = time.perf_counter() - started
         with self.lock:
             if self.closed or stopping.is_set():

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from common.images import squeeze, to_channels
-from inference import predict_tiled
+from inference import predict_tiled, without_tta
 from instances import DEFAULTS, sequential
 from nuclei.blocks import nuclei_in_blocks
 from nuclei.scale_search import find_scale
@@ -35,13 +35,14 @@ class Found(NamedTuple):
     scale: float  # network pixels per pixel of the picture
 
 
-def find_nuclei(predictor, picture, diameter=None, batch_size=2):
+def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
     """picture: (H, W, C) uint8, as common.images.read_picture returns it -> Found.
 
     predictor: inference.Predictor or OnnxPredictor, its run one of --target instances. diameter: the typical nucleus,
     in pixels of the picture; by default the scale is searched (scale_search.py), without test-time augmentation and, in
-    large pictures, in a window with much structure. batch_size: tiles that the network sees at once. ValueError for a
-    diameter at which the network would see more than MOST_PIXELS.
+    large pictures, in a window with much structure. batch_size: tiles that the network sees at once. each() is called
+    before every batch of tiles; what it raises ends the work. ValueError for a diameter at which the network would see
+    more than MOST_PIXELS.
     """
     config = predictor.config
     image = stretch_picture(picture, config)
@@ -49,7 +50,7 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2):
     thresholds = {key: config[key] for key in DEFAULTS}
 
     def look(part, scale, predictor=predictor):
-        maps = predict_tiled(predictor, zoom(part, scale)[None], batch_size)[0]
+        maps = predict_tiled(predictor, zoom(part, scale)[None], batch_size, each)[0]
         return nuclei_in_blocks(maps, **thresholds)
 
     if diameter:
@@ -61,7 +62,7 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2):
             )
         labels, confidence = look(image, max(scale, lowest))
     else:
-        part, plain = image[busiest_window(image, SEARCHED)], predictor.plain()
+        part, plain = image[busiest_window(image, SEARCHED)], without_tta(predictor)
         looks = {}
 
         def nuclei_at(scale):

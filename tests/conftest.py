@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 
-from inference import without_tta
 from instances import DEFAULTS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -162,9 +161,6 @@ class BrightNuclei:
             "num_classes": 3,
         }
         self.config |= {"input_h": 64, "input_w": 64, **DEFAULTS, "smallest": 4, **config}
-
-    def plain(self):
-        return without_tta(self)
 
     def __call__(self, images):
         self.seen += [image.shape[:2] for image in images]

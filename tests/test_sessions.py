@@ -20,8 +20,9 @@ from conftest import REPOSITORY, BrightNuclei, call, discs
 import predict
 import sessions as visits
 from classification.resnet18 import ResNet18
+from nuclei import find
 from run_config import levels_of
-from sessions import COLUMNS, Question, Sessions, Stopped, Watched, as_shown, refusal, report_of
+from sessions import COLUMNS, Question, Sessions, Stopped, as_shown, refusal, report_of
 
 
 @pytest.fixture
@@ -86,14 +87,18 @@ def test_levels_are_compared_until_something_else_changes(sessions):
 
 
 def test_an_option_reaches_the_network(sessions, monkeypatch):
-    seen = []
-    monkeypatch.setattr(visits, "Watched", lambda predictor, each, **changes: seen.append((predictor.tta, changes)))
-    with pytest.raises(AttributeError):  # there is no predictor then
-        sessions.of("a").find("discs.png", Question("bright", tta=True, threshold=0.3))
-    assert seen == [(True, {"mask_threshold": 0.3})]
-    watched = Watched(BrightNuclei(), lambda: seen.append("batch"), mask_threshold=0.3)
-    watched(np.zeros((1, 32, 32, 3), np.uint8))
-    assert seen[-1] == "batch" and watched.config["mask_threshold"] == 0.3 and watched.config["smallest"] == 4
+    kept, seen = named("L4"), []
+    monkeypatch.setattr(sessions, "load", lambda run, level, written: kept)
+
+    def look(predictor, picture, diameter, each):
+        seen.append((predictor.tta, predictor.config["mask_threshold"], predictor.config["smallest"]))
+        return found_nuclei(predictor, picture, diameter, each=lambda: seen.append("batch") or each())
+
+    found_nuclei = find.find_nuclei
+    monkeypatch.setattr(find, "find_nuclei", look)
+    sessions.of("a").find("discs.png", Question("bright", tta=True, threshold=0.3))
+    assert seen[0] == (True, 0.3, 4) and seen[-1] == "batch"
+    assert kept.tta is False and kept.config["mask_threshold"] == 0.6  # other visitors have it, too
 
 
 def test_stop_ends_the_work_and_keeps_the_last_answer(sessions):

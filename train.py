@@ -4,7 +4,7 @@ python train.py --arch NestedUNet --deep_supervision True --name run1
 python train.py --name run1 --resume                 # continue a stopped run
 torchrun --nproc_per_node=4 train.py --name run1     # on four GPUs, or in four processes
 python train.py --dataset my_cells --num_classes 2   # inputs/my_cells/{images,masks/0,masks/1}
-python train.py --config configs/nuclei.yml --name nuclei   # nuclei one by one: inputs/dsb2018/{images,labels}
+python train.py --config configs/nuclei.yml --name nuclei1   # nuclei one by one: inputs/dsb2018/{images,labels}
 """
 
 import argparse

@@ -39,14 +39,14 @@ def run_folder(name):
 def list_runs(key):
     """Yields (name, config) of the runs whose config.yml has `key`, those with the newest weights first.
 
-    Runs that came with the repository (they have a model card) follow after all others, the last by name first.
+    Runs that came with the repository (they have a model card) follow after all others, in the order of their names.
     key: a key of MAKERS.
     """
     own, shipped = [], []
     for path in MODELS.glob("*/model.pth"):
         (shipped if (path.parent / MODEL_CARD).is_file() else own).append(path)
     own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in (*own, *sorted(shipped, reverse=True)):
+    for path in (*own, *sorted(shipped)):
         about = path.parent / "config.yml"
         if about.is_file() and key in (config := read_yaml(about)):
             yield path.parent.name, config

@@ -211,7 +211,7 @@ def test_processes_share_the_files(tmp_path):
     for k in range(3):
         write(tmp_path / "in" / f"{k}.png", discs(6 + k)[0])
     (tmp_path / "models").symlink_to(REPOSITORY / "models")
-    options = ["--name", "nuclei_instances", "--device", "cpu", "--amp", "off", "--diameter", "14", "in"]
+    options = ["--name", "nuclei", "--device", "cpu", "--amp", "off", "--diameter", "14", "in"]
     said = run_script("predict.py", *options, "--output", "one", cwd=tmp_path).stdout
     assert "5 pictures" in said and " 0 nuclei" not in said
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -64,7 +64,7 @@ def test_the_newest_run_and_the_shipped_ones_last(tmp_path, monkeypatch):
         newest_run("arch")
     write("card_a", 900, shipped=True)
     write("card_b", 800, shipped=True)
-    assert newest_run("arch") == "card_b"
+    assert newest_run("arch") == "card_a"
     write("old", 100)
     write("new", 200)
     write("ants", 300, key="classes")

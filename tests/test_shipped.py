@@ -18,7 +18,7 @@ PICTURES = 24
 
 @pytest.mark.parametrize(
     ("name", "level", "megabytes", "images"),
-    [("nuclei_L2", 2, 1.5, (536, 134)), ("nuclei_instances", None, 3.1, (531, 133))],
+    [("nuclei_L2", 2, 1.5, (536, 134)), ("nuclei", None, 3.1, (531, 133))],
 )
 def test_they_are_small_runs(name, level, megabytes, images):
     folder = MODELS / name
@@ -44,8 +44,8 @@ def test_nuclei_one_by_one_without_a_name(tmp_path, monkeypatch, capsys):
         cv2.imwrite(str(tmp_path / "pictures" / f"{seed}.png"), image[..., ::-1])
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, predict, "pictures --device cpu --amp off") == 0
-    assert "models/nuclei_instances, L4" in capsys.readouterr().out
-    found = [read_labels(f"outputs/nuclei_instances/predict/{seed}_labels.tif") for seed in truth]
+    assert "models/nuclei, L4" in capsys.readouterr().out
+    found = [read_labels(f"outputs/nuclei/predict/{seed}_labels.tif") for seed in truth]
     scores = summarise([judge(labels, truth[seed]) for seed, labels in enumerate(found)])
     assert scores["f1"] > 0.9
 

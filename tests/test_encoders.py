@@ -10,6 +10,7 @@ import sys
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 import yaml
 from conftest import call, run_script, trained
@@ -22,7 +23,7 @@ import train
 import val
 from archs import NestedUNet, build_model
 from common.files import load_weights
-from encoders import Encoder, convert_sync_batchnorm, for_channels, load_encoder
+from encoders import Encoder, EncoderConv2d, convert_sync_batchnorm, for_channels, load_encoder
 from utils import count_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,6 +57,24 @@ def test_features_of_efficientnet_lite0_are_those_of_the_whole_classifier():
         torch.testing.assert_close(feature, expected)
     assert [tuple(m.shape[1:]) for m in maps] == [(16, 32, 48), (24, 16, 24), (40, 8, 12), (112, 4, 6)]
     assert encoder.channels == [16, 24, 40, 112] and encoder.mean == encoder.std == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("groups", [6, 1])
+def test_depthwise_convolutions_learn_in_float32_on_a_cpu(groups):
+    """In bfloat16 around them; other convolutions are left alone."""
+    conv = EncoderConv2d(6, 6, 3, padding=1, groups=groups)
+    images = torch.rand(2, 6, 9, 9).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(images).square().sum().backward()
+    found = conv.weight.grad.clone()
+    conv.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bfloat16 = F.conv2d(images, conv.weight, conv.bias, padding=1, groups=groups)
+    in_float32 = F.conv2d(images.float(), conv.weight, conv.bias, padding=1, groups=groups).bfloat16()
+    (in_bfloat16 if groups == 1 else in_float32).square().sum().backward()
+    assert torch.equal(found, conv.weight.grad)
+    depthwise = [m for m in Encoder("efficientnet_lite0", 4).modules() if getattr(m, "groups", 1) > 1]
+    assert len(depthwise) == 11 and all(isinstance(module, EncoderConv2d) for module in depthwise)
 
 
 @pytest.mark.parametrize("form", ["plain", "half precision", "module. prefix, wrapped", "run"])

@@ -30,7 +30,7 @@ def augmentation(parts, input_h, input_w, rgb=True):
         filled by reflection.
     stain: half of the images, small changes of hue and saturation (RGB only); a third, another tone curve for each
         channel, as another stain or lamp would give.
-    light: half of the images, a gamma of 0.5 to 2; half, brightness and contrast, down to half and up by a fifth.
+    light: half of the images, a gamma of 0.5 to 2; half, brightness by -50 to +20 %, contrast by -30 to +20 %.
     noise: a sixth of the images each, blurred by up to 1.2 pixels, and with noise of up to 5 % of the range.
     cutmix, paste: nothing here. They take two items, or single nuclei, so the data sets apply them.
     """

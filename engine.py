@@ -141,9 +141,10 @@ class Run:
     batch, ReduceLROnPlateau after each epoch with the validation loss, any other after each epoch. amp: the autocast
     dtype or None. ema: decay of the averaged weights, which are then the ones validated and kept; 0 for none.
     early_stopping: epochs without a better validation score, negative for never. seed: the global stream is seeded
-    with seed + epoch, or left alone when None. folder: gets log.csv, model.pth (best epoch) and last.pth (what
-    resuming needs); None keeps the best weights in memory. whole: the model that model.pth holds when `model` is a part
-    of it, such as a head trained on fixed features. frozen: parameters that do not learn in the first frozen_epochs.
+    with seed + epoch, or left alone when None. folder: gets log.csv, model.pth (best epoch, or last with keep_last) and
+    last.pth (what resuming needs); None keeps those weights in memory. whole: the model that model.pth holds when
+    `model` is a part of it, such as a head trained on fixed features. frozen: parameters that do not learn in the first
+    frozen_epochs.
     """
 
     def __init__(
@@ -163,12 +164,13 @@ class Run:
         whole=None,
         frozen=(),
         frozen_epochs=0,
+        keep_last=False,
     ):
         self.model, self.task, self.optimizer, self.scheduler, self.device = model, task, optimizer, scheduler, device
         self.epochs, self.amp, self.early_stopping, self.seed, self.folder = epochs, amp, early_stopping, seed, folder
         self.forward = model  # `fit` wraps it for several processes, or compiles it
         self.whole = whole or model
-        self.frozen, self.frozen_epochs = frozen, frozen_epochs
+        self.frozen, self.frozen_epochs, self.keep_last = frozen, frozen_epochs, keep_last
         self.ema = averaged(model, ema) if ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.rows, self.best_score, self.best_epoch, self.best = [], -1.0, 0, None
@@ -185,7 +187,7 @@ class Run:
 
     @property
     def kept(self):
-        """The whole model that is validated; model.pth gets its weights from the best epoch."""
+        """The whole model that is validated; model.pth gets its weights from the best epoch, or from the last."""
         return self.judged if self.whole is self.model else self.whole
 
     def learn(self, loss):
@@ -212,18 +214,19 @@ class Run:
         better = row[f"val_{self.task.score}"] >= self.best_score  # of equals the later one: it has learned longer
         if better:
             self.best_score, self.best_epoch = row[f"val_{self.task.score}"], row["epoch"]
+        due = better or self.keep_last
         if self.folder is None:
-            if better:
+            if due:
                 self.best = copy.deepcopy(self.kept.state_dict())
         elif is_main():
-            if better:
+            if due:
                 save_checkpoint(self.folder / "model.pth", self.kept.state_dict())
             save_checkpoint(self.folder / "last.pth", self.state())
             write_log(self.rows, self.folder / "log.csv")  # last: it counts the epochs that are safe
         return better
 
     def load_best(self):
-        """Give the model the weights of the best epoch."""
+        """Give the model the weights that model.pth holds."""
         best = self.best if self.folder is None else load_checkpoint(self.folder / "model.pth")
         self.kept.load_state_dict(best)
 

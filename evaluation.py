@@ -14,6 +14,7 @@ from common import report
 from common.images import write_png
 from common.lookalikes import kind
 from metrics import DEFINITIONS, INTERSECTION, PREDICTED, THRESHOLDS, TRUE, dice, iou, per_class, summarise
+from run_config import kept_epoch
 
 HEADINGS = {  # of the printed tables; the definitions follow them
     "iou": "IoU",
@@ -134,7 +135,8 @@ def write_report(path, config, what, headline, remarks, by_epoch, by_class, item
     metrics = [report.table(rows, columns, caption=epoch) for epoch, rows in by_epoch.items()]
     legends = [report.legend()]
     if len(by_class) > 1:
-        metrics.append(report.table(by_class, {"class": "class", **HEADINGS}, caption="each class, best epoch"))
+        caption = f"each class, {kept_epoch(config)}"
+        metrics.append(report.table(by_class, {"class": "class", **HEADINGS}, caption=caption))
         colours = report.legend([f"class {row['class']}" for row in by_class])
         legends = [report.paragraph("Truth and prediction:"), colours, report.paragraph("Errors:"), *legends]
     metrics.append(report.table([{"metric": HEADINGS[key], "definition": text} for key, text in DEFINITIONS.items()]))

@@ -21,9 +21,8 @@ from common.devices import pick_amp, pick_device, precision, precision_name
 from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
 from common.runs import newest_run, run_folder
-from run_config import are_channels, fits_of, is_of_nuclei, read_config
+from run_config import are_channels, fits_of, is_of_nuclei, levels_of, read_config
 
-DEEPEST_LEVEL = "4"  # what a network without deep supervision answers with, X^{0,4}
 LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
 TILE, OVERLAP = 256, 64  # pixels that the network sees
 TILE_OF_NUCLEI = 512  # for --target instances, whose pictures keep about their own size: whole, where they fit
@@ -47,13 +46,11 @@ def load_trained(name, device, which="best", level=None):
 
     folder = run_folder(name)
     config = read_config(folder)
-    cut = config.get("level")
-    if cut and level not in (None, "deepest", str(cut)):
-        raise ValueError(f"{folder} was cut to level {cut} and has no other: leave --level out")
-    if not config["deep_supervision"] and level not in (None, "deepest", DEEPEST_LEVEL):
-        raise ValueError(
-            f"{folder} has level {DEEPEST_LEVEL} alone, not {level}: it was trained without --deep_supervision True"
-        )
+    cut, known = config.get("level"), levels_of(config)
+    if len(known) == 1 and level not in (None, "deepest", str(known[0])):
+        if cut:
+            raise ValueError(f"{folder} was cut to level {cut} and has no other: leave --level out")
+        raise ValueError(f"{folder} has level {known[0]} alone, not {level}: trained without --deep_supervision True")
     path = folder / ("model.pth" if which == "best" else "last.pth")
     weights = load_weights(path)
     with torch.device("meta"):  # no random weights are drawn for nothing

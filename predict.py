@@ -20,7 +20,7 @@ A run of individual nuclei (--target instances). Each picture gets <stem>_labels
 n the nuclei), in which the pages of a stack stay together, and <stem>_overlay.png with the outline of each nucleus.
 images.csv has count, density and median diameter of each picture; objects.csv one row per nucleus: area, centroid, box,
 equivalent diameter, eccentricity, solidity, perimeter, mean and largest value of each channel, confidence, and whether
-it touches the border, with --pixel_size (or where a TIFF tells it) in micrometres, too.
+it touches the border; with --pixel_size (or where a TIFF gives it) sizes also in micrometres.
 
 A stem that several pictures share is prefixed with the name of their folder, and numbered where that is not enough. A
 second call adds to the folder and to the tables. It replaces the results of the same pictures, and nothing else. A call

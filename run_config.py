@@ -41,6 +41,7 @@ def read_config(folder):
     fits["deep_supervision"] = isinstance(config["deep_supervision"], bool)
     fits.update({key: are_channels(config, key) for key in ("mean", "std")})
     fits["encoder"] = isinstance(config.get("encoder", "none"), str)
+    fits["keep"] = config.get("keep", "best") in ("best", "last")
     fits["level"] = "level" not in config or is_within(config["level"], levels)
     wrong = [key for key, fit in fits.items() if not fit]
     if wrong:
@@ -58,6 +59,11 @@ def levels_of(config):
     if config.get("level"):
         return [config["level"]]
     return [1, 2, 3, 4] if config["deep_supervision"] else [4]
+
+
+def kept_epoch(config):
+    """Whose weights model.pth holds (train.py --keep): "best epoch" or "last epoch"."""
+    return f"{config.get('keep', 'best')} epoch"
 
 
 def fits_of(config):

@@ -74,7 +74,7 @@ class Answer:
     figure: object  # the histogram of sizes, a matplotlib Figure
     rows: list  # of the table, in the order of COLUMNS
     tried: list  # of the table of levels that this picture was asked with, in the order of TRIED
-    files: list  # to take away
+    files: list  # to download
 
 
 class Sessions:

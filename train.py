@@ -35,7 +35,7 @@ NO_OPTIONS = ("mean", "std", "scale", "environment", "level")  # what config.yml
 ENCODER_OPTIONS = ("stem", "encoder_weights", "encoder_lr", "encoder_freeze", "encoder_freeze_bn")
 NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance", "map_weights")
 NUCLEI_AUGMENT = "flips,copies,stain,light,noise,paste"  # with --target instances, unless --augment says otherwise
-LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS, "tensorboard")  # older runs lack them
+LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS, "tensorboard", "keep")  # older runs lack them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
 ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers that know no last epoch: it may be moved
 
@@ -50,11 +50,13 @@ def build_parser():
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--weights", help="start from the weights of a run (its name) or a file")
     a("--seed", type=seed, default=0, help="of initial weights, order and augmentation")
-    epochs = f"passes over the training images; more of them with --resume for {', '.join(ENDLESS)}"
+    epochs = f"passes over the training images; --resume can raise it with {', '.join(ENDLESS)}"
     a("--epochs", type=number(int, 1, 100_000), default=80, help=epochs)
     a("-b", "--batch_size", type=natural, default=16, help="global batch size, shared by torchrun's processes")
     a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better score; -1: never")
 
+    kept = "whose weights model.pth holds: those of the epoch with the best validation score, or of the last one"
+    a("--keep", choices=("best", "last"), default="best", help=kept)
     targets = "masks: a class per pixel; instances: nuclei one by one, from labels/ (configs/nuclei.yml)"
     a("--target", choices=("masks", "instances"), default="masks", help=targets)
 
@@ -68,7 +70,7 @@ def build_parser():
     sources = "auto (ImageNet), none, a file, or models/<run> of transfer_resnet18.py"
     a("--encoder_weights", default="auto", help=sources)
     a("--encoder_lr", type=positive, help="default: --lr for random weights, a fifth of it for pretrained ones")
-    a("--encoder_freeze", type=number(int, 0), default=0, help="epochs at first in which the encoder does not learn")
+    a("--encoder_freeze", type=number(int, 0), default=0, help="initial epochs in which the encoder stays frozen")
     a("--encoder_freeze_bn", action="store_true", help="keep the encoder's batch-norm statistics")
     a("--input_channels", type=int, choices=INPUT_CHANNELS, default=3, help="grey, RGB or RGBA")
     a("--num_classes", type=number(int, *BOUNDS["num_classes"]), default=1, help="folders masks/0, masks/1 ...")
@@ -92,7 +94,7 @@ def build_parser():
         "--diameter",
         type=number(float, 4, 256),
         default=22,
-        help="of each picture's median nucleus, to which it is scaled",
+        help="pixels; each picture is scaled until its median nucleus has this size",
     )
     a("--scale_range", type=interval(0.1, 10), default="0.5,2", help="of the random factor of a crop's scale")
     stretched = "percentiles of each picture that become black and white, or none"
@@ -311,6 +313,7 @@ def build_run(config, model, steps_per_epoch, device, folder=None):
         folder=folder,
         frozen=of_encoder,
         frozen_epochs=config["encoder_freeze"],
+        keep_last=config["keep"] == "last",
     )
 
 

@@ -75,7 +75,7 @@ from metrics import DEFINITIONS, bootstrap_interval, count_pixels, summarise
 from nuclei import evaluation as of_nuclei
 from nuclei.find import find_nuclei
 from nuclei.object_files import check_submission, write_submission
-from run_config import is_of_nuclei, read_config
+from run_config import is_of_nuclei, kept_epoch, read_config
 from training_data import open_images
 from utils import count_params
 
@@ -160,13 +160,13 @@ def judge(predictor, loader, label=None, on_batch=None):
     return {name: np.concatenate(of_batches) for name, of_batches in tables.items()}
 
 
-def print_results(by_epoch, by_class, head, explain):
+def print_results(by_epoch, by_class, about, explain):
     """The tables of heads and classes and, with `explain`, what each column means."""
     for epoch, heads in by_epoch.items():
         print(f"\n{epoch}")
         print_table(heads, {"head": "head", **HEADINGS})
     if len(by_class) > 1:
-        print(f"\neach class, {head}, best epoch")
+        print(f"\neach class, {about}")
         print_table(by_class, {"class": "class", **HEADINGS})
     print_definitions(HEADINGS, DEFINITIONS, explain)
 
@@ -212,8 +212,9 @@ def evaluate_masks(options, config, folder, output):
 
     predictions = Predictions(head)
     tables = judge(predictor, loader, folder.name, predictions)
-    by_epoch = {"best epoch (model.pth)": rows_of_heads(tables)}
-    if (folder / "last.pth").is_file():
+    kept = kept_epoch(config)
+    by_epoch = {f"{kept} (model.pth)": rows_of_heads(tables)}
+    if kept == "best epoch" and (folder / "last.pth").is_file():
         last = Predictor(folder.name, options.device, options.amp, level, "last", options.tta)
         by_epoch["last epoch (last.pth)"] = rows_of_heads(judge(last, loader, folder.name))
     table = tables[head]
@@ -224,10 +225,10 @@ def evaluate_masks(options, config, folder, output):
     remarks = scores_by_twins(dataset.img_ids, run_split, "IoU", lambda part: summarise(table[part])["iou"])
     for remark in remarks:
         print(remark)
-    print_results(by_epoch, by_class, head, options.explain)
+    print_results(by_epoch, by_class, f"{head}, {kept}", options.explain)
 
     headline = [
-        ("IoU", f"{scores['iou']:.4f}", f"pooled, {head}, best epoch; 95 % {low:.4f} to {high:.4f} over images"),
+        ("IoU", f"{scores['iou']:.4f}", f"pooled, {head}, {kept}; 95 % {low:.4f} to {high:.4f} over images"),
         ("Dice", f"{scores['dice']:.4f}", "pooled"),
         ("mIoU", f"{scores['miou']:.4f}", "foreground and background"),
         ("images", f"{len(dataset)}", what),
@@ -302,7 +303,7 @@ def evaluate_nuclei(options, config, folder, output):
         print(of_nuclei.headline_of(rows[-1]))
         for remark in remarks:
             print(remark)
-        print_nuclei(rows, predictor.head, options.explain)
+        print_nuclei(rows, f"{predictor.head}, {kept_epoch(config)}", options.explain)
         more = []
         if options.levels:
             more.append(compare_levels_of_nuclei(predictors, others + judged, new))
@@ -319,9 +320,9 @@ def evaluate_nuclei(options, config, folder, output):
     print(f"labels, metrics.csv and precision.png are in {output}; open {output / 'report.html'}")
 
 
-def print_nuclei(rows, head, explain):
+def print_nuclei(rows, about, explain):
     """The tables by kind of picture and, with `explain`, what each column means."""
-    print(f"\nkinds of pictures, {head}, best epoch (model.pth)")
+    print(f"\nkinds of pictures, {about} (model.pth)")
     print_table(rows, {"kind": "kind", **of_nuclei.COLUMNS})
     print("\nAP at each threshold of IoU")
     print_table(rows, {"kind": "kind", **of_nuclei.PRECISION})

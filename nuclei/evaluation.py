@@ -33,6 +33,7 @@ from instances import (
 )
 from labels import MAX_OBJECTS, find_labels, read_labels, write_labels
 from nuclei.object_files import write_label_tiff
+from run_config import kept_epoch
 
 PRECISION = {f"ap{5 * k}": f"{k / 20:.2f}" for k in TWENTIETHS.tolist()}  # ap50: 0.50 ... ap95: 0.95
 COLUMNS = {  # of rows_by: key and heading
@@ -278,7 +279,7 @@ def write_report(folder, config, what, head, rows, remarks, items, curves, more=
     """
     total = rows[-1]
     headline = [
-        ("official score", f"{total['official']:.4f}", f"{head}, best epoch; 95 % {total['interval']}"),
+        ("official score", f"{total['official']:.4f}", f"{head}, {kept_epoch(config)}; 95 % {total['interval']}"),
         ("AP50", f"{total['ap50']:.4f}", "mean over images"),
         ("F1", f"{total['f1']:.4f}", "at IoU > 0.5, all nuclei together"),
         ("count error", f"{100 * total['count_error']:.1f} %", "median over images"),

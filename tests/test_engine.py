@@ -206,6 +206,16 @@ def test_the_best_epoch_is_kept_in_memory():
     assert run.model.bias.tolist() == [3, 3]
 
 
+def test_the_last_epoch_is_kept_where_asked_for(tmp_path):
+    for folder in (None, tmp_path):
+        run = run_of(linear(), epochs=3, folder=folder, keep_last=True)
+        run.optimizer.step()
+        assert finish(run, 0.5, 0.25) == [True, False]
+        assert (run.best_score, run.best_epoch) == (0.5, 1)
+        run.load_best()
+        assert run.model.bias.tolist() == [2, 2]
+
+
 def test_the_best_weights_are_of_the_whole_model_and_on_disk(tmp_path):
     """A head that is trained on fixed features: last.pth holds the head, model.pth body and head."""
     head = linear()

@@ -109,6 +109,7 @@ def test_spoilt_weights_are_one_line(workplace, spoil, message):
     ("changed", "message"),
     [
         ({"width": "x"}, "is damaged: width 'x' is nothing that train.py writes"),
+        ({"keep": "all"}, "is damaged: keep 'all' is nothing that train.py writes"),
         ({"width": 0, "input_h": 1.5}, "is damaged: input_h 1.5, width 0 is nothing"),
         ({"num_classes": 101}, "num_classes 101"),
         ({"num_classes": True}, "num_classes True"),

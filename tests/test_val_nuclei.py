@@ -69,7 +69,7 @@ def place(tmp_path_factory, one_thread):
         patch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
         call(patch, train, TRAIN, "--dataset tiny --epochs 1 --name masks")
         call(patch, train, NUCLEI, "--crops 4 --epochs 1 --name plain")
-        call(patch, train, NUCLEI, "--crops 80 --epochs 4 --deep_supervision True --name nuclei")
+        call(patch, train, NUCLEI, "--crops 80 --epochs 4 --deep_supervision True --keep last --name nuclei")
         path = Path("models/nuclei/config.yml")
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **EASY}))
     words, browser = ["--name", "nuclei", "--amp", "off", "--submission", "new/bowl.csv", "--open"], browser_in(folder)
@@ -183,6 +183,7 @@ def test_the_interval_draws_groups_of_look_alikes(place):
     rows = pd.read_csv(place[0] / "first/metrics.csv")
     low, high = bootstrap_interval(rows.official, rows.kind)
     assert f"({low:.4f} to {high:.4f}, 95 % bootstrap over 2 groups of look-alikes)" in place[1]
+    assert "\nkinds of pictures, L4, last epoch (model.pth)\n" in place[1]
 
 
 def test_pictures_with_and_without_a_twin_are_scored_apart(copied, go, tmp_path, monkeypatch):

@@ -78,10 +78,10 @@ def classes_of(root):
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def check_layout(config):
+def check_layout(config, option="--dataset"):
     """Raise a FileNotFoundError or ValueError, one sentence, when a folder or every file of a kind is missing.
 
-    config: dataset, img_ext, mask_ext, num_classes and target, as in config.yml.
+    config: dataset, img_ext, mask_ext, num_classes and target, as in config.yml. option: what an error calls dataset.
     """
     check_places(config)
     root, needed = INPUTS / config["dataset"], range(config["num_classes"])
@@ -89,7 +89,7 @@ def check_layout(config):
         known = sorted(path.parent.name for path in INPUTS.glob("*/images"))
         there = f"the data sets are: {listed(known, 20)}" if known else "there is no data set yet"
         made = "preprocess_dsb2018.py makes one (--download, --demo)"
-        raise FileNotFoundError(f"--dataset {config['dataset']}: no such folder in {INPUTS}/; {there}; {made}")
+        raise FileNotFoundError(f"{option} {config['dataset']}: no such folder in {INPUTS}/; {there}; {made}")
     if not (root / "images").is_dir():
         raise FileNotFoundError(f"{root / 'images'}: no such folder; images are expected there, masks in masks/0")
     list_ids(root / "images", config["img_ext"])

@@ -20,7 +20,7 @@ from common.cli import loading
 from common.devices import pick_amp, pick_device, precision, precision_name
 from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
-from common.runs import newest_run, run_folder
+from common.runs import newest_run, run_folder, weights_file
 from run_config import are_channels, fits_of, is_of_nuclei, levels_of, read_config
 
 LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
@@ -74,9 +74,7 @@ def start_from(model, config):
 
     The weights of a run expect images standardised as in that run, so its mean and std go into config.
     """
-    path = Path(config["weights"])
-    if not path.is_file():
-        path = (path if path.is_dir() else Path("models") / path) / "model.pth"
+    path = weights_file(config["weights"])
     if not path.is_file():
         raise FileNotFoundError(f"--weights {config['weights']}: no such file, and no run: {path} does not exist")
     cut = None

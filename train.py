@@ -33,7 +33,7 @@ ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml
 FREE_ON_RESUME = {"name", "device", "num_workers", "cache", "checkpointing", "tensorboard", *ABOUT_THE_COMMAND}
 NO_OPTIONS = ("mean", "std", "scale", "environment", "level")  # what config.yml may keep beside the options
 ENCODER_OPTIONS = ("stem", "encoder_weights", "encoder_lr", "encoder_freeze", "encoder_freeze_bn")
-NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance", "map_weights")
+NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance", "rehearse", "map_weights")
 NUCLEI_AUGMENT = "flips,copies,stain,light,noise,paste"  # with --target instances, unless --augment says otherwise
 LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS, "tensorboard", "keep")  # older runs lack them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
@@ -102,6 +102,8 @@ def build_parser():
     a("--crops", type=number(int, 1, 10_000_000), help="random crops per epoch; default: as many as training pictures")
     balance = "0: all pictures are drawn equally often; 1: all kinds of pictures (dark grey, coloured ...) are"
     a("--kind_balance", type=number(float, 0, 1), default=0.5, help=balance)
+    others = "generated, or a folder of inputs/: every second crop is of its pictures, so that tuning forgets less"
+    a("--rehearse", type=data_set, default="none", help=others)
     a("--map_weights", type=weights(3), default="1,1,1", help="of the losses of mask, contact and distance")
 
     a = parser.add_argument_group("optimisation").add_argument

@@ -16,6 +16,7 @@ from common.lookalikes import Sketches, about_groups, about_twins, grouped_split
 from data_folder import list_ids
 from dataset import ABOUT, GROUPED, RANDOM, build_dataset, check_split, split_ids
 from nuclei.crops import build_crops
+from nuclei.rehearsal import NO_REHEARSAL, Rehearsal, build_rehearsal
 from run_config import is_of_nuclei
 
 ENOUGH_STEPS = 100  # batch norm's statistics remember some ten steps, and start from nothing
@@ -86,6 +87,8 @@ def build_data(config, split):
     of_twins = twins(sketches, split["train"], split["val"])
     print(about_twins(of_twins, images[1]))
     about = {key: {"train": found[key], "val": found_val[key]} for key in ABOUT}
+    if of_nuclei and config["rehearse"] != NO_REHEARSAL:
+        train_set = Rehearsal(train_set, build_rehearsal(config, len(train_set)))
     return train_set, val_set, {**about, "twins": of_twins}
 
 

@@ -36,6 +36,12 @@ def run_folder(name):
     return MODELS / name
 
 
+def weights_file(source):
+    """The file that --weights names: a file, or the model.pth of a run, given by its folder or its name."""
+    path = Path(source)
+    return path if path.is_file() else (path if path.is_dir() else MODELS / path) / "model.pth"
+
+
 def list_runs(key):
     """Yields (name, config) of the runs whose config.yml has `key`, those with the newest weights first.
 

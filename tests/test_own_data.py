@@ -10,6 +10,7 @@ from conftest import REPOSITORY, run_script
 PAGE = REPOSITORY / "docs" / "OWN_DATA.md"
 SMALLER = ["--epochs", "1", "--width", "2", "--input_w", "32", "--input_h", "32", "--batch_size", "4"]
 FEWER = ["--crops", "4", "--split", "random"]  # of individual objects
+SAME_NETWORK = ["--crops", "4", "--epochs", "1", "--input_w", "32", "--input_h", "32"]  # as that of models/nuclei
 
 
 def commands():
@@ -39,9 +40,10 @@ def run_line(line, folder):
     words = shlex.split(line)
     if words[0] == "python":
         smaller = SMALLER if words[1] == "train.py" else []
-        if "configs/nuclei.yml" in words:
-            words[words.index("configs/nuclei.yml")] = str(REPOSITORY / "configs/nuclei.yml")
-            smaller = [*SMALLER, *FEWER]
+        if "--config" in words:
+            smaller = SAME_NETWORK if "--weights" in words else [*SMALLER, *FEWER]
+            recipe = words.index("--config") + 1
+            words[recipe] = str(REPOSITORY / words[recipe])
         return run_script(words[1], *words[2:], *smaller, cwd=folder).stdout
     if words[0] == "pip":  # the file is there; what it lists, make test has installed
         assert words[1:3] == ["install", "-r"] and (REPOSITORY / words[3]).is_file()
@@ -51,6 +53,8 @@ def run_line(line, folder):
 
 def test_the_page_from_its_first_command_to_its_last(tmp_path):
     write_user_data(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "nuclei").symlink_to(REPOSITORY / "models" / "nuclei")
     said = "".join(run_line(line, tmp_path) for line in commands())
     labels = cv2.imread(str(tmp_path / "labels" / "day3.png"), cv2.IMREAD_GRAYSCALE)
     for k in (0, 1):
@@ -59,7 +63,9 @@ def test_the_page_from_its_first_command_to_its_last(tmp_path):
     assert "is the smallest level within half a point" in said
     assert (tmp_path / "outputs/cells/report.html").is_file() and any((tmp_path / "outputs/cells/predict").iterdir())
     assert (tmp_path / "models/cells_small/model.pth").is_file()
-    assert (tmp_path / "outputs/objects/predict/day3_labels.tif").is_file()
+    for name in ("objects", "mine"):
+        assert (tmp_path / f"outputs/{name}/predict/day3_labels.tif").is_file()
+    assert "weights of models/nuclei/model.pth\n" in said and "new heads" not in said
 
 
 def test_files_that_the_pages_name_are_there():

@@ -1,0 +1,78 @@
+"""What a network that is tuned on a few pictures should not forget: crops of other pictures, mixed into its training.
+
+    train_set = Rehearsal(own, build_rehearsal(config, len(own)))     # every second item is of other pictures
+
+Rehearsal against forgetting: Robins, Connection Science 1995, https://doi.org/10.1080/09540099550039318.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from common.files import read_yaml
+from common.images import to_channels
+from common.runs import weights_file
+from common.synthetic import nuclei
+from data_folder import check_layout, list_ids
+from dataset import Item
+from nuclei.crops import Crops, build_crops
+
+NO_REHEARSAL, GENERATED = "none", "generated"  # values of --rehearse that are no folder of inputs/
+SEEDS = range(1000, 1040)  # of the generated pictures
+
+
+class GeneratedCrops(Crops):
+    """Crops of generated nuclei, fluorescence and stained tissue; an id is a seed of common.synthetic.nuclei."""
+
+    def _read(self, img_id):
+        image, labels = nuclei(int(img_id))
+        image = to_channels(image, self.input_channels)
+        return Item(image, labels.astype(np.uint16)[..., None], img_id.encode(), image.shape[:2], False)
+
+
+class Rehearsal(Dataset):
+    """Two Crops of the same length in turns: the items 0, 2, 4 ... are of `own`, the items 1, 3, 5 ... of `other`."""
+
+    def __init__(self, own, other):
+        self.own, self.other = own, other
+
+    def __len__(self):
+        return len(self.own)
+
+    def __getitem__(self, index):
+        return (self.other if index % 2 else self.own)[index]
+
+    def set_epoch(self, epoch):
+        self.own.set_epoch(epoch)
+        self.other.set_epoch(epoch)
+
+
+def build_rehearsal(config, count):
+    """The checked Crops that --rehearse names, `count` per epoch; ValueError or FileNotFoundError where its files
+    are missing or damaged.
+
+    Of a folder, pictures that the run of --weights kept for validation are left out: they stay unseen.
+    """
+    source = config["rehearse"]
+    if source == GENERATED:
+        ids, kind = [str(seed) for seed in SEEDS], GeneratedCrops
+    else:
+        check_layout({**config, "dataset": source}, "--rehearse")
+        unseen, kind = validated_by(config["weights"], source), Crops
+        ids = list_ids(Path("inputs") / source / "images", config["img_ext"])
+        ids = [img_id for img_id in ids if img_id not in unseen]
+    crops = build_crops({**config, "dataset": source, "crops": count}, ids, augment=True, kind=kind)
+    crops.check(config["cache"])
+    print(f"rehearsal: every second crop is of {len(ids)} pictures ({source})")
+    return crops
+
+
+def validated_by(weights, dataset):
+    """The validation ids of the run that --weights names, where it was trained on that data set; else none."""
+    if not weights:
+        return []
+    config, split = (weights_file(weights).with_name(name) for name in ("config.yml", "split.yml"))
+    if not (config.is_file() and split.is_file()) or read_yaml(config).get("dataset") != dataset:
+        return []
+    return read_yaml(split)["val"]

@@ -23,19 +23,21 @@ demo: $(VENV)/.ready
 	$(BIN)/python train.py --config configs/demo.yml --overwrite
 	$(BIN)/python val.py --name demo
 
+# $(call trained,RUN,how train.py is called,options of a new run): trains models/RUN, or continues it
+trained = if test -f models/$(1)/config.yml; then $(BIN)/$(2) train.py --name $(1) --resume; \
+	else $(BIN)/$(2) train.py $(3) --name $(1); fi
+
 SEED ?= 0
 results-quick: $(VENV)/.ready
 	test -d inputs/dsb2018_96 || $(BIN)/python preprocess_dsb2018.py --download
-	if test -f models/default_s$(SEED)/config.yml; then $(BIN)/python train.py --name default_s$(SEED) --resume; \
-	else $(BIN)/python train.py --config configs/default.yml --seed $(SEED) --name default_s$(SEED); fi
+	$(call trained,default_s$(SEED),python,--config configs/default.yml --seed $(SEED))
 	$(BIN)/python val.py --name default_s$(SEED)
 	$(BIN)/python -m tools.results default_s$(SEED)
 
 FIXES ?=
 nuclei-quick: $(VENV)/.ready
 	test -d inputs/dsb2018 || $(BIN)/python preprocess_dsb2018.py --download --native $(if $(FIXES),--fixes $(FIXES))
-	if test -f models/nuclei_fast/config.yml; then $(BIN)/torchrun --nproc_per_node=2 train.py --name nuclei_fast --resume; \
-	else $(BIN)/torchrun --nproc_per_node=2 train.py --config configs/nuclei_fast.yml --name nuclei_fast; fi
+	$(call trained,nuclei_fast,torchrun --nproc_per_node=2,--config configs/nuclei_fast.yml)
 	$(BIN)/python val.py --name nuclei_fast
 
 PYTEST := -m pytest -q -n auto --dist loadfile --no-loadscope-reorder

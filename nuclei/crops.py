@@ -235,10 +235,10 @@ def line(length, count, stream=None):
     return np.minimum(places, 2 * length - 1 - places)
 
 
-def build_crops(config, ids, augment=False, kind=Crops):
+def build_crops(config, ids, augment=False, crops_class=Crops):
     """The Crops (augment) or NucleiDataset that the config of a run with --target instances describes.
 
-    kind: Crops or a subclass of it.
+    crops_class: Crops or a subclass of it.
     """
     check_places(config)
     size, options = (config["input_h"], config["input_w"]), {}
@@ -251,7 +251,7 @@ def build_crops(config, ids, augment=False, kind=Crops):
         options["pasted"] = 0.3 if "paste" in parts.split(",") else 0.0
     else:
         size = tuple(max(VIEW, side) for side in size)
-    return (kind if augment else NucleiDataset)(
+    return (crops_class if augment else NucleiDataset)(
         ids,
         Path("inputs") / config["dataset"],
         size=size,

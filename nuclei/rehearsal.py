@@ -56,13 +56,13 @@ def build_rehearsal(config, count):
     """
     source = config["rehearse"]
     if source == GENERATED:
-        ids, kind = [str(seed) for seed in SEEDS], GeneratedCrops
+        ids, crops_class = [str(seed) for seed in SEEDS], GeneratedCrops
     else:
         check_layout({**config, "dataset": source}, "--rehearse")
-        unseen, kind = validated_by(config["weights"], source), Crops
+        unseen, crops_class = validated_by(config["weights"], source), Crops
         ids = list_ids(Path("inputs") / source / "images", config["img_ext"])
         ids = [img_id for img_id in ids if img_id not in unseen]
-    crops = build_crops({**config, "dataset": source, "crops": count}, ids, augment=True, kind=kind)
+    crops = build_crops({**config, "dataset": source, "crops": count}, ids, augment=True, crops_class=crops_class)
     crops.check(config["cache"])
     print(f"rehearsal: every second crop is of {len(ids)} pictures ({source})")
     return crops

@@ -37,7 +37,7 @@ def import_timm():
 class EncoderConv2d(nn.Conv2d):
     """nn.Conv2d, but on a CPU a depthwise convolution learns in float32, also where the rest does in bfloat16.
 
-    PyTorch 2.14 takes four to eight times as long for its gradient in bfloat16, a fifth of a training step.
+    PyTorch 2.14 takes four to eight times as long for its gradient in bfloat16, up to a fifth of a training step.
     """
 
     def _conv_forward(self, x, weight, bias):

@@ -124,7 +124,9 @@ def peers(options, found):
     tasks = {
         smp: {**task, "peer": True},
         "training step, efficientnet_lite0": task,
+        "training step, efficientnet_lite0, --width 16": {**task, "words": [*encoder, "--width", "16"]},
         "training step, efficientnet_lite0, --stem half": {**task, "words": [*encoder, "--stem", "half"]},
+        "training step, no encoder": {"kind": "train", "plain": False},
     }
     return measured(options, tasks, smp)
 

@@ -118,7 +118,7 @@ class MapsLoss(nn.Module):
 def mean_over_heads(criterion, heads, masks, weights=None):
     """Deep supervision as in the U-Net++ paper: the plain mean of the criterion over a list of heads' logits.
 
-    weights: a number a head for a weighted mean.
+    weights: one weight per head for a weighted mean.
     """
     weights = weights or [1] * len(heads)
     parts = [weight * criterion(logits.float(), masks) for weight, logits in zip(weights, heads, strict=True)]

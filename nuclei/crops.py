@@ -54,7 +54,7 @@ class NucleiDataset(Dataset):
         mean, std: one float per channel, for standardise; by default images are only divided by 255.
 
     An item is image (C, h, w) float32, maps (3, h, w) float32 in [0, 1] as in instances.MAPS, and
-    {"img_id": id, "labels": (h, w) int32 label map}. Beyond its edges a picture goes on as in a mirror.
+    {"img_id": id, "labels": (h, w) int32 label map}. Pictures are padded by reflection.
     """
 
     def __init__(

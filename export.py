@@ -290,7 +290,7 @@ def write_run(name, options):
     if folder.resolve() == source.resolve():
         raise ValueError(f"--run {options.run} is the run itself; give the new one another name")
     if earlier := [path for path in (folder / file for file in RUN_FILES) if path.exists()]:
-        if (folder / "last.pth").exists():
+        if (folder / "last.pth").exists() or not (folder / "model.pth").exists():  # not even an epoch of it
             raise FileExistsError(f"{folder} is a training of its own; take another name for --run")
         if not options.overwrite:
             raise FileExistsError(f"{earlier[0]} exists; give --overwrite to replace it, or another --run")

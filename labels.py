@@ -93,7 +93,10 @@ def _decode_png(file, max_pixels):
 def _imdecode(file):
     quieten_opencv()
     file.seek(0)
-    return cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        return cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # more pixels per side than OpenCV reads
+        return None
 
 
 def write_labels(path, labels):

@@ -85,7 +85,7 @@ def build_parser():
     diameter = "of a typical nucleus, in pixels of the picture; default: found from the picture"
     a("--diameter", type=number(float, 1, 10_000), help=diameter)
     pixel_size = "micrometres per pixel, for the tables; default: what a TIFF tells of itself"
-    a("--pixel_size", type=number(float, 1e-6, 1e6), metavar="UM", help=pixel_size)
+    a("--pixel_size", type=number(float, 1e-4, 1e6), metavar="UM", help=pixel_size)
     a("--rois", action="store_true", help="write <stem>_rois.zip for ImageJ; needs requirements-objects.txt")
     a("--geojson", action="store_true", help="write <stem>.geojson for QuPath; needs requirements-objects.txt")
     submission = "write the run lengths of all nuclei as the 2018 Data Science Bowl wants them"
@@ -194,7 +194,11 @@ def predict_nuclei(predictor, files, results, options, failed, bar):
             except (ValueError, OSError, MemoryError) as error:
                 failed.append((path, reason_of(error)))
                 continue
-            results.add(path, picture, found, time.perf_counter() - started)
+            try:
+                results.add(path, picture, found, time.perf_counter() - started)
+            except ValueError as error:  # too large for ImageJ
+                failed.append((path, reason_of(error)))
+                continue
             bar.update()
 
 

@@ -39,30 +39,37 @@ SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most
 def output_names(files, earlier=()):
     """{file: the beginning of the names of its results}, all different even where case makes no difference.
 
-    It is the stem; <folder>_<stem> where several files share the stem; with _2, _3 ... where that is not enough.
-    earlier: {name: path} of the pictures that have results already. They keep their names, and no other gets them.
-    Nor does any get the name of a file with pages, whose label TIFF has it.
+    It is the stem; <folder>_<stem> where several files share the stem; with _2, _3 ... where that is not enough. Pages
+    share the name of their file and add _p000, _p001 ...; no other picture gets that name, which the label TIFF of all
+    pages has. earlier: {name: path} of the pictures that have results already. They keep their names.
     """
-    earlier = dict(earlier)
-    kept = {Path(path).resolve(): name for name, path in earlier.items()}
-    names = {file: kept[file.resolve()] for file in files if file.resolve() in kept}
-    taken = {name.casefold() for own in earlier for name in (own, name_of_stack(own))}
-    stems = collections.Counter(path.stem.casefold() for path in files)
-    stems.update({page.path.stem.casefold() for page in files if isinstance(page, Page)})
+    pages = {}  # {file: the endings of its pages}, [""] of a picture that is a file of its own
+    for file in files:
+        is_page = isinstance(file, Page)
+        pages.setdefault(file.path if is_page else file, []).append(file.ending if is_page else "")
+    kept = {}  # {file: name} of those with earlier results
+    for name, path in dict(earlier).items():
+        kept[Path(Page.file_of(path)).resolve()] = name_of_stack(name) if Page.file_of(path) != path else name
+    taken = {name.casefold() for own in (*dict(earlier), *kept.values()) for name in (own, name_of_stack(own))}
+    names = {path: kept[path.resolve()] for path in pages if path.resolve() in kept}
+    stems = collections.Counter(path.stem.casefold() for path in pages)
     stems.update(taken)  # by a picture of an earlier call
-    new = [file for file in files if file not in names]
+    new = [path for path in pages if path not in names]
     for path in sorted(new, key=lambda path: stems[path.stem.casefold()] > 1):  # those that keep their stem first
         name = path.stem if stems[path.stem.casefold()] == 1 else f"{path.absolute().parent.name}_{path.stem}"
         name = name.encode(errors="surrogateescape")[:200].decode(errors="ignore")  # names of files end at 255 bytes
-        candidates = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2)))
-        names[path] = next(candidate for candidate in candidates if candidate.casefold() not in taken)
-        taken.add(names[path].casefold())
-    return names
+        for candidate in itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2))):
+            wanted = {f"{candidate}{ending}".casefold() for ending in pages[path]} | {candidate.casefold()}
+            if not taken & (wanted | {name_of_stack(candidate).casefold()}):
+                break
+        names[path] = candidate
+        taken |= wanted
+    return {file: names[file.path] + file.ending if isinstance(file, Page) else names[file] for file in files}
 
 
 def name_of_stack(name):
-    """The name of a page -> that of its file: cells_p003 -> cells, cells_p003_2 -> cells_2; others stay."""
-    return re.sub(r"_p\d{3,}(?=(_\d+)?$)", "", name)
+    """The name of a page -> that of its file: cells_p003 -> cells; others stay."""
+    return re.sub(r"_p\d{3,}$", "", name)
 
 
 def earlier_results(folder):
@@ -96,7 +103,11 @@ def reason_of(error):
 
 def is_done(folder, row, settings):
     """Whether a row of images.csv, or None, is of a picture whose results are there, made with the same settings."""
-    return bool(row) and row.get("settings") == settings and (folder / f"{row['image']}_overlay.png").is_file()
+    if not row or row.get("settings") != settings:
+        return False
+    name = row["image"]
+    found = [f"{name}_mask.png", f"{name}_mask_0.png", f"{name}_labels.tif", f"{name_of_stack(name)}_labels.tif"]
+    return (folder / f"{name}_overlay.png").is_file() and any((folder / file).is_file() for file in found)
 
 
 # ---------------------------------------------------------------- pictures and tables

@@ -11,6 +11,7 @@ and turn the picture as its EXIF orientation says.
 
 import glob
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +84,20 @@ class Page:
     def __str__(self):
         return f"{self.path}, page {self.number}"
 
+    @staticmethod
+    def file_of(text):
+        """The text of a page -> the path of its file, a text; that of any other picture stays."""
+        return re.sub(r", page \d+$", "", text)
+
+    @property
+    def ending(self):
+        """_p003 for page 3, at the end of the names of its results."""
+        return f"_p{self.number:03d}"
+
     @property
     def stem(self):
         """cells_p003 for page 3 of cells.tif."""
-        return f"{self.path.stem}_p{self.number:03d}"
+        return self.path.stem + self.ending
 
     @property
     def parent(self):

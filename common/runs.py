@@ -11,6 +11,7 @@ import csv
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from common.cli import in_one_line
@@ -54,7 +55,14 @@ def list_runs(key):
     own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for path in (*own, *sorted(shipped)):
         about = path.parent / "config.yml"
-        if about.is_file() and key in (config := read_yaml(about)):
+        if not about.is_file():
+            continue
+        try:
+            config = read_yaml(about)
+        except (ValueError, OSError) as error:
+            print(f"warning: {path.parent} is left out: {in_one_line(error)}", file=sys.stderr)
+            continue
+        if key in config:
             yield path.parent.name, config
 
 

@@ -60,7 +60,8 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
                 f"nuclei of {diameter:g} pixels would be shown {scale:.3g} times as large, "
                 f"{scale**2 * image.shape[0] * image.shape[1]:.3g} pixels in all; take a larger --diameter"
             )
-        labels, confidence = look(image, max(scale, lowest))
+        scale = max(scale, lowest)
+        labels, confidence = look(image, scale)
     else:
         part, plain = image[busiest_window(image, SEARCHED)], without_tta(predictor)
         looks = {}

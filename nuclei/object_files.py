@@ -9,10 +9,10 @@ A label map is (H, W) int32, 0 background, 1 ... n the nuclei. The outlines foll
 inside is that of the nucleus: (0, 0) is the corner of the upper left pixel, as ImageJ, QuPath and COCO count.
 """
 
-import contextlib
 import csv
 import importlib
 import json
+import math
 import zipfile
 
 import numpy as np
@@ -53,14 +53,18 @@ def write_label_tiff(path, labels, pixel_size=None):
 
 def join_label_tiffs(paths, path):
     """Label TIFFs of one page each -> one TIFF of their pages in this order; the files of single pages go."""
-    with contextlib.ExitStack() as stack:
-        pages = [stack.enter_context(tifffile.TiffFile(page)).pages.first for page in paths]
-        kind = max((page.dtype for page in pages), key=lambda kind: kind.itemsize)
-        options = _options(_pixel_size(pages[0]))
-        large = sum(page.size for page in pages) * kind.itemsize > BIG_TIFF
-        with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=large) as writer:
-            for page in pages:
-                writer.write(page.asarray().astype(kind), **options)
+    kinds, pixels = [], 0
+    for page in paths:  # one at a time: a process may not open thousands of files
+        with tifffile.TiffFile(page) as file:
+            kinds.append(file.pages.first.dtype)
+            pixels += file.pages.first.size
+            if page == paths[0]:
+                options = _options(_pixel_size(file.pages.first))
+    kind = max(kinds, key=lambda kind: kind.itemsize)
+    large = pixels * kind.itemsize > BIG_TIFF
+    with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=large) as writer:
+        for page in paths:
+            writer.write(tifffile.imread(page).astype(kind), **options)
     for page in paths:
         page.unlink()
 
@@ -162,13 +166,15 @@ def _roi(roifile, name, polygons):
 def write_geojson(path, labels, table=None):
     """Label map -> a GeoJSON FeatureCollection of QuPath detections, one per nucleus; needs shapely.
 
-    table: of objects.measure; its numbers become the measurements of each detection.
+    table: of objects.measure; its finite numbers become the measurements of each detection.
     """
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         for k, (label, polygons) in enumerate(outlines(labels)):
             columns = [column for column in table or () if column != "object"]
-            measurements = {column: float(table[column][k]) for column in columns}
+            # JSON has no NaN
+            values = {column: float(table[column][k]) for column in columns}
+            measurements = {column: value for column, value in values.items() if math.isfinite(value)}
             file.write(",\n" if k else "\n")
             json.dump(_feature(label, polygons, measurements), file)
         file.write("\n]}\n")

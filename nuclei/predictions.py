@@ -61,9 +61,9 @@ class NucleiResults(Results):
         name, labels = self.names[path], found.labels
         pixel_size = self.pixel_size or um_per_pixel(path) or None
         table = measure(labels, picture, found.confidence, pixel_size)
-        write_label_tiff(self.label_path(name), labels, pixel_size)
-        if self.rois:
+        if self.rois:  # first: it refuses what ImageJ cannot hold
             write_rois(self.folder / f"{name}_rois.zip", labels)
+        write_label_tiff(self.label_path(name), labels, pixel_size)
         if self.geojson:
             write_geojson(self.folder / f"{name}.geojson", labels, table)
         shown, width = report.brighten(to_channels(picture, 3)), 1 + (max(labels.shape) >= THICK)
@@ -95,7 +95,7 @@ class NucleiResults(Results):
     def labels_of(self, picture):
         """The label map (H, W) of a picture of this call or, with the same settings, of an earlier one."""
         path = self.label_path(self.names[picture])
-        if path.exists():
+        if path.exists() or not isinstance(picture, Page):
             return read_labels(path)
         stack = self.label_path(name_of_stack(self.names[picture]))
         return tifffile.imread(stack, key=picture.number).astype(np.int32)

@@ -280,6 +280,17 @@ def test_a_run_cut_to_a_level_answers_like_that_level(exported, go, tmp_path, mo
     go(train, "--config", folder / "config.yml", "--name again --device cpu")  # a recipe, as any config
 
 
+def test_a_training_before_its_first_epoch_is_not_replaced(exported, go, tmp_path, monkeypatch):
+    shutil.copytree(exported[0], tmp_path / "here", ignore=shutil.ignore_patterns("outputs"))
+    monkeypatch.chdir(tmp_path / "here")
+    folder = tmp_path / "here" / "models" / "begun"
+    folder.mkdir()
+    (folder / "config.yml").write_text("arch: NestedUNet\n")
+    with pytest.raises(FileExistsError, match="models/begun is a training of its own; take another name"):
+        go(export, "--name tiny --level 2 --run begun --overwrite")
+    assert (folder / "config.yml").read_text() == "arch: NestedUNet\n"
+
+
 def test_a_run_without_deep_supervision_in_half_precision_is_no_training(tmp_path, go, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_data_set(tmp_path / "inputs" / "cells", count=6)

@@ -31,6 +31,7 @@ def test_a_given_diameter_is_taken_as_it_is():
     found = find_nuclei(predictor, picture, diameter=24)
     assert found.scale == 0.5 and predictor.seen == [(80, 112)]  # 100, padded
     assert official_scores([judge(found.labels, labels)])[0] > 0.6
+    assert find_nuclei(BrightNuclei(), picture[:20, :30], diameter=100).scale == 0.8  # the least, not 0.12
 
 
 def test_the_scale_is_searched_without_flips():

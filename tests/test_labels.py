@@ -106,6 +106,11 @@ def test_the_size_is_checked_before_anything_is_decoded(tmp_path):
         read_labels(path)
 
 
+def test_more_pixels_on_a_side_than_opencv_reads(tmp_path):
+    labels = np.ones((1, 2**20 + 1), np.uint16)
+    assert np.array_equal(read_labels(saved(tmp_path / "a.tif", labels)), labels)
+
+
 def test_one_file_for_each_id(tmp_path):
     with pytest.raises(ValueError, match="no labels"):
         find_labels(tmp_path, "a.b")

@@ -19,6 +19,8 @@ import engine
 import predict
 import train
 from instances import from_runs, judge
+from nuclei import object_files
+from nuclei.object_files import join_label_tiffs, write_label_tiff
 from nuclei.predictions import NucleiResults
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,17 +110,19 @@ def test_the_label_tiff_of_a_stack_has_its_pages(here, monkeypatch):
     write(here / "in" / "cells.png", discs(9)[0])
     expected = [discs(radius)[1].max() for radius in (6, 8, 10)]
     call(monkeypatch, predict, "in --output out --pixel_size 0.5")
-    assert [name for name in names_in(here / "out") if "labels" in name] == ["cells_labels.tif", "in_cells_labels.tif"]
-    assert counts("out/cells_labels.tif") == expected
+    assert [name for name in names_in(here / "out") if "labels" in name] == [
+        "in_cells_2_labels.tif",
+        "in_cells_labels.tif",
+    ]
+    assert counts("out/in_cells_2_labels.tif") == expected
     assert counts("out/in_cells_labels.tif") == [discs(9)[1].max()]
-    with tifffile.TiffFile("out/cells_labels.tif") as tiff:
+    with tifffile.TiffFile("out/in_cells_2_labels.tif") as tiff:
         assert {page.tags.valueof("XResolution") for page in tiff.pages} == {(20_000, 1)}  # per cm
-    before = (here / "out" / "cells_labels.tif").read_bytes()
-    call(
-        monkeypatch, predict, "in --output out --pixel_size 0.5 --resume --submission all.csv"
-    )  # nothing is done again
-    assert (here / "out" / "cells_labels.tif").read_bytes() == before
-    assert len(pd.read_csv("all.csv").query("ImageId == 'cells_p002'")) == expected[2]
+    before = (here / "out" / "in_cells_2_labels.tif").read_bytes()
+    again = "in --output out --pixel_size 0.5 --resume --submission all.csv"
+    call(monkeypatch, predict, again)  # nothing is done again
+    assert (here / "out" / "in_cells_2_labels.tif").read_bytes() == before
+    assert len(pd.read_csv("all.csv").query("ImageId == 'in_cells_2_p002'")) == expected[2]
     call(monkeypatch, predict, "in/cells.tif --output one --page 1")
     assert [name for name in names_in(here / "one") if "labels" in name] == ["cells_p001_labels.tif"]
 
@@ -131,6 +135,48 @@ def test_later_pictures_leave_the_label_tiff_of_a_stack_alone(here, monkeypatch)
     call(monkeypatch, predict, "other --output out")
     assert (here / "out" / "cells_labels.tif").read_bytes() == before
     assert counts("out/other_cells_labels.tif") == [discs(9)[1].max()]
+
+
+def test_a_stack_leaves_the_label_tiff_of_an_earlier_picture_alone(here, monkeypatch):
+    write(here / "one" / "cells.png", discs(9)[0])
+    call(monkeypatch, predict, "one --output out")
+    before = (here / "out" / "cells_labels.tif").read_bytes()
+    write(here / "in" / "cells.tif", stack_of(6, 8), photometric="minisblack")
+    call(monkeypatch, predict, "in --output out")
+    assert (here / "out" / "cells_labels.tif").read_bytes() == before
+    assert counts("out/in_cells_labels.tif") == [discs(radius)[1].max() for radius in (6, 8)]
+
+
+def test_a_stack_with_more_pages_than_files_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    paths = [tmp_path / f"a_p{k:03d}_labels.tif" for k in range(60)]
+    for k, path in enumerate(paths):
+        write_label_tiff(path, np.full((3, 4), k, np.int32), pixel_size=0.5)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(tmp_path / "a", "w") as file:  # its number is the first free one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 30, limits[1]))
+    try:
+        join_label_tiffs(paths, tmp_path / "a_labels.tif")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert counts(tmp_path / "a_labels.tif") == list(range(60)) and not any(path.exists() for path in paths)
+
+
+def test_labels_that_were_moved_away_are_made_again(here, monkeypatch):
+    write(here / "in" / "a.png", discs(8)[0])
+    call(monkeypatch, predict, "in --output out")
+    (here / "out" / "a_labels.tif").unlink()
+    call(monkeypatch, predict, "in --output out --resume --submission sub.csv")
+    assert (here / "out" / "a_labels.tif").exists() and len(pd.read_csv("sub.csv")) == 42
+
+
+def test_a_picture_too_large_for_imagej_is_skipped(here, monkeypatch, capsys):
+    monkeypatch.setattr(object_files, "IMAGEJ_SIDE", 100)
+    write(here / "in" / "a.png", discs(8)[0])
+    write(here / "in" / "b.png", discs(8, size=(90, 90))[0])
+    assert call(monkeypatch, predict, "in --output out --rois") == 1
+    assert "skipped in/a.png: out/a_rois.zip: ImageJ ROIs reach 100 pixels" in capsys.readouterr().err
+    assert names_in(here / "out") == ["b_labels.tif", "b_overlay.png", "b_rois.zip", "images.csv", "objects.csv"]
 
 
 def test_a_stack_that_was_stopped_goes_on(here, monkeypatch):

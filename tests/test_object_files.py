@@ -115,6 +115,21 @@ def test_geojson_kinds_and_measurements(tmp_path):
     assert measured["confidence"] == pytest.approx(3 / 7, abs=1e-4) and "object" not in measured
 
 
+def test_geojson_leaves_out_what_json_cannot_hold(tmp_path):
+    """A float TIFF may have pixels that are no numbers."""
+    labels = drawn()
+    picture = np.ones(labels.shape, np.float32)
+    picture[labels == 3], picture[labels == 4] = np.nan, np.inf
+    write_geojson(tmp_path / "a.geojson", labels, measure(labels, picture, np.linspace(0, 1, 8)))
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    features = json.loads((tmp_path / "a.geojson").read_text(), parse_constant=refuse)["features"]
+    measured = [feature["properties"]["measurements"] for feature in features]
+    assert ["mean_grey" in values for values in measured] == [True, True, False, False, True, True, True]
+
+
 def test_geojson_of_nothing(tmp_path):
     write_geojson(tmp_path / "a.geojson", np.zeros((4, 5), np.int32))
     assert json.loads((tmp_path / "a.geojson").read_text()) == {"type": "FeatureCollection", "features": []}

@@ -22,7 +22,7 @@ import predict
 import predictions
 from common import report
 from common.contrast import stretch
-from common.images import squeeze
+from common.images import Page, squeeze
 from predict import Picture, predict_tiled
 from predictions import MaskResults, output_names
 
@@ -412,6 +412,25 @@ def test_output_names():
     assert earlier == {Path("x/a.png"): "a", Path("y/a.png"): "y_a", Path("z/b.png"): "b"}
     long = names(f"x/{'é' * 120}.png", f"x/{'é' * 119}n.png")
     assert len(set(long)) == 2 and all(len(name.encode()) < 210 for name in long)
+
+
+def test_the_pages_of_a_file_share_its_name():
+    def pages(path, count):
+        return [Page(Path(path), k) for k in range(count)]
+
+    def names(files, earlier=()):
+        return list(output_names(files, earlier).values())
+
+    assert names(pages("x/cells.tif", 2)) == ["cells_p000", "cells_p001"]
+    assert names([*pages("a/c.tif", 2), *pages("b/c.tif", 3)])[2:] == ["b_c_p000", "b_c_p001", "b_c_p002"]
+    long = names(pages(f"{'é' * 120}.tif", 2))
+    assert [name[-5:] for name in long] == ["_p000", "_p001"] and len(set(long)) == 2
+    earlier = {"cells": "x/cells.png"}  # its label TIFF must not become that of the pages
+    assert names(pages("x/cells.tif", 2), earlier) == ["x_cells_p000", "x_cells_p001"]
+    earlier = {"c_2_p000": "b/c.tif, page 0"}
+    assert names([*pages("b/c.tif", 2), Path("b/c_2.png")], earlier) == ["c_2_p000", "c_2_p001", "b_c_2"]
+    found = names([Path("cells_p001.png"), *pages("cells.tif", 2)])
+    assert found == ["cells_p001", "cells_2_p000", "cells_2_p001"]
 
 
 def test_equal_stems_do_not_meet(workplace, monkeypatch):

@@ -48,7 +48,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_trainer(tmp_path):
     assert not (folder / ".lock").exists()
 
 
-def test_the_newest_run_and_the_shipped_ones_last(tmp_path, monkeypatch):
+def test_the_newest_run_and_the_shipped_ones_last(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def write(name, time, shipped=False, key="arch"):
@@ -69,6 +69,10 @@ def test_the_newest_run_and_the_shipped_ones_last(tmp_path, monkeypatch):
     write("new", 200)
     write("ants", 300, key="classes")
     assert newest_run("arch") == "new" and newest_run("classes") == "ants"
+    write("broken", 400)
+    (tmp_path / "models" / "broken" / "config.yml").write_text("arch: [x\n")
+    assert newest_run("arch") == "new"
+    assert "warning: models/broken is left out: models/broken/config.yml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

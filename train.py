@@ -49,7 +49,7 @@ def build_parser():
     a("--resume", action="store_true", help="continue models/<name> after its last finished epoch")
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
     a("--weights", help="start from the weights of a run (its name) or a file")
-    a("--seed", type=seed, default=0, help="of initial weights, order and augmentation")
+    a("--seed", type=seed, default=0, help="random seed of initial weights, order and augmentation")
     epochs = f"passes over the training images; --resume can raise it with {', '.join(ENDLESS)}"
     a("--epochs", type=number(int, 1, 100_000), default=80, help=epochs)
     a("-b", "--batch_size", type=natural, default=16, help="global batch size, shared by torchrun's processes")
@@ -96,20 +96,20 @@ def build_parser():
         default=22,
         help="pixels; each picture is scaled until its median nucleus has this size",
     )
-    a("--scale_range", type=interval(0.1, 10), default="0.5,2", help="of the random factor of a crop's scale")
+    a("--scale_range", type=interval(0.1, 10), default="0.5,2", help="range of the random factor that scales a crop")
     stretched = "percentiles of each picture that become black and white, or none"
     a("--stretch", type=stretch, default="1,99.8", help=stretched)
     a("--crops", type=number(int, 1, 10_000_000), help="random crops per epoch; default: as many as training pictures")
-    balance = "0: all pictures are drawn equally often; 1: all kinds of pictures (dark grey, coloured ...) are"
+    balance = "0: every picture is equally likely; 1: every kind of picture (dark grey, coloured ...) is"
     a("--kind_balance", type=number(float, 0, 1), default=0.5, help=balance)
     others = "generated, or a folder of inputs/: every second crop is of its pictures, so that tuning forgets less"
     a("--rehearse", type=data_set, default="none", help=others)
-    a("--map_weights", type=weights(3), default="1,1,1", help="of the losses of mask, contact and distance")
+    a("--map_weights", type=weights(3), default="1,1,1", help="weights of the losses of mask, contact and distance")
 
     a = parser.add_argument_group("optimisation").add_argument
     losses = ("BCEDiceLoss", "BCELovaszLoss", "BCEWithLogitsLoss", "LovaszHingeLoss")
     a("--loss", choices=losses, default="BCELovaszLoss", help="loss of the masks of each head")
-    a("--head_weights", type=weights(4), help="of the losses of L1 to L4, such as 1,2,3,4; default: equal")
+    a("--head_weights", type=weights(4), help="weights of the losses of L1 to L4, such as 1,2,3,4; default: equal")
     a("--border_smoothing", type=number(float, 0, 0.5), default=0.0, help="soften the training masks at borders")
     a("--optimizer", choices=("Adam", "AdamW", "SGD"), default="AdamW", help="optimizer")
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="learning rate")

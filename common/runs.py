@@ -38,7 +38,7 @@ def run_folder(name):
 
 
 def weights_file(source):
-    """The file that --weights names: a file, or the model.pth of a run, given by its folder or its name."""
+    """The file that --weights or --encoder_weights names: a file, or the model.pth of a run, by its folder or name."""
     path = Path(source)
     return path if path.is_file() else (path if path.is_dir() else MODELS / path) / "model.pth"
 

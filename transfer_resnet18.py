@@ -67,7 +67,7 @@ def build_parser():
     a("--open", action="store_true", help="open the report in the browser after the training")
     a("--resume", action="store_true", help="continue models/<name> after its last finished epoch")
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
-    a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed of order, augmentation and initial weights")
+    a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed of order, augmentation, weights")
     a("--epochs", type=number(int, 1, 100_000), help=f"passes over the pictures; default: {_by_recipe('epochs')}")
     a("-b", "--batch_size", type=natural, default=16, help="global batch size, shared by torchrun's processes")
 

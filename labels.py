@@ -9,11 +9,10 @@ Objects that touch keep their own numbers, which is what a mask cannot say.
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 
-from common.headers import quieten_opencv, read_header, upright
-from common.images import MAX_PIXELS, write_png
+from common.headers import read_header, upright
+from common.images import MAX_PIXELS, imdecode, write_png
 from common.tiff import Stack, is_tiff
 from instances import sequential
 
@@ -76,7 +75,7 @@ def _decode_tiff(file, max_pixels):
         if len(stack) > 1:
             raise ValueError(f"{len(stack)} pages, expected one")
         stack.check(0, max_pixels)
-        array = _imdecode(file)  # knows compressed numbers of 32 bits; turns a TIFF upright
+        array = imdecode(file)  # knows compressed numbers of 32 bits; turns a TIFF upright
         if array is not None:
             return array
         return stack.read(0, range(len(stack.channels(0))))
@@ -84,19 +83,10 @@ def _decode_tiff(file, max_pixels):
 
 def _decode_png(file, max_pixels):
     orientation = read_header(file, max_pixels)
-    array = _imdecode(file)
+    array = imdecode(file)
     if array is None:
         raise ValueError(UNREADABLE)
     return upright(array, orientation)
-
-
-def _imdecode(file):
-    quieten_opencv()
-    file.seek(0)
-    try:
-        return cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # more pixels per side than OpenCV reads
-        return None
 
 
 def write_labels(path, labels):

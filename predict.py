@@ -51,7 +51,7 @@ from common.cli import Parser, add_machine_options, channel_numbers, listed, num
 from common.devices import pick_device
 from common.distributed import gather, is_main, launched, processes, rank, world_size
 from common.headers import check_pixels
-from common.images import MAX_PIXELS, Page, PageReader, find_pictures, list_pages, squeeze, to_channels
+from common.images import MAX_PIXELS, PageReader, file_of, find_pictures, list_pages, squeeze, to_channels
 from common.report import open_page
 from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
 from predictions import MaskResults, earlier_results, is_done, output_names, reason_of, write_page
@@ -160,7 +160,7 @@ def read_batches(files, options, config, failed):
 
 def share_of(files):
     """Those of the files that this one of torchrun's processes takes; all pages of a file stay together."""
-    sources = [file.path if isinstance(file, Page) else file for file in files]
+    sources = [file_of(file) for file in files]
     places = {source: k for k, source in enumerate(dict.fromkeys(sources))}
     return [file for file, source in zip(files, sources, strict=True) if places[source] % world_size() == rank()]
 

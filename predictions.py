@@ -23,7 +23,7 @@ import numpy as np
 from common import report
 from common.cli import in_one_line
 from common.files import atomic_path, is_plain_name, lock
-from common.images import Page, read_picture, squeeze, write_png
+from common.images import Page, file_of, read_picture, squeeze, write_png
 from common.tables import merge_table, read_table
 from common.tiff import pixel_size
 
@@ -43,14 +43,19 @@ def output_names(files, earlier=()):
     share the name of their file and add _p000, _p001 ...; no other picture gets that name, which the label TIFF of all
     pages has. earlier: {name: path} of the pictures that have results already. They keep their names.
     """
+
+    def all_names(name, endings):
+        """Those of a file and of its pages, without regard to case."""
+        return {(name + ending).casefold() for ending in ("", *endings)}
+
     pages = {}  # {file: the endings of its pages}, [""] of a picture that is a file of its own
     for file in files:
-        is_page = isinstance(file, Page)
-        pages.setdefault(file.path if is_page else file, []).append(file.ending if is_page else "")
-    kept = {}  # {file: name} of those with earlier results
-    for name, path in dict(earlier).items():
-        kept[Path(Page.file_of(path)).resolve()] = name_of_stack(name) if Page.file_of(path) != path else name
-    taken = {name.casefold() for own in (*dict(earlier), *kept.values()) for name in (own, name_of_stack(own))}
+        pages.setdefault(file_of(file), []).append(ending_of(file))
+    earlier, kept = dict(earlier), {}  # kept: {file: name} of those with earlier results
+    for name, text in earlier.items():
+        path = Page.file_in(text)
+        kept[Path(path).resolve()] = name if path == text else name_of_stack(name)
+    taken = {name.casefold() for own in (*earlier, *kept.values()) for name in (own, name_of_stack(own))}
     names = {path: kept[path.resolve()] for path in pages if path.resolve() in kept}
     stems = collections.Counter(path.stem.casefold() for path in pages)
     stems.update(taken)  # by a picture of an earlier call
@@ -58,13 +63,17 @@ def output_names(files, earlier=()):
     for path in sorted(new, key=lambda path: stems[path.stem.casefold()] > 1):  # those that keep their stem first
         name = path.stem if stems[path.stem.casefold()] == 1 else f"{path.absolute().parent.name}_{path.stem}"
         name = name.encode(errors="surrogateescape")[:200].decode(errors="ignore")  # names of files end at 255 bytes
-        for candidate in itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2))):
-            wanted = {f"{candidate}{ending}".casefold() for ending in pages[path]} | {candidate.casefold()}
-            if not taken & (wanted | {name_of_stack(candidate).casefold()}):
-                break
-        names[path] = candidate
-        taken |= wanted
-    return {file: names[file.path] + file.ending if isinstance(file, Page) else names[file] for file in files}
+        candidates = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2)))
+        names[path] = next(
+            own for own in candidates if not taken & {*all_names(own, pages[path]), name_of_stack(own).casefold()}
+        )
+        taken |= all_names(names[path], pages[path])
+    return {file: names[file_of(file)] + ending_of(file) for file in files}
+
+
+def ending_of(picture):
+    """What the name of a page adds to that of its file; nothing for a picture that is a file of its own."""
+    return picture.ending if isinstance(picture, Page) else ""
 
 
 def name_of_stack(name):
@@ -87,7 +96,7 @@ def earlier_results(folder):
 def um_per_pixel(picture):
     """The side of a pixel in µm, as the tags of a TIFF tell it, of a path or a common.images.Page; "" when unknown."""
     try:
-        size = pixel_size(getattr(picture, "path", picture))
+        size = pixel_size(file_of(picture))
     except OSError:  # the file has gone
         size = None
     return round(size, 6) if size else ""

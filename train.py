@@ -249,13 +249,18 @@ def encoder_config(config):
     return {"encoder_lr": PRETRAINED_LR * config["lr"] if pretrained else config["lr"]}
 
 
+def completed(config):
+    """The config of a run of an earlier train.py, with the options that it lacks at their defaults."""
+    defaults = vars(build_parser().parse_args([]))
+    return {**{key: defaults[key] for key in LATER_OPTIONS}, **config}
+
+
 def resumed_config(options, given):
     """The config of the run to resume, with the options that may change; ValueError where others were changed."""
     if not options.name:
         raise ValueError("--resume needs --name, the run to continue")
     folder = run_folder(options.name)
-    defaults = {key: getattr(build_parser().parse_args([]), key) for key in LATER_OPTIONS}
-    config = check_config(build_parser, {**defaults, **read_config(folder)}, folder / "config.yml")
+    config = check_config(build_parser, completed(read_config(folder)), folder / "config.yml")
     if "level" in config:
         raise ValueError(f"{folder} is another run cut to level {config['level']}; resume the whole one")
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)

@@ -85,7 +85,7 @@ class Page:
         return f"{self.path}, page {self.number}"
 
     @staticmethod
-    def file_of(text):
+    def file_in(text):
         """The text of a page -> the path of its file, a text; that of any other picture stays."""
         return re.sub(r", page \d+$", "", text)
 
@@ -109,6 +109,11 @@ class Page:
     def resolve(self):
         """A path as its text gives it, so that pages can be compared."""
         return Path(str(self)).resolve()
+
+
+def file_of(picture):
+    """The path of the file that a picture, by its path or as a Page, is in."""
+    return picture.path if isinstance(picture, Page) else picture
 
 
 def list_pages(files, number=None, channels=None):
@@ -212,15 +217,20 @@ def _decode(file, max_pixels, chosen=None):
 
 def _decode_plain(file):
     """What OpenCV reads of an open file, RGB or RGBA where it has colours; None when that is nothing."""
-    quieten_opencv()
-    file.seek(0)
-    try:
-        array = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # more pixels than OpenCV accepts (2^30)
-        return None
+    array = imdecode(file)
     if array is not None and array.ndim == 3:  # OpenCV keeps blue first
         return cv2.cvtColor(array, cv2.COLOR_BGR2RGB if array.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
     return array
+
+
+def imdecode(file):
+    """The pixels of an open file as OpenCV stores them, with blue first, or None when it reads nothing."""
+    quieten_opencv()
+    file.seek(0)
+    try:
+        return cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # more pixels than OpenCV accepts: 2^30 in all, 2^20 per side
+        return None
 
 
 def _decode_page(stack, number, max_pixels, chosen):

@@ -60,7 +60,8 @@ def list_runs(key):
         try:
             config = read_yaml(about)
         except (ValueError, OSError) as error:
-            print(f"warning: {path.parent} is left out: {in_one_line(error)}", file=sys.stderr)
+            script, said = Path(sys.argv[0]).name, in_one_line(error)
+            print(f"{script}: warning: {path.parent} is left out: {said}", file=sys.stderr)
             continue
         if key in config:
             yield path.parent.name, config

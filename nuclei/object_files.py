@@ -53,15 +53,14 @@ def write_label_tiff(path, labels, pixel_size=None):
 
 def join_label_tiffs(paths, path):
     """Label TIFFs of one page each -> one TIFF of their pages in this order; the files of single pages go."""
-    kinds, pixels = [], 0
+    found = []
     for page in paths:  # one at a time: a process may not open thousands of files
         with tifffile.TiffFile(page) as file:
-            kinds.append(file.pages.first.dtype)
-            pixels += file.pages.first.size
-            if page == paths[0]:
-                options = _options(_pixel_size(file.pages.first))
+            first = file.pages.first
+            found.append((first.dtype, first.size, _pixel_size(first)))
+    kinds, sizes, pixel_sizes = zip(*found, strict=True)
     kind = max(kinds, key=lambda kind: kind.itemsize)
-    large = pixels * kind.itemsize > BIG_TIFF
+    options, large = _options(pixel_sizes[0]), sum(sizes) * kind.itemsize > BIG_TIFF
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=large) as writer:
         for page in paths:
             writer.write(tifffile.imread(page).astype(kind), **options)
@@ -170,11 +169,10 @@ def write_geojson(path, labels, table=None):
     """
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
+        columns = [column for column in table or () if column != "object"]
         for k, (label, polygons) in enumerate(outlines(labels)):
-            columns = [column for column in table or () if column != "object"]
-            # JSON has no NaN
             values = {column: float(table[column][k]) for column in columns}
-            measurements = {column: value for column, value in values.items() if math.isfinite(value)}
+            measurements = {column: value for column, value in values.items() if math.isfinite(value)}  # no NaN in JSON
             file.write(",\n" if k else "\n")
             json.dump(_feature(label, polygons, measurements), file)
         file.write("\n]}\n")

@@ -157,9 +157,12 @@ class Results:
         self.images, self.objects, self.columns, self.saved, self.saved_at = [], [], {}, 0, time.monotonic()
 
     def keep(self, row, objects, columns):
-        """Take a picture's row of images.csv, without its settings, and its rows and the columns of objects.csv."""
+        """Take a picture's row of images.csv, without its settings, and its rows and the columns of objects.csv.
+
+        Its path is kept absolute: another call for the same folder may be made elsewhere.
+        """
         self.columns.update(dict.fromkeys(columns))
-        self.images.append({**row, "settings": self.settings})
+        self.images.append({**row, "path": Path(str(row["path"])).absolute(), "settings": self.settings})
         self.objects += objects
         if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self.write_tables()

@@ -99,17 +99,6 @@ class Page:
         """cells_p003 for page 3 of cells.tif."""
         return self.path.stem + self.ending
 
-    @property
-    def parent(self):
-        return self.path.parent
-
-    def absolute(self):
-        return self.path.absolute()
-
-    def resolve(self):
-        """A path as its text gives it, so that pages can be compared."""
-        return Path(str(self)).resolve()
-
 
 def file_of(picture):
     """The path of the file that a picture, by its path or as a Page, is in."""

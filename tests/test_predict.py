@@ -189,7 +189,9 @@ def test_pages_and_channels(workplace, monkeypatch):
     assert {row["um_per_pixel"] for row in rows(out / "images.csv")} == {"0.325"}
     names = [f"series_p00{k}" for k in range(3)]
     assert [row["image"] for row in rows(out / "images.csv")] == names
-    assert [row["path"] for row in rows(out / "images.csv")] == [f"series.tif, page {k}" for k in range(3)]
+    assert [row["path"] for row in rows(out / "images.csv")] == [
+        str(Path(f"series.tif, page {k}").absolute()) for k in range(3)
+    ]
     masks = [read(out / f"{name}_mask.png") for name in names]
     for k in range(3):
         cv2.imwrite("plane.png", series[k, 1])
@@ -438,10 +440,24 @@ def test_equal_stems_do_not_meet(workplace, monkeypatch):
         Path(path).parent.mkdir(exist_ok=True)
         cv2.imwrite(path, soft_picture(20 + number, 30))
     assert call(monkeypatch, "x", "y") == 0
-    sizes = {row["image"]: (row["path"], int(row["height"])) for row in rows("outputs/tiny/predict/images.csv")}
-    assert sizes == {"x_a": ("x/a.jpg", 21), "x_a_2": ("x/a.png", 20), "y_a": ("y/a.png", 22)}
+    root = Path.cwd()
+    sizes = {row["image"]: (Path(row["path"]), int(row["height"])) for row in rows("outputs/tiny/predict/images.csv")}
+    assert sizes == {"x_a": (root / "x/a.jpg", 21), "x_a_2": (root / "x/a.png", 20), "y_a": (root / "y/a.png", 22)}
     for name, (_, height) in sizes.items():
         assert read(f"outputs/tiny/predict/{name}_mask.png").shape == (height, 30)
+
+
+def test_one_relative_path_from_two_folders(workplace, tmp_path, monkeypatch):
+    """Two pictures, each called a.png where the call is made, share an output folder: neither replaces the other."""
+    for number, name in enumerate(("x", "y")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "models").symlink_to(Path("models").absolute())
+        cv2.imwrite(str(tmp_path / name / "a.png"), soft_picture(20 + number, 30))
+    for name in ("x", "y", "x"):
+        monkeypatch.chdir(tmp_path / name)
+        assert call(monkeypatch, "a.png", "--output", str(tmp_path / "out")) == 0
+    found = {row["image"]: (row["path"], row["height"]) for row in rows(tmp_path / "out" / "images.csv")}
+    assert found == {"a": (str(tmp_path / "x/a.png"), "20"), "y_a": (str(tmp_path / "y/a.png"), "21")}
 
 
 def test_batches_hold_pictures_of_one_size(workplace, monkeypatch):
@@ -482,7 +498,7 @@ def test_tables_by_hand(tmp_path):
     assert float(row.pop("seconds")) >= 1.5
     assert row == {
         "image": "cells",
-        "path": "in/cells.png",
+        "path": str(Path("in/cells.png").absolute()),
         "width": "10",
         "height": "8",
         "um_per_pixel": "",

@@ -262,7 +262,6 @@ def test_pages_are_listed_named_and_chosen(tmp_path):
     pictures, failed = list_pages(files)
     assert pictures == [files[0], *(Page(stack, k) for k in range(12)), files[2]] and failed == damaged
     assert [pictures[4].stem, str(pictures[4])] == ["stack_p003", f"{stack}, page 3"]
-    assert len({picture.resolve() for picture in pictures}) == 14 and pictures[4].absolute().parent == tmp_path
     assert list_pages(files, number=11) == (
         [Page(stack, 11)],
         [(files[0], "has no page 11; it has 1, counted from 0"), (files[2], "has no page 11; it has 1, counted from 0")]

@@ -21,7 +21,7 @@ from common.devices import pick_amp, pick_device, precision, precision_name
 from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
 from common.runs import newest_run, run_folder, weights_file
-from run_config import are_channels, fits_of, is_of_nuclei, levels_of, read_config
+from run_config import LATER_SETTINGS, are_channels, fits_of, is_of_nuclei, levels_of, read_config
 
 LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
 TILE, OVERLAP = 256, 64  # pixels that the network sees
@@ -195,7 +195,7 @@ def onnx_config(session):
     Raises errors of many kinds for other files. Files without a target are older and answer with masks.
     """
     (images,), (output,) = session.get_inputs(), session.get_outputs()
-    about = session.get_modelmeta().custom_metadata_map
+    about = {**LATER_SETTINGS, **session.get_modelmeta().custom_metadata_map}
     config = {"input_channels": int(images.shape[3]), "num_classes": int(output.shape[3])}
     config.update({key: int(about[key]) for key in ("input_h", "input_w")})
     config.update(stem=about.get("stem", "full"), target=about.get("target", "masks"))

@@ -24,6 +24,7 @@ DEFAULTS = {  # of `nuclei`; keys of config.yml. Chosen on training pictures: do
     "distance_threshold": 0.3,
     "seed_threshold": 0.5,
     "smallest": 40,  # pixels that the network sees, where the typical nucleus has 380
+    "smoothing": 1.0,  # of these pixels
 }
 TWENTIETHS = np.arange(10, 20)  # thresholds 0.50, 0.55 ... 0.95 of IoU, as k / 20, so that integers are compared
 NONE, FOUND, MISSED, FALSE, MERGED, SPLIT = range(6)
@@ -115,10 +116,11 @@ def relative_distance(labels):
 # ---------------------------------------------------------------- maps -> label map
 
 
-def nuclei(maps, mask_threshold, contact_threshold, distance_threshold, seed_threshold, smallest):
+def nuclei(maps, mask_threshold, contact_threshold, distance_threshold, seed_threshold, smallest, smoothing):
     """(3, H, W) float in [0, 1], channels as in MAPS -> (H, W) int32 label map, 0 ... n. Call it with **DEFAULTS.
 
-    Foreground is the mask above mask_threshold. Seeds are its connected parts with a contact of at most
+    Foreground is the mask above mask_threshold, smoothed by a Gaussian with a standard deviation of `smoothing` pixels,
+    which rounds ragged outlines off. Seeds are its connected parts with a contact of at most
     contact_threshold and a distance of at least distance_threshold, and, somewhere in the part, of seed_threshold;
     contact_threshold 1 leaves the contact out, 0 for the other two leaves the distance out. A watershed grows the seeds
     to all of the foreground and meets where contact is high and distance low. Nuclei of less than `smallest` pixels are
@@ -128,7 +130,7 @@ def nuclei(maps, mask_threshold, contact_threshold, distance_threshold, seed_thr
     network predicts them, both together are.
     """
     mask, contact, distance = maps
-    foreground = mask > mask_threshold
+    foreground = (ndimage.gaussian_filter(mask, smoothing) if smoothing else mask) > mask_threshold
     centres = foreground & (contact <= contact_threshold) & (distance >= distance_threshold)
     seeds = find_seeds(foreground, centres, distance, seed_threshold)
     labels = watershed(contact - distance, seeds, mask=foreground)

@@ -19,6 +19,7 @@ BOUNDS = {  # smallest and largest value of train.py's options that a run's read
     "seed": (0, 2**32 - 1),
 }
 INPUT_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+LATER_SETTINGS = {"smoothing": 0.0}  # how earlier runs of individual nuclei, which lack them, behaved
 TEXTS = ("arch", "dataset", "img_ext", "mask_ext", "loss")  # values of config.yml that must be text
 
 
@@ -33,6 +34,8 @@ def read_config(folder):
     needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "mean", "std")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
+    if is_of_nuclei(config):
+        config = {**LATER_SETTINGS, **config}
     levels = (1, 4) if config["deep_supervision"] is True else (4, 4)
     fits = fits_of(config)
     fits.update({key: isinstance(config[key], str) for key in TEXTS})
@@ -78,6 +81,7 @@ def fits_of(config):
         from instances import DEFAULTS, MAPS  # late: scipy and scikit-image take a second
 
         fits.update({key: _is_number(config.get(key)) and config[key] >= 0 for key in DEFAULTS})
+        fits["smoothing"] = fits["smoothing"] and config["smoothing"] <= 100  # its time grows with it
         fits["diameter"] = _is_number(config.get("diameter")) and config["diameter"] > 0
         fits["stretch"] = _is_stretch(config.get("stretch"))
         fits["num_classes"] = config["num_classes"] == len(MAPS)

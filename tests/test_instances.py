@@ -126,7 +126,7 @@ def test_targets_of_nothing_and_of_everything():
 def test_round_trip(seed):
     labels = generated(seed)[1]
     labels = sequential(drop_small(labels, DEFAULTS["smallest"]))
-    found = nuclei(targets(labels), **DEFAULTS)
+    found = nuclei(targets(labels), **{**DEFAULTS, "smoothing": 0})
     assert found.dtype == np.int32 and official_scores([judge(found, labels)])[0] > 0.95
 
 
@@ -143,8 +143,8 @@ def test_nothing_and_one_pixel():
     assert not nuclei(np.zeros((3, 6, 8)), **DEFAULTS).any()
     one = EMPTY.copy()
     one[2, 3] = 1
-    assert (nuclei(targets(one), **{**DEFAULTS, "smallest": 1}) == one).all()
-    assert not nuclei(targets(one), **{**DEFAULTS, "smallest": 2}).any()
+    assert (nuclei(targets(one), **{**DEFAULTS, "smallest": 1, "smoothing": 0}) == one).all()
+    assert not nuclei(targets(one), **{**DEFAULTS, "smallest": 2, "smoothing": 0}).any()
 
 
 def test_every_threshold_does_what_its_name_says():
@@ -155,7 +155,7 @@ def test_every_threshold_does_what_its_name_says():
 
     def found(**changed):
         thresholds = {"mask_threshold": 0.5, "contact_threshold": 0.3, "distance_threshold": 0.2}
-        thresholds |= {"seed_threshold": 0.3, "smallest": 1, **changed}
+        thresholds |= {"seed_threshold": 0.3, "smallest": 1, "smoothing": 0, **changed}
         return "".join(map(str, nuclei(maps, **thresholds)[0]))
 
     assert found() == "111112222"  # at the highest contact; the pixel itself goes to either side
@@ -165,6 +165,20 @@ def test_every_threshold_does_what_its_name_says():
     assert found(seed_threshold=0.5) == "111111111"  # the second seed does not reach it
     assert found(seed_threshold=0.9) == "111111111"  # none does: the whole part is one nucleus
     assert found(smallest=5) == "111110000"
+
+
+def test_smoothing_rounds_off():
+    """A Gaussian of one pixel weighs [0.0545, 0.2442, 0.4026, ...]: a spur of one pixel and a corner go, sides stay."""
+    mask = np.zeros((30, 30))
+    mask[5:25, 5:25] = 1
+    mask[14, 25:29] = 1  # a spur
+    maps = np.stack([mask, np.zeros((30, 30)), mask])
+    whole, smooth = (nuclei(maps, **{**DEFAULTS, "mask_threshold": 0.5, "smoothing": value}) for value in (0, 1))
+    expected = mask.copy()
+    expected[14, 26:] = 0  # 0.40 of the spur is left, and more beside the square: 0.40 + 0.60 x 0.30 in its first pixel
+    for corner in ((5, 5), (5, 24), (24, 5), (24, 24)):
+        expected[corner] = 0  # (0.70)² = 0.49
+    assert whole.tolist() == mask.tolist() and smooth.tolist() == expected.tolist()
 
 
 def test_holes():

@@ -90,6 +90,7 @@ def test_a_file_of_individual_nuclei(tmp_path):
         "diameter": 22.0,
         "stretch": "1,99.8",
         "smallest": 20.0,
+        "smoothing": 0.0,  # the file is of an earlier export.py
         **thresholds,
     }
 

@@ -13,6 +13,7 @@ from test_inference import CPU, MEAN, ROUNDING, STD, by_hand, predictor_of, soft
 from archs import NestedUNet, UNet
 from common.files import save_checkpoint, write_yaml
 from inference import load_trained, start_from
+from instances import DEFAULTS
 from run_config import read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,6 +156,18 @@ def test_a_damaged_config_is_one_line(workplace, changed, message):
 def test_another_scripts_config_and_what_is_none(workplace, content, message):
     Path("models/tiny/config.yml").write_text(content)
     with pytest.raises(ValueError, match=message):
+        read_config(Path("models/tiny"))
+
+
+def test_a_run_from_before_smoothing_keeps_its_outlines(workplace):
+    path = Path("models/tiny/config.yml")
+    whole = {**yaml.safe_load(path.read_text()), **DEFAULTS, "target": "instances", "num_classes": 3}
+    whole |= {"diameter": 22, "stretch": "1,99.8"}
+    for given, expected in (({"smoothing": 0.7}, 0.7), ({}, 0)):
+        path.write_text(yaml.safe_dump({key: whole[key] for key in whole if key != "smoothing"} | given))
+        assert read_config(Path("models/tiny"))["smoothing"] == expected
+    path.write_text(yaml.safe_dump(whole | {"smoothing": 10_000}))
+    with pytest.raises(ValueError, match="smoothing 10000 is nothing that train.py writes"):
         read_config(Path("models/tiny"))
 
 

@@ -160,7 +160,7 @@ class BrightNuclei:
             "input_channels": 3,
             "num_classes": 3,
         }
-        self.config |= {"input_h": 64, "input_w": 64, **DEFAULTS, "smallest": 4, **config}
+        self.config |= {"input_h": 64, "input_w": 64, **DEFAULTS, "smallest": 4, "smoothing": 0, **config}
 
     def __call__(self, images):
         self.seen += [image.shape[:2] for image in images]

@@ -130,7 +130,7 @@ def nuclei(maps, mask_threshold, contact_threshold, distance_threshold, seed_thr
     network predicts them, both together are.
     """
     mask, contact, distance = maps
-    foreground = (ndimage.gaussian_filter(mask, smoothing) if smoothing else mask) > mask_threshold
+    foreground = ndimage.gaussian_filter(mask, smoothing) > mask_threshold
     centres = foreground & (contact <= contact_threshold) & (distance >= distance_threshold)
     seeds = find_seeds(foreground, centres, distance, seed_threshold)
     labels = watershed(contact - distance, seeds, mask=foreground)

@@ -9,6 +9,7 @@ ONNX file can be used without PyTorch.
 """
 
 import copy
+import hashlib
 import math
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from common.images import standardise
 from common.runs import newest_run, run_folder, weights_file
 from run_config import LATER_SETTINGS, are_channels, fits_of, is_of_nuclei, levels_of, read_config
 
+WEIGHTS = {"best": "model.pth", "last": "last.pth"}  # of a run
 LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
 TILE, OVERLAP = 256, 64  # pixels that the network sees
 TILE_OF_NUCLEI = 512  # for --target instances, whose pictures keep about their own size: whole, where they fit
@@ -51,7 +53,7 @@ def load_trained(name, device, which="best", level=None):
         if cut:
             raise ValueError(f"{folder} was cut to level {cut} and has no other: leave --level out")
         raise ValueError(f"{folder} has level {known[0]} alone, not {level}: trained without --deep_supervision True")
-    path = folder / ("model.pth" if which == "best" else "last.pth")
+    path = folder / WEIGHTS[which]
     weights = load_weights(path)
     with torch.device("meta"):  # no random weights are drawn for nothing
         model = build_model(config)
@@ -67,6 +69,11 @@ def load_trained(name, device, which="best", level=None):
         model = model.prune(model.levels[-1] if level == "deepest" else int(level))
     model = model.to(device).eval()
     return (model.to(memory_format=torch.channels_last) if config.get("channels_last") else model), config
+
+
+def digest_of(*contents):
+    """Bytes -> eight hexadecimal digits. Those of a run change with its weights and with each setting in config.yml."""
+    return hashlib.blake2b(b"".join(contents), digest_size=4).hexdigest()
 
 
 def start_from(model, config):
@@ -143,7 +150,7 @@ class Predictor:
 
     name: models/<name>, None for the newest run; level: see load_trained, by default the deepest head; which: "best" or
     "last"; tta: average over the eight flips and turns. Attributes: config, name, head ("L4", or "mean" for the mean of
-    several heads), head_names, device, amp, and `about`, a line for people.
+    several heads), head_names, device, amp, digest (see digest_of), and `about`, a line for people.
     """
 
     def __init__(self, name=None, device="auto", amp="auto", level="deepest", which="best", tta=False):
@@ -153,6 +160,8 @@ class Predictor:
             self.device = pick_device(device)
             self.amp = pick_amp(amp, self.device)
             self.trained, self.config = load_trained(self.name, self.device, which, level)
+        folder = run_folder(self.name)
+        self.digest = digest_of(*((folder / file).read_bytes() for file in ("config.yml", WEIGHTS[which])))
         self.model = self.trained.folded()
         self.head_names = [*self.model.head_names, "mean"] if len(self.model.head_names) > 1 else self.model.head_names
         self.head = self.head_names[-1]
@@ -223,6 +232,7 @@ class OnnxPredictor:
 
         self.path, self.tta = path, tta
         content = Path(path).read_bytes()
+        self.digest = digest_of(content)
         providers = ["CPUExecutionProvider"]
         if device != "cpu":  # Azure's provider stands first, and runs no such file
             available = onnxruntime.get_available_providers()

@@ -71,7 +71,7 @@ def build_parser():
     a("--onnx", type=Path, metavar="FILE", help="a file of export.py instead of a run; needs ONNX Runtime")
     output = "folder of the results; default: outputs/<name>/predict"
     a("--output", type=Path, metavar="FOLDER", help=output)
-    a("--resume", action="store_true", help="leave out pictures that are done already, with the same options")
+    a("--resume", action="store_true", help="leave out pictures that are done already, by the same model and options")
     a("--level", choices=LEVELS, help="head that answers; default: the deepest")
     a = parser.add_argument_group("masks").add_argument
     mode = "resize: the whole picture at the trained size; tile: pieces of it at --scale; auto: what fits"
@@ -232,7 +232,7 @@ def build_predictor(options, given, device):
 
 def settings_of(options, predictor):
     """What the results depend on, in words, for the tables and for --resume."""
-    settings = [str(options.onnx or f"models/{predictor.name} {predictor.head}")]
+    settings = [f"{options.onnx or f'models/{predictor.name} {predictor.head}'} ({predictor.digest})"]
     if not is_of_nuclei(predictor.config):
         settings += [f"mode {options.mode}", f"threshold {options.threshold:g}"]
     for name in ("scale", "diameter", "pixel_size"):

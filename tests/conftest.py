@@ -148,7 +148,7 @@ class BrightNuclei:
     `seen` lists the (height, width) of what it was shown.
     """
 
-    about = name = head = "bright"
+    about = name = head = digest = "bright"
     tta = False
 
     def __init__(self, **config):

@@ -338,6 +338,9 @@ def test_an_interrupted_call_goes_on_with_resume(workplace, monkeypatch, capsys)
     assert [row["image"] for row in rows("outputs/tiny/predict/images.csv")] == ["b", "a", "c"]
     assert call(monkeypatch, *words, "--resume") == 0 and len(calls) == 5
     assert call(monkeypatch, *words, "--resume", "--threshold", "0.6") == 0 and len(calls) == 8  # other results
+    Path("models/tiny").rename("models/old")
+    write_run(Path("models/tiny"), scale=0.7)  # the name stands for another run now
+    assert call(monkeypatch, *words, "--resume", "--threshold", "0.6") == 0 and len(calls) == 11
 
 
 def test_tables_are_saved_while_a_long_call_is_at_work(workplace, monkeypatch):

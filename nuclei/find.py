@@ -17,7 +17,7 @@ from inference import predict_tiled, without_tta
 from instances import DEFAULTS, sequential
 from nuclei.blocks import nuclei_in_blocks
 from nuclei.scale_search import find_scale
-from nuclei.scaling import resize_labels, stretch_picture, zoom
+from nuclei.scaling import resize_nuclei, stretch_picture, zoom
 
 SEARCHED = 1024  # pixels per side of the part of a large picture in which the scale is searched
 SHRINK = 8  # times smaller, the picture in which that part is looked for
@@ -51,7 +51,7 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
 
     def look(part, scale, predictor=predictor):
         maps = predict_tiled(predictor, zoom(part, scale)[None], batch_size, each)[0]
-        return nuclei_in_blocks(maps, **thresholds)
+        return *nuclei_in_blocks(maps, **thresholds), maps[0].copy()
 
     if diameter:
         scale = config["diameter"] / diameter
@@ -61,7 +61,7 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
                 f"{scale**2 * image.shape[0] * image.shape[1]:.3g} pixels in all; take a larger --diameter"
             )
         scale = max(scale, lowest)
-        labels, confidence = look(image, scale)
+        labels, confidence, mask = look(image, scale)
     else:
         part, plain = image[busiest_window(image, SEARCHED)], without_tta(predictor)
         looks = {}
@@ -73,8 +73,8 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
         bounds = lowest, min(LARGEST, highest, bounds_of(part.shape[:2], MOST_SEARCHED)[1])
         scale, _ = find_scale(nuclei_at, config["diameter"], config.get("scale", 1.0), bounds)
         seen = part.shape == image.shape and plain is predictor
-        labels, confidence = looks[scale] if seen else look(image, scale)
-    labels = resize_labels(labels, image.shape[:2])
+        labels, confidence, mask = looks[scale] if seen else look(image, scale)
+    labels = resize_nuclei(labels, mask, image.shape[:2], config["mask_threshold"], config["smoothing"])
     kept = np.bincount(labels.ravel(), minlength=len(confidence)) > 0
     kept[0] = True
     return Found(sequential(labels), confidence[kept], scale)

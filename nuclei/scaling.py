@@ -1,7 +1,8 @@
 """Pictures of nuclei as a network sees them: stretched between percentiles, and scaled so that nuclei have one size.
 
 image = zoom(stretch_picture(picture, config), scale)    # what training saw: nuclei of about config["diameter"] pixels
-labels = resize_labels(found, picture.shape[:2])         # a label map at the picture's own size
+labels = resize_labels(labels, size)                     # a label map of another size
+labels = resize_nuclei(found, mask, picture.shape[:2], 0.6, 1.0)    # what was found, at the picture's own size
 
 scale is network pixels per pixel of the picture: config["diameter"] / the picture's median diameter. Training takes the
 median of the true nuclei; a prediction has to find it. StarDist and Cellpose stretch pictures in the same way.
@@ -9,6 +10,7 @@ median of the true nuclei; a prediction has to find it. StarDist and Cellpose st
 
 import cv2
 import numpy as np
+from scipy import ndimage
 
 from common.images import squeeze, to_channels
 from instances import areas
@@ -102,6 +104,23 @@ def resize_labels(labels, size, rows=256):
             chosen = np.where(share > most, label, chosen)
             most = np.maximum(most, share)
         resized[part] = chosen
+    return resized
+
+
+def resize_nuclei(labels, mask, size, mask_threshold, smoothing):
+    """The nuclei that instances.nuclei found in maps (h, w), at the size of their picture -> (*size,) int32.
+
+    labels: (h, w) int32. mask: (h, w) uint16, 65535 = 1, the first of these maps. size: (height, width). The last two
+    are as in instances.nuclei. A nucleus ends where the smoothed mask, interpolated, crosses mask_threshold, which lies
+    between two pixels that the network saw; resize_labels alone would end it at one of them.
+    """
+    if labels.shape == tuple(size):
+        return labels
+    mask, threshold = ndimage.gaussian_filter(mask, smoothing), mask_threshold * 65535
+    mask[(labels > 0) & (mask <= threshold)] = 65535  # holes that were filled
+    wider = np.where(labels > 0, labels, ndimage.maximum_filter(labels, 3))
+    resized = resize_labels(wider, size)
+    resized[squeeze(mask, size) <= threshold] = 0
     return resized
 
 

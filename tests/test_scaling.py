@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 
 from common.images import squeeze
-from instances import judge, official_scores
-from nuclei.scaling import LEAST_RANGE, median_diameter, resize_labels, stretch, stretch_limits, stretch_picture, zoom
+from instances import judge, match, official_scores
+from nuclei.scaling import (
+    LEAST_RANGE,
+    median_diameter,
+    resize_labels,
+    resize_nuclei,
+    stretch,
+    stretch_limits,
+    stretch_picture,
+    zoom,
+)
 
 CONFIG = {"input_channels": 3, "stretch": "1,99.8"}
 
@@ -109,3 +118,57 @@ def test_smaller_and_back_loses_less_than_nearest_pixels():
         return cv2.resize(labels.astype(np.float32), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).astype(np.int32)
 
     assert score(resize_labels) > score(nearest) + 0.01
+
+
+def half_planes(columns, split):
+    """A nucleus left of `split`, which may lie within a pixel -> its mask (16, columns) uint16 and label map."""
+    share = (split - np.arange(columns)).clip(0, 1)
+    mask = np.tile(np.rint(share * 65535).astype(np.uint16), (16, 1))
+    return mask, (mask > 0.5 * 65535).astype(np.int32)
+
+
+@pytest.mark.parametrize("split", [8, 8.25, 8.4, 8.6, 9])
+@pytest.mark.parametrize("factor", [4, 0.5])
+def test_edges_lie_between_the_pixels_that_the_network_saw(split, factor):
+    """An edge at `split` is an edge at `factor` times that, to the pixel; whole labels know the nearest pixel only."""
+    mask, labels = half_planes(16, split)
+    size = (int(16 * factor), int(16 * factor))
+    found = resize_nuclei(labels, mask, size, 0.5, 0)
+    assert found.shape == size and found.dtype == np.int32
+    assert abs(found.sum(1) - split * factor).max() <= 1
+    if factor == 4 and split == 8.4:  # pixels 7 and 8, centres 7.5 and 8.5, have 1 and 0.4: 0.5 lies at 8 1/3
+        assert found.sum(1).tolist() == [33] * 64 and resize_labels(labels, size).sum(1).tolist() == [32] * 64
+
+
+def test_discs_come_back_better_than_from_their_labels():
+    whole = np.zeros((240, 240), np.int32)
+    for label, (x, y) in enumerate(np.ndindex(5, 5), 1):
+        cv2.circle(whole, (x * 46 + 27, y * 46 + 27), 13 + label % 7, label, -1)
+    mask = np.rint(squeeze((whole > 0).astype(np.float32), (60, 60)) * 65535).astype(np.uint16)
+    labels = resize_labels(whole, (60, 60)) * (mask > 0.5 * 65535)
+    old, new = (
+        match(found, whole)
+        for found in (resize_labels(labels, (240, 240)), resize_nuclei(labels, mask, (240, 240), 0.5, 0))
+    )
+    assert (new.intersection / new.union).mean() > (old.intersection / old.union).mean() + 0.02
+
+
+def test_resized_nuclei_keep_filled_holes_and_borders_and_nothing_that_was_dropped():
+    labels = np.zeros((20, 30), np.int32)
+    labels[4:16, 3:13], labels[4:16, 13:24] = 1, 5  # they touch; numbers may be missing
+    mask = np.where(labels > 0, 65535, 0).astype(np.uint16)
+    mask[8:10, 6:8] = 0  # a hole that instances.nuclei filled
+    mask[1:3, 26:29] = 65535  # a nucleus that it dropped
+    found = resize_nuclei(labels, mask, (60, 90), 0.6, 0)
+    assert set(np.unique(found)) == {0, 1, 5} and (found[15:45, 12:66] > 0).all()
+    assert not found[:9, 75:].any()
+    assert (found[15:45, 12:39] == 1).all() and (found[15:45, 39:66] == 5).all()
+    assert resize_nuclei(labels, mask, labels.shape, 0.6, 0) is labels  # its own size: as it was found
+
+
+def test_the_mask_is_smoothed_before_it_is_resized():
+    mask, labels = half_planes(16, 8)
+    mask[7, 8] = 65535  # a spike of one pixel, which smoothing takes off the mask, and so off the labels
+    found = resize_nuclei(labels, mask, (64, 64), 0.5, 1.5)
+    assert abs(found.sum(1) - 32).max() <= 2
+    assert resize_nuclei(labels, mask, (64, 64), 0.5, 0).sum(1).max() >= 35

@@ -150,22 +150,26 @@ class Predictor:
 
     name: models/<name>, None for the newest run; level: see load_trained, by default the deepest head; which: "best" or
     "last"; tta: average over the eight flips and turns. Attributes: config, name, head ("L4", or "mean" for the mean of
-    several heads), head_names, device, amp, digest (see digest_of), and `about`, a line for people.
+    several heads), head_names, device, amp, and `about`, a line for people.
     """
 
     def __init__(self, name=None, device="auto", amp="auto", level="deepest", which="best", tta=False):
         self.name = name or newest_run("arch")
-        self.tta = tta
+        self.tta, self.which = tta, which
         with loading():  # PyTorch, for the first time in predict.py
             self.device = pick_device(device)
             self.amp = pick_amp(amp, self.device)
             self.trained, self.config = load_trained(self.name, self.device, which, level)
-        folder = run_folder(self.name)
-        self.digest = digest_of(*((folder / file).read_bytes() for file in ("config.yml", WEIGHTS[which])))
         self.model = self.trained.folded()
         self.head_names = [*self.model.head_names, "mean"] if len(self.model.head_names) > 1 else self.model.head_names
         self.head = self.head_names[-1]
         self.about = f"models/{self.name}, {self.head}, {self.device}, {precision_name(self.amp)}"
+
+    @property
+    def digest(self):
+        """See digest_of. The files are read for it: most callers do without."""
+        folder = run_folder(self.name)
+        return digest_of(*((folder / file).read_bytes() for file in ("config.yml", WEIGHTS[self.which])))
 
     def __call__(self, images):
         """uint8 (N, H, W, C) in [0, 255] -> float32 (N, H, W, classes) in [0, 1] of `head`."""

@@ -13,7 +13,7 @@ import html
 from argparse import ArgumentTypeError
 
 from common.cli import Parser, add_machine_options, answer_early, channel_numbers, number, parse_options, run_script
-from common.images import MAX_PIXELS
+from common.images import MAX_PIXELS, MOST_PIXELS
 
 
 def build_parser():
@@ -22,7 +22,7 @@ def build_parser():
     a("--name", help="the run of individual nuclei to start with; default: the newest")
     a("--port", type=number(int, 1, 65535), default=7860, help="port to serve the page on")
     a("--open", action="store_true", default=True, help="open the page in the browser")
-    a("--max_pixels", type=number(int, 1, 2**30), default=MAX_PIXELS, help="refuse larger pictures")
+    a("--max_pixels", type=number(int, 1, MOST_PIXELS), default=MAX_PIXELS, help="refuse larger pictures")
     a("--max_megabytes", type=number(int, 1, 10_000), default=500, help="refuse larger files")
     add_machine_options(parser)
     return parser
@@ -36,6 +36,7 @@ from run_config import is_of_nuclei, levels_of, read_config
 from sessions import (
     COLUMNS,
     NO_REPORT,
+    SHOWN_ROWS,
     TRIED,
     Question,
     Sessions,
@@ -86,7 +87,7 @@ def nuclei_tab(gr, visits, block, first):
             with gr.Row():
                 sizes = gr.Plot(label="Sizes")
                 tried = gr.Dataframe(headers=list(TRIED), label="Levels tried", elem_id="tried")
-            table = gr.Dataframe(headers=list(COLUMNS), label="The first 1,000 nuclei", max_height=300)
+            table = gr.Dataframe(headers=list(COLUMNS), label=f"The first {SHOWN_ROWS:,} nuclei", max_height=300)
 
     def find(path, run, level, diameter, threshold, tta, size, channels, page, request: gr.Request, wait=gr.Progress()):
         if not path:

@@ -49,6 +49,13 @@ def list_ids(img_dir, img_ext, option="--img_ext"):
     return sorted(ids)
 
 
+def usual_ending(img_dir, default):
+    """The most frequent extension of a folder's files, such as .tif; `default` where there is none."""
+    counts = Counter(Path(name).suffix for name in (_names(img_dir) if Path(img_dir).is_dir() else ()))
+    del counts[""]
+    return counts.most_common(1)[0][0] if counts else default
+
+
 def _others(names, option):
     """What a folder holds instead of the files that were expected, and the option that takes them."""
     counts = Counter(Path(name).suffix for name in names).most_common(5)

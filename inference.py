@@ -238,7 +238,7 @@ class OnnxPredictor:
         content = Path(path).read_bytes()
         self.digest = digest_of(content)
         providers = ["CPUExecutionProvider"]
-        if device != "cpu":  # Azure's provider stands first, and runs no such file
+        if str(device) != "cpu":  # Azure's provider stands first, and runs no such file
             available = onnxruntime.get_available_providers()
             providers = [name for name in available if name != "AzureExecutionProvider"]
         try:

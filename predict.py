@@ -51,10 +51,19 @@ from common.cli import Parser, add_machine_options, channel_numbers, listed, num
 from common.devices import pick_device
 from common.distributed import gather, is_main, launched, processes, rank, world_size
 from common.headers import check_pixels
-from common.images import MAX_PIXELS, PageReader, file_of, find_pictures, list_pages, squeeze, to_channels
+from common.images import MAX_PIXELS, MOST_PIXELS, PageReader, file_of, find_pictures, list_pages, squeeze, to_channels
 from common.report import open_page
 from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
-from predictions import MaskResults, earlier_results, is_done, output_names, reason_of, write_page
+from predictions import (
+    PIXEL_SIZES,
+    MaskResults,
+    earlier_results,
+    forget_settings,
+    is_done,
+    output_names,
+    reason_of,
+    write_page,
+)
 from run_config import is_of_nuclei
 
 OF_MASKS = ("mode", "scale", "threshold", "probability")  # options that only one of the two kinds of runs has
@@ -85,7 +94,7 @@ def build_parser():
     diameter = "of a typical nucleus, in pixels of the picture; default: found from the picture"
     a("--diameter", type=number(float, 1, 10_000), help=diameter)
     pixel_size = "micrometres per pixel, for the tables; default: what a TIFF tells of itself"
-    a("--pixel_size", type=number(float, 1e-4, 1e6), metavar="UM", help=pixel_size)
+    a("--pixel_size", type=number(float, *PIXEL_SIZES), metavar="UM", help=pixel_size)
     a("--rois", action="store_true", help="write <stem>_rois.zip for ImageJ; needs requirements-objects.txt")
     a("--geojson", action="store_true", help="write <stem>.geojson for QuPath; needs requirements-objects.txt")
     submission = "write the run lengths of all nuclei as the 2018 Data Science Bowl wants them"
@@ -98,7 +107,7 @@ def build_parser():
     a("--channels", type=channel_numbers, metavar="K[,K,K]", help=channels)
     a("--html", action="store_true", help="write report.html, one page of all outlines in the folder")
     a("--open", action="store_true", help="write report.html and open it in the browser")
-    a("--max_pixels", type=number(int, 1, 2**30), default=MAX_PIXELS, help="refuse larger pictures")
+    a("--max_pixels", type=number(int, 1, MOST_PIXELS), default=MAX_PIXELS, help="refuse larger pictures")
     a("-b", "--batch_size", type=number(int, 1), default=8, help="pictures or tiles at once")
     add_machine_options(parser)
     return parser
@@ -195,7 +204,7 @@ def predict_nuclei(predictor, files, results, options, failed, bar):
                 failed.append((path, reason_of(error)))
                 continue
             try:
-                results.add(path, picture, found, time.perf_counter() - started)
+                results.add(path, picture, found, time.perf_counter() - started, reader.values)
             except ValueError as error:  # too large for ImageJ
                 failed.append((path, reason_of(error)))
                 continue
@@ -275,12 +284,15 @@ def predict(options, given, device):
     files, damaged = list_pages(files, options.page, options.channels)
     failed += damaged
 
-    settings, earlier = settings_of(options, predictor), gather(earlier_results(output))[0]
+    settings, earlier = gather((settings_of(options, predictor), earlier_results(output)))[0]
     names, everything, done = output_names(files, {name: row["path"] for name, row in earlier.items()}), files, set()
     if options.resume:
         done = {names[file] for file in files if is_done(output, earlier.get(names[file]), settings)}
+        done = gather(done)[0]  # of one process: another may already have replaced a file
         files = [file for file in files if names[file] not in done]
         print(f"{len(done)} of {len(everything)} pictures are done already")
+    if is_main() and (again := {names[file] for file in files} & earlier.keys()):
+        forget_settings(output, again)
     results, own, failed_here = build_results(output, names, settings, options, of_nuclei), share_of(files), []
     bar = tqdm(total=len(own), desc="predict", unit="img", leave=False, disable=not is_main() or None)
     with results.kept(len(own)), bar:

@@ -5,8 +5,9 @@
     with results.kept(count=len(files)):
         results.add(picture, probabilities)
 
-A file is replaced when a result has its name; nothing else in the folder is touched. Several calls, and torchrun's
-processes, may share a folder. Individual nuclei have results of their own: nuclei/predictions.py.
+A file is replaced when a result has its name; nothing else in the folder is touched. The processes of torchrun, and
+calls one after the other, may share a folder; of two calls at once, neither knows the names that the other gives.
+Individual nuclei have results of their own: nuclei/predictions.py.
 """
 
 import collections
@@ -23,13 +24,14 @@ import numpy as np
 from common import report
 from common.cli import in_one_line
 from common.files import atomic_path, is_plain_name, lock
-from common.images import Page, file_of, read_picture, squeeze, write_png
+from common.images import MOST_PIXELS, Page, file_of, read_picture, squeeze, write_png
 from common.tables import merge_table, read_table
 from common.tiff import pixel_size
 
 OBJECT_COLUMNS = ("image", "class", "object", "area", "centroid_x", "centroid_y", "left", "top", "width", "height")
 SHOWN = r"(objects|fraction)(_\d+)?|median_diameter"  # columns of images.csv on the page
 ON_PAGE, PAGE_SIDE = 200, 640  # pictures of a page, and pixels of their longer side
+PIXEL_SIZES = 1e-4, 1e6  # micrometres that a pixel can have
 SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most
 
 
@@ -94,12 +96,16 @@ def earlier_results(folder):
 
 
 def um_per_pixel(picture):
-    """The side of a pixel in µm, as the tags of a TIFF tell it, of a path or a common.images.Page; "" when unknown."""
+    """The side of a pixel in µm, as the tags of a TIFF tell it, of a path or a common.images.Page.
+
+    "" when it is unknown, or not within PIXEL_SIZES: some programs write metres without naming the unit.
+    """
+    low, high = PIXEL_SIZES
     try:
         size = pixel_size(file_of(picture))
     except OSError:  # the file has gone
         size = None
-    return round(size, 6) if size else ""
+    return round(size, 6) if size and low <= size <= high else ""
 
 
 def reason_of(error):
@@ -117,6 +123,16 @@ def is_done(folder, row, settings):
     name = row["image"]
     found = [f"{name}_mask.png", f"{name}_mask_0.png", f"{name}_labels.tif", f"{name_of_stack(name)}_labels.tif"]
     return (folder / f"{name}_overlay.png").is_file() and any((folder / file).is_file() for file in found)
+
+
+def forget_settings(folder, names):
+    """Note in images.csv that the results of these pictures are about to be replaced, so that none is taken for done.
+
+    A call that is killed may leave files of its own beside the rows of an earlier one.
+    """
+    with lock(folder):
+        rows = [{**row, "settings": ""} for row in read_table(folder / "images.csv", "image") if row["image"] in names]
+        merge_table(folder / "images.csv", ("image", "settings"), rows, "image", replaced=set(names))
 
 
 # ---------------------------------------------------------------- pictures and tables
@@ -280,8 +296,8 @@ def write_page(folder, subtitle):
     for row in rows[:ON_PAGE]:
         path = folder / f"{row['image']}_overlay.png"
         if path.is_file():
-            items.append(_card(row, read_picture(path, 2**30)))
-    keys = items[0]["values"] if items else ()
+            items.append(_card(row, read_picture(path, MOST_PIXELS)))
+    keys = dict.fromkeys(key for item in items for key in item["values"])
     note = f"The first {ON_PAGE} of {len(rows)} pictures." if len(rows) > ON_PAGE else ""
     sections = [("Pictures", report.gallery(items, list(keys), note))]
     report.write_page(folder / "report.html", f"{len(rows)} pictures", sections, subtitle)
@@ -296,5 +312,5 @@ def _card(row, overlay):
     for key, text in row.items():
         if re.fullmatch(SHOWN, key or ""):
             with contextlib.suppress(TypeError, ValueError):  # a table may have been edited
-                values[key.replace("_", " ")] = float(text) if "." in text else int(text)
+                values[key.replace("_", " ")] = int(text) if text.isdecimal() else float(text)
     return {"title": row["image"], "panels": [("outlines", overlay)], "values": values}

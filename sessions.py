@@ -29,7 +29,7 @@ from common.images import MAX_PIXELS, PageReader, list_pages, squeeze, standardi
 from common.outlines import distinct_colours, draw_outlines
 from common.runs import list_runs, run_folder
 from inference import Predictor
-from predictions import reason_of
+from predictions import PIXEL_SIZES, reason_of
 from run_config import is_of_nuclei
 
 EXAMPLES = {"bright": 22, "small": 3, "stained": 10}  # seeds of common.synthetic.nuclei
@@ -61,8 +61,9 @@ class Question:
         """ValueError for numbers that predict.py's own options would refuse."""
         if self.diameter and not 1 <= self.diameter <= 10_000:
             raise ValueError(f"diameter {self.diameter:g}: expected 1 to 10,000 pixels")
-        if self.pixel_size and not 1e-6 <= self.pixel_size <= 1e6:
-            raise ValueError(f"{self.pixel_size:g} micrometres per pixel: expected 0.000001 to 1,000,000")
+        low, high = PIXEL_SIZES
+        if self.pixel_size and not low <= self.pixel_size <= high:
+            raise ValueError(f"{self.pixel_size:g} micrometres per pixel: expected {low:g} to {high:,.0f}")
         if self.page and self.page < 0:
             raise ValueError(f"page {self.page:g}: pages are counted from 0")
 
@@ -163,7 +164,7 @@ class Session:
             if each:
                 each(count)
 
-        page, picture, note = self._read(path, question)
+        page, picture, values, note = self._read(path, question)
         predictor = copy.copy(self.sessions.load(question.run, question.level, weights_written(question.run)))
         predictor.tta = question.tta
         if question.threshold is not None:
@@ -174,25 +175,27 @@ class Session:
         with self.lock:
             if self.closed or stopping.is_set():
                 raise Stopped
-            return self._answer(page, picture, found, question, predictor.head, seconds, note)
+            return self._answer(page, picture, values, found, question, predictor.head, seconds, note)
 
     def _read(self, path, question):
-        """-> the file or its page, its picture as PageReader returns it, and a note where a file has more pages."""
+        """-> the file or its page, its picture and values as PageReader has them, and a note on further pages."""
         pages, failed = list_pages([Path(path)], question.page or None, question.channels)
         if failed:
             raise ValueError(failed[0][1])
         note = f" (page 0 of {len(pages)})" if len(pages) > 1 else ""
         with contextlib.closing(PageReader(self.sessions.max_pixels, question.channels)) as reader:
-            return pages[0], reader.read(pages[0]), note
+            return pages[0], reader.read(pages[0]), reader.values, note
 
-    def _answer(self, page, picture, found, question, head, seconds, note):
+    def _answer(self, page, picture, values, found, question, head, seconds, note):
         """Write the files of an answer to a folder of their own; those of the last answer go."""
+        from nuclei.object_files import IMAGEJ_SIDE
         from nuclei.predictions import NucleiResults
 
         folder, name = Path(tempfile.mkdtemp(dir=self.folder)), page.stem
         settings, pixel_size = f"models/{question.run} {head}", question.pixel_size or None
-        results = NucleiResults(folder, {page: name}, settings, pixel_size, rois=True, geojson=True)
-        objects = results.add(page, picture, found, seconds)
+        rois = max(found.labels.shape) <= IMAGEJ_SIDE
+        results = NucleiResults(folder, {page: name}, settings, pixel_size, rois, geojson=True)
+        objects = results.add(page, picture, found, seconds, values)
         results.write_tables()
         [summary] = results.images
         self._note(page, question, [head, len(objects), summary["median_diameter"], round(seconds, 2)])
@@ -203,7 +206,9 @@ class Session:
         rows = [[row[column] for column in COLUMNS] for row in objects[:SHOWN_ROWS]]
         figure = draw_sizes([row["equivalent_diameter"] for row in objects])
         write_png(folder / "shown.png", as_shown(picture, found.labels))
-        endings = (f"{name}_overlay.png", f"{name}_labels.tif", "objects.csv", f"{name}_rois.zip", f"{name}.geojson")
+        endings = [f"{name}_overlay.png", f"{name}_labels.tif", "objects.csv"]
+        endings += [f"{name}_rois.zip"] if rois else []
+        endings.append(f"{name}.geojson")
         files = [str(folder / ending) for ending in endings]
         if self.last:
             shutil.rmtree(self.last, ignore_errors=True)

@@ -33,6 +33,7 @@ from common.tiff import Stack, is_tiff
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".webp")
 MAX_PIXELS = 400_000_000  # default limit for an untrusted file: a few bytes can claim gigabytes of pixels
+MOST_PIXELS = 2**30  # that OpenCV decodes: the highest limit
 
 
 # ---------------------------------------------------------------- files
@@ -140,14 +141,15 @@ def _count_pages(file, channels):
 class PageReader:
     """Reads what list_pages found: read(picture) returns and raises what `decode` does.
 
-    The file of a page stays open for the next one, until close().
+    `values` is then the same picture with the values of its file: the channels of a microscope, which `decode` scales,
+    as they are. The file of a page stays open for the next one, until close().
     channels: the numbers of the channels to read, one for grey or three for red, green and blue; None for all, of which
     there may be one or three, or those of a colour picture.
     """
 
     def __init__(self, max_pixels=MAX_PIXELS, channels=None):
         self.max_pixels, self.channels = max_pixels, channels
-        self.path, self.file, self.stack = None, None, None
+        self.path, self.file, self.stack, self.values = None, None, None, None
 
     def close(self):
         if self.file is not None:
@@ -155,6 +157,10 @@ class PageReader:
         self.path = None
 
     def read(self, picture):
+        seen, self.values = self._read(picture)
+        return seen
+
+    def _read(self, picture):
         if not isinstance(picture, Page):
             with open(picture, "rb") as file:
                 return _decode(file, self.max_pixels, self.channels)
@@ -176,16 +182,17 @@ def decode(data, max_pixels=MAX_PIXELS):
     Raises ValueError when the file is damaged, no picture, or holds several pages or other numbers of channels, and,
     before anything is decoded, when its header declares more than max_pixels pixels.
     """
-    return _decode(io.BytesIO(data), max_pixels)
+    return _decode(io.BytesIO(data), max_pixels)[0]
 
 
 def read_picture(path, max_pixels=MAX_PIXELS):
     """A file -> what `decode` returns and raises. A file whose header is wrong is not read any further."""
     with open(path, "rb") as file:
-        return _decode(file, max_pixels)
+        return _decode(file, max_pixels)[0]
 
 
 def _decode(file, max_pixels, chosen=None):
+    """An open file -> what `decode` returns, and the same with the values of the file; chosen: as for PageReader."""
     file.seek(0)
     begins = file.read(4)
     file.seek(0)
@@ -201,7 +208,8 @@ def _decode(file, max_pixels, chosen=None):
     if chosen is not None:
         names = ["grey"] if array.ndim == 2 else ["red", "green", "blue", "alpha"][: array.shape[2]]
         array = np.atleast_3d(array)[..., _choose_channels(chosen, names)]
-    return upright(array, orientation)
+    array = upright(array, orientation)
+    return array, array
 
 
 def _decode_plain(file):
@@ -218,21 +226,21 @@ def imdecode(file):
     file.seek(0)
     try:
         return cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # more pixels than OpenCV accepts: 2^30 in all, 2^20 per side
+    except cv2.error:  # more pixels than OpenCV accepts: MOST_PIXELS in all, 2^20 per side
         return None
 
 
 def _decode_page(stack, number, max_pixels, chosen):
-    """A page of a TIFF -> what `decode` returns. chosen: the numbers of its channels, in the order RGB, or None."""
+    """A page of a TIFF -> what `_decode` returns. chosen: the numbers of its channels, in the order RGB, or None."""
     stack.check(number, max_pixels)
     if stack.is_plain and not stack.is_simple and chosen is None:
         array = _decode_plain(stack.file)
         if array is not None and array.dtype in (np.uint8, stack.dtype(0)):
-            return array
+            return array, array
     array = stack.read(number, _wanted_channels(stack, number, chosen))
     if array.ndim == 2 or stack.is_colour(number):
-        return array
-    return np.dstack([to_channels(array[..., k], 1) for k in range(array.shape[2])])
+        return array, array
+    return np.dstack([to_channels(array[..., k], 1) for k in range(array.shape[2])]), array
 
 
 def _wanted_channels(stack, number, chosen):
@@ -297,7 +305,7 @@ def _deep_picture(file, max_pixels):
     """An open file -> Pillow's picture, RGB or RGBA, of what `decode` returns."""
     from PIL import Image
 
-    array = _decode(file, max_pixels)
+    array, _ = _decode(file, max_pixels)
     return Image.fromarray(to_channels(array, 4 if array.shape[2:] == (4,) else 3))
 
 

@@ -88,8 +88,6 @@ class NucleiDataset(Dataset):
         """As Dataset.check, but mean and std are 0.5, since stretched pictures fill [0, 1]."""
         self.facts = []
         found = super().check(cache, each)
-        if not any(facts.diameter for facts in self.facts):
-            raise ValueError(f"{self.mask_dir}: all {len(self.img_ids)} label maps are empty")
         half = [0.5] * self.input_channels
         return {**found, "mean": half, "std": half}
 
@@ -132,8 +130,9 @@ class NucleiDataset(Dataset):
         return self.diameter / own if own else self.usual_scale()
 
     def usual_scale(self):
-        """The true scale of the median picture."""
-        return self.diameter / float(np.median([facts.diameter for facts in self.facts if facts.diameter]))
+        """The true scale of the median picture; 1 where no picture has a nucleus."""
+        diameters = [facts.diameter for facts in self.facts if facts.diameter]
+        return self.diameter / float(np.median(diameters)) if diameters else 1.0
 
     # ---------------------------------------------------------------- items
 
@@ -198,7 +197,10 @@ class Crops(NucleiDataset):
         return self.count or len(self.img_ids)
 
     def check(self, cache="auto", each=None):
+        """As that of NucleiDataset; ValueError when no picture has a nucleus."""
         found = super().check(cache, each)
+        if not any(facts.diameter for facts in self.facts):
+            raise ValueError(f"{self.mask_dir}: all {len(self.img_ids)} label maps are empty; nothing could be learned")
         kinds = Counter(facts.kind for facts in self.facts)
         weights = np.array([kinds[facts.kind] ** -self.kind_balance for facts in self.facts])
         self.cumulative = np.cumsum(weights / weights.sum())

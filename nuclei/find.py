@@ -23,7 +23,7 @@ SEARCHED = 1024  # pixels per side of the part of a large picture in which the s
 SHRINK = 8  # times smaller, the picture in which that part is looked for
 LARGEST = 4.0  # scale that the search tries: what is smaller than a quarter of a known nucleus is debris
 LEAST_SIDE = 16  # pixels that the network sees of a picture, unless the picture has less
-MOST_PIXELS = 2**28  # of a whole picture as the network sees it: 2 GiB of maps and labels
+MOST_PIXELS = 2**28  # of a whole picture as the network sees it: 3 GiB of maps and labels
 MOST_SEARCHED = 2**23  # of the part in which the scale is searched
 
 

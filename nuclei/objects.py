@@ -27,7 +27,7 @@ PROPERTIES = {  # our columns: what scikit-image calls them
 }
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue")}  # names by number; alpha is none
 LENGTHS = ("centroid_x", "centroid_y", "equivalent_diameter", "perimeter")  # that are repeated in micrometres
-DIGITS = 4  # after the point
+DIGITS = 4  # after the point, or of the number where the first of them comes later
 
 
 def measure(labels, image, confidence=None, pixel_size=None):
@@ -74,7 +74,12 @@ def measure(labels, image, confidence=None, pixel_size=None):
 
 def _rounded(values):
     """An array -> a list of Python's own numbers, which a CSV file shows as people write them."""
-    return (np.round(values.astype(float), DIGITS) if values.dtype.kind == "f" else values).tolist()
+    return [rounded(value) if isinstance(value, float) else value for value in values.tolist()]
+
+
+def rounded(value):
+    """1234.56789 -> 1234.5679; 0.0000345678 -> 3.457e-05."""
+    return round(value, DIGITS) if abs(value) >= 0.1 else float(f"{value:.{DIGITS}g}")
 
 
 def summarise(table, shape, pixel_size=None):
@@ -87,10 +92,10 @@ def summarise(table, shape, pixel_size=None):
     diameter = float(np.median(table["equivalent_diameter"])) if count else None
     found = {
         "objects": count,
-        "objects_per_megapixel": round(count / pixels * 1e6, DIGITS),
-        "median_diameter": round(diameter, DIGITS) if count else None,
+        "objects_per_megapixel": rounded(count / pixels * 1e6),
+        "median_diameter": rounded(diameter) if count else None,
     }
     if pixel_size:
-        found["objects_per_mm2"] = round(count / (pixels * pixel_size**2) * 1e6, DIGITS)
-        found["median_diameter_um"] = round(diameter * pixel_size, DIGITS) if count else None
+        found["objects_per_mm2"] = rounded(count / (pixels * pixel_size**2) * 1e6)
+        found["median_diameter_um"] = rounded(diameter * pixel_size) if count else None
     return found

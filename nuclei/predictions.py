@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 
 from common import report
-from common.images import Page, to_channels
+from common.images import MOST_PIXELS, Page, to_channels
 from common.outlines import distinct_colours, draw_outlines
 from labels import read_labels
 from nuclei.object_files import (
@@ -50,17 +50,18 @@ class NucleiResults(Results):
                 for package in packages:
                     require(package)
 
-    def add(self, path, picture, found, seconds):
+    def add(self, path, picture, found, seconds, values=None):
         """Write the results of a picture -> its rows of objects.csv.
 
-        path: its path or common.images.Page. picture: (H, W[, C]) as common.images.PageReader returns it, in its own
-        values. found: nuclei.find.Found. seconds: what reading it and finding its nuclei took.
+        path: its path or common.images.Page. picture: (H, W[, C]) as common.images.PageReader returns it. found:
+        nuclei.find.Found. seconds: what reading it and finding its nuclei took. values: PageReader.values, which the
+        intensities are measured in; by default picture.
         """
         started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         name, labels = self.names[path], found.labels
         pixel_size = self.pixel_size or um_per_pixel(path) or None
-        table = measure(labels, picture, found.confidence, pixel_size)
+        table = measure(labels, picture if values is None else values, found.confidence, pixel_size)
         if self.rois:  # first: it refuses what ImageJ cannot hold
             write_rois(self.folder / f"{name}_rois.zip", labels)
         write_label_tiff(self.label_path(name), labels, pixel_size)
@@ -96,13 +97,15 @@ class NucleiResults(Results):
         """The label map (H, W) of a picture of this call or, with the same settings, of an earlier one."""
         path = self.label_path(self.names[picture])
         if path.exists() or not isinstance(picture, Page):
-            return read_labels(path)
+            return read_labels(path, max_pixels=MOST_PIXELS)
         stack = self.label_path(name_of_stack(self.names[picture]))
         return tifffile.imread(stack, key=picture.number).astype(np.int32)
 
     def write_submission(self, path, pictures):
-        """The Bowl's CSV, of pictures whose results are there."""
-        write_submission(path, ((self.names[picture], self.labels_of(picture)) for picture in pictures))
+        """The Bowl's CSV, of pictures whose results are there. Their ids are their files' stems, if these differ."""
+        stems = {picture.stem for picture in pictures}
+        ids = [picture.stem if len(stems) == len(pictures) else self.names[picture] for picture in pictures]
+        write_submission(path, zip(ids, map(self.labels_of, pictures), strict=True))
 
     def found(self):
         count = sum(row["objects"] for row in self.images)

@@ -5,8 +5,6 @@
 Rehearsal against forgetting: Robins, Connection Science 1995, https://doi.org/10.1080/09540099550039318.
 """
 
-from pathlib import Path
-
 import numpy as np
 from torch.utils.data import Dataset
 
@@ -14,7 +12,7 @@ from common.files import read_yaml
 from common.images import to_channels
 from common.runs import weights_file
 from common.synthetic import nuclei
-from data_folder import check_layout, list_ids
+from data_folder import INPUTS, check_layout, list_ids, usual_ending
 from dataset import Item
 from nuclei.crops import Crops, build_crops
 
@@ -48,21 +46,25 @@ class Rehearsal(Dataset):
         self.other.set_epoch(epoch)
 
 
-def build_rehearsal(config, count):
+def build_rehearsal(config, count, validation=()):
     """The checked Crops that --rehearse names, `count` per epoch; ValueError or FileNotFoundError where its files
     are missing or damaged.
 
-    Of a folder, pictures that the run of --weights kept for validation are left out: they stay unseen.
+    Of a folder, pictures that stay unseen are left out: those that the run of --weights kept for validation, and where
+    the folder is the training's own data set, its validation ids. Its images may have another extension.
     """
     source = config["rehearse"]
+    images = INPUTS / source / "images"
+    others = {**config, "dataset": source, "crops": count, "img_ext": usual_ending(images, config["img_ext"])}
     if source == GENERATED:
         ids, crops_class = [str(seed) for seed in SEEDS], GeneratedCrops
     else:
-        check_layout({**config, "dataset": source}, "--rehearse")
-        unseen, crops_class = validated_by(config["weights"], source), Crops
-        ids = list_ids(Path("inputs") / source / "images", config["img_ext"])
-        ids = [img_id for img_id in ids if img_id not in unseen]
-    crops = build_crops({**config, "dataset": source, "crops": count}, ids, augment=True, crops_class=crops_class)
+        check_layout(others, "--rehearse")
+        unseen, crops_class = {*validated_by(config["weights"], source)}, Crops
+        if source == config["dataset"]:
+            unseen.update(validation)
+        ids = [img_id for img_id in list_ids(images, others["img_ext"]) if img_id not in unseen]
+    crops = build_crops(others, ids, augment=True, crops_class=crops_class)
     crops.check(config["cache"])
     print(f"rehearsal: every second crop is of {len(ids)} pictures ({source})")
     return crops

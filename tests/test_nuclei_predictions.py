@@ -79,10 +79,25 @@ def test_values_are_those_of_the_file(here, monkeypatch):
     picture, labels = discs(8, value=250)
     deep = picture[..., 0].astype(np.uint16) * 16
     write(here / "in" / "deep.tif", deep, imagej=True, resolution=(4, 4), metadata={"unit": "um"})
+    channels = np.stack([deep, deep // 2, deep // 8])  # for the network and the eye each is scaled to 8 bits
+    write(here / "in" / "three.tif", channels, imagej=True, metadata={"axes": "CYX"})
+    write(here / "in" / "dim.tif", deep / np.float32(4000 * 12345), imagej=True)
     call(monkeypatch, predict, "in --output out")
-    table = pd.read_csv("out/objects.csv")
-    assert len(table) == labels.max() and (table["max_grey"] == 4000).all()
-    assert (table["equivalent_diameter_um"] / table["equivalent_diameter"]).round(3).unique() == [0.25]
+    table = pd.read_csv("out/objects.csv", index_col="image")
+    assert len(table.loc["deep"]) == labels.max() and (table.loc["deep", "max_grey"] == 4000).all()
+    in_um = table.loc["deep", "equivalent_diameter_um"] / table.loc["deep", "equivalent_diameter"]
+    assert in_um.round(3).unique() == [0.25]
+    for colour, value in (("red", 4000), ("green", 2000), ("blue", 500)):
+        assert (table.loc["three", f"max_{colour}"] == value).all()
+    assert (table.loc["dim", "max_grey"] == 8.1e-05).all()  # 1 / 12345 has four digits, however small it is
+
+
+def test_a_pixel_size_that_cannot_be_is_unknown(here, monkeypatch, capsys):
+    """Some programs write metres without a unit, which then means micrometres."""
+    pixels = {"PhysicalSizeX": 6.5e-7, "PhysicalSizeY": 6.5e-7}
+    write(here / "in" / "a.ome.tif", discs(8)[0][..., 0], ome=True, metadata={"axes": "YX", **pixels})
+    assert call(monkeypatch, predict, "in --output out") == 0 and not capsys.readouterr().err
+    assert "area_um2" not in pd.read_csv("out/objects.csv") and (here / "out" / "a.ome_labels.tif").exists()
 
 
 def test_a_picture_without_nuclei(here, monkeypatch, capsys):
@@ -122,7 +137,7 @@ def test_the_label_tiff_of_a_stack_has_its_pages(here, monkeypatch):
     again = "in --output out --pixel_size 0.5 --resume --submission all.csv"
     call(monkeypatch, predict, again)  # nothing is done again
     assert (here / "out" / "in_cells_2_labels.tif").read_bytes() == before
-    assert len(pd.read_csv("all.csv").query("ImageId == 'in_cells_2_p002'")) == expected[2]
+    assert len(pd.read_csv("all.csv").query("ImageId == 'cells_p002'")) == expected[2]
     call(monkeypatch, predict, "in/cells.tif --output one --page 1")
     assert [name for name in names_in(here / "one") if "labels" in name] == ["cells_p001_labels.tif"]
 
@@ -214,6 +229,13 @@ def test_the_submission_is_what_the_labels_say(here, monkeypatch, capsys):
         assert (here / "out" / f"{name}_rois.zip").exists() and (here / "out" / f"{name}.geojson").exists()
     assert "run lengths of all nuclei are in sub.csv" in capsys.readouterr().out
     call(monkeypatch, predict, "in/a.png --output out --submission sub.csv")  # another submission may be replaced
+    (here / "in").rename(here / "moved")
+    call(monkeypatch, predict, "moved --output out --submission sub.csv")
+    assert (here / "out" / "moved_a_labels.tif").exists()  # beside that of in/a.png
+    assert set(pd.read_csv("sub.csv")["ImageId"]) == {"a", "b"}
+    write(here / "moved" / "more" / "a.png", discs(6)[0])
+    call(monkeypatch, predict, "moved --output out --submission sub.csv")
+    assert set(pd.read_csv("sub.csv")["ImageId"]) == {"moved_a", "moved_b", "more_a"}
     (here / "notes.csv").write_text("my notes")
     with pytest.raises(ValueError, match=r"--submission notes.csv exists and is no submission; give another name"):
         call(monkeypatch, predict, "in/a.png --output out --submission notes.csv")

@@ -337,6 +337,12 @@ def test_an_interrupted_call_goes_on_with_resume(workplace, monkeypatch, capsys)
     assert "1 of 3 pictures are done already" in capsys.readouterr().out and len(calls) == 5
     assert [row["image"] for row in rows("outputs/tiny/predict/images.csv")] == ["b", "a", "c"]
     assert call(monkeypatch, *words, "--resume") == 0 and len(calls) == 5
+    with monkeypatch.context() as patch:  # as if killed: files of other results, and no rows
+        patch.setattr(MaskResults, "write_tables", lambda _: None)
+        assert call(patch, "a.png", "--threshold", "0.9") == 0
+    assert call(monkeypatch, *words, "--resume") == 0
+    assert "2 of 3 pictures are done already" in capsys.readouterr().out
+    del calls[5:]
     assert call(monkeypatch, *words, "--resume", "--threshold", "0.6") == 0 and len(calls) == 8  # other results
     Path("models/tiny").rename("models/old")
     write_run(Path("models/tiny"), scale=0.7)  # the name stands for another run now

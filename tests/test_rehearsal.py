@@ -64,7 +64,17 @@ def test_what_was_kept_for_validation_is_not_rehearsed(ids, weights):
     shutil.copytree("inputs/cells", "inputs/twin")
     assert build_rehearsal(config_of(rehearse="cells", weights=weights), 4).img_ids == ids[2:]
     assert build_rehearsal(config_of(rehearse="twin", weights=weights), 4).img_ids == ids
+    others = config_of(rehearse="cells", dataset="others", weights=weights)
+    assert build_rehearsal(others, 4, ids[2:4]).img_ids == ids[2:]  # those are ids of the others
+    assert build_rehearsal(config_of(rehearse="cells", weights=weights), 4, ids[2:4]).img_ids == ids[4:]
     assert build_rehearsal(config_of(rehearse="cells"), 4).img_ids == ids
+
+
+def test_rehearsed_pictures_may_have_another_extension(ids):
+    for img_id in ids:
+        Path(f"inputs/cells/images/{img_id}.png").rename(f"inputs/cells/images/{img_id}.tif")  # read by its content
+    Path("inputs/cells/images/notes.txt").touch()
+    assert build_rehearsal(config_of(rehearse="cells", dataset="own"), 4).img_ids == ids
 
 
 def test_generated_nuclei_are_rehearsed():

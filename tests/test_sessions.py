@@ -20,7 +20,7 @@ from conftest import REPOSITORY, BrightNuclei, call, discs
 import predict
 import sessions as visits
 from classification.resnet18 import ResNet18
-from nuclei import find
+from nuclei import find, object_files
 from run_config import levels_of
 from sessions import COLUMNS, Question, Sessions, Stopped, as_shown, refusal, report_of
 
@@ -74,6 +74,12 @@ def test_pages_and_pictures_without_nuclei(sessions):
     answer = sessions.of("a").find("stack.tif", Question("bright"))
     assert answer.about.startswith("stack_p000 (page 0 of 3), 50 x 40: 0 nuclei; ") and answer.rows == []
     assert sessions.of("a").find("stack.tif", Question("bright", page=2)).about.startswith("stack_p002, ")
+
+
+def test_a_picture_too_large_for_imagej_has_no_rois(sessions, monkeypatch):
+    monkeypatch.setattr(object_files, "IMAGEJ_SIDE", 199)
+    files = sessions.of("a").find("discs.png", Question("bright")).files
+    assert [Path(path).suffix for path in files] == [".png", ".tif", ".csv", ".geojson"]
 
 
 def test_levels_are_compared_until_something_else_changes(sessions):

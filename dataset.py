@@ -287,7 +287,7 @@ class Dataset(torch.utils.data.Dataset):
             self.note(item)
             if each:
                 each(item.image)
-            needed = (item.image.nbytes + item.mask.nbytes) * len(self.img_ids)
+            needed += item.image.nbytes + item.mask.nbytes
             if needed < room:
                 kept.append((item.image, item.mask))
             else:

@@ -7,13 +7,12 @@ write_labels("inputs/my_cells/labels/img01.png", labels)
 Objects that touch keep their own numbers, which is what a mask cannot say.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from common.headers import read_header, upright
 from common.images import MAX_PIXELS, imdecode, write_png
 from common.tiff import Stack, is_tiff
+from data_folder import find_file
 from instances import sequential
 
 EXTENSIONS = (".png", ".tif", ".tiff")
@@ -23,11 +22,12 @@ EXPECTED = "expected one channel of whole numbers of 8, 16 or 32 bits"
 
 
 def find_labels(folder, img_id):
-    """The label file of an id in a folder: <id>.png, <id>.tif or <id>.tiff.
+    """The label file of an id in a folder: <id>.png, <id>.tif or <id>.tiff, or the same in upper case.
 
     Raises ValueError unless there is exactly one.
     """
-    found = [path for ext in EXTENSIONS if (path := Path(folder) / f"{img_id}{ext}").is_file()]
+    paths = [find_file(folder, img_id, extension) for extension in EXTENSIONS]
+    found = [path for path in paths if path.is_file()]
     if not found:
         raise ValueError(f"no labels ({folder})")
     if len(found) > 1:
@@ -76,9 +76,9 @@ def _decode_tiff(file, max_pixels):
             raise ValueError(f"{len(stack)} pages, expected one")
         stack.check(0, max_pixels)
         array = imdecode(file)  # knows compressed numbers of 32 bits; turns a TIFF upright
-        if array is not None:
-            return array
-        return stack.read(0, range(len(stack.channels(0))))
+        if array is None:
+            array = stack.read(0, range(len(stack.channels(0))))
+        return 255 - array if stack.is_inverted else array
 
 
 def _decode_png(file, max_pixels):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from classification.folders import MEAN, STD, middle, read_tensor
 from classification.resnet18 import ResNet18
 from common.devices import pick_amp, pick_device, precision, to_device
-from common.files import load_weights, read_yaml
+from common.files import load_weights, lock, read_yaml
 from common.images import find_pictures, standardise
 from common.runs import check_kind, newest_run, run_folder
 from common.tables import merge_table, read_table
@@ -97,7 +97,8 @@ def write_predictions(rows, classes, target, reject=0.0):
         probabilities = {name: f"{value:.6f}" for name, value in zip(classes, values, strict=True)}
         answer = {"path": str(path), "class": answers[-1][1], "probability": f"{best:.6f}"}
         new.append({**answer, **probabilities, **answer})  # a class named `path` has no column of its own
-    merge_table(target, new[0], new, "path", replaced={row["path"] for row in new})
+    with lock(target.parent):  # other calls write it, too
+        merge_table(target, new[0], new, "path", replaced={row["path"] for row in new})
     width = max(len(label) for _, label, _ in answers)
     for path, label, best in answers[:SHOWN]:
         print(f"{label:<{width}}  {best:.4f}  {path}")

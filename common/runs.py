@@ -38,9 +38,12 @@ def run_folder(name):
 
 
 def weights_file(source):
-    """The file that --weights or --encoder_weights names: a file, or the model.pth of a run, by its folder or name."""
+    """The file that --weights or --encoder_weights names: a file, or the model.pth of a run, by its name or folder."""
     path = Path(source)
-    return path if path.is_file() else (path if path.is_dir() else MODELS / path) / "model.pth"
+    if path.is_file():
+        return path
+    named = MODELS / path / "model.pth"  # comes before a folder: the repository has one that is called nuclei
+    return path / "model.pth" if path.is_dir() and not named.is_file() else named
 
 
 def list_runs(key):

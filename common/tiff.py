@@ -30,7 +30,7 @@ LIBTIFF = (1, 2, 3, 4, 5, 7, 8, 32773, 32946)  # the usual compressions, which P
 SAVE_ANEW = "save it with 8 or 16 bits per sample and without compression"
 MICROMETRES = {  # units as OME and ImageJ spell them
     **dict.fromkeys(("µm", "μm", "\\u00B5m", "um", "micron", "microns"), 1),  # two different letters, and an escape
-    **{"pm": 1e-6, "Å": 1e-4, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25_400, "inch": 25_400},
+    **{"pm": 1e-6, "Å": 1e-4, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25_400},
 }
 
 
@@ -213,6 +213,11 @@ class Stack:
         page = self.pages[0]
         return _is_raw(page.key) and page.key.photometric != PALETTE and page.samples in (1, 3)
 
+    @property
+    def is_inverted(self):
+        """Whether decoders invert the first page: 8 bits, of which 0 is white. That is right for a picture alone."""
+        return self.pages[0].key.photometric == 0 and self.dtype(0) == np.uint8
+
     def dtype(self, number):
         """The numpy dtype of a page as it is stored; bool for one bit."""
         return np.dtype(self.pages[number].key.dtype)
@@ -324,7 +329,7 @@ def pixel_size(path):
     """The side of a pixel in µm, as the OME-XML or the ImageJ tags of a TIFF file say, or None.
 
     None also when the two sides differ by more than 1 %, or the unit is no length. The resolution in dots per inch that
-    every program writes is not used.
+    every program writes is not used; ImageJ's own unit is `inch` where it found nothing else.
     """
     with open(path, "rb") as file:
         if not is_tiff(file.read(4)):

@@ -16,21 +16,20 @@ from common.images import decode, foreground
 from label_forms.outlines import decode_run_lengths, draw, ellipse, rectangle
 from label_forms.pairing import pair
 from label_forms.source import Piece, Source, cut, load, unite
-from labels import MAX_OBJECTS
 
 MAX_JSON_BYTES = 2**27  # Python needs up to twenty-five times as much memory
 
 
 def find_json(pictures, labels):
     """A .json file, or a folder of them -> [Source] of the form "coco" or "labelme", [] if there is neither."""
-    files = sorted(labels.glob("*.json")) if labels.is_dir() else [labels]
+    files = sorted(path for path in labels.rglob("*.json") if path.is_file()) if labels.is_dir() else [labels]
     for path in files:
         if path.suffix.lower() != ".json":
             continue
         try:
             content = read_json(path)
         except ValueError:
-            if len(files) == 1:
+            if files == [labels]:
                 raise
             continue
         if not isinstance(content, dict):
@@ -72,8 +71,6 @@ def read_coco(item, shape):
     """(entry of "images", [(class, annotation), ...]) -> yields the Piece of each annotation."""
     image, annotations = item
     check_size((image.get("width"), image.get("height")), shape, "the JSON file")
-    if len(annotations) > MAX_OBJECTS:
-        raise ValueError(f"{len(annotations):,} objects, more than {MAX_OBJECTS:,}")
     for name, annotation in annotations:
         yield _coco_piece(name, annotation, shape)
 
@@ -84,7 +81,8 @@ def _coco_piece(name, annotation, shape):
         if isinstance(segmentation, dict):
             piece = cut(name, run_lengths(segmentation, shape))
         else:
-            piece = draw(name, segmentation, shape)
+            flat = isinstance(segmentation[0], (int, float))  # one polygon that is not in a list of polygons
+            piece = draw(name, [segmentation] if flat else segmentation, shape)
     except (TypeError, KeyError, OverflowError, ValueError) as error:
         raise ValueError(f"annotation {annotation.get('id')}: {error}") from None
     return piece and piece._replace(single=not annotation.get("iscrowd"))
@@ -183,7 +181,7 @@ def _labelme_piece(name, entry, shape):
     kind, points = entry.get("shape_type") or "polygon", entry["points"]
     if kind == "mask":
         return _labelme_mask(name, entry, shape)
-    if kind in ("polygon", "oriented_rectangle"):
+    if kind in ("polygon", "oriented_rectangle") or (kind == "rectangle" and len(points) == 4):
         return draw(name, [points], shape)
     if kind == "rectangle":
         (x, y), (other_x, other_y) = points

@@ -9,7 +9,6 @@ from common.download import ZIP_ERRORS, check_zip, open_zip
 from label_forms.outlines import draw, ellipse
 from label_forms.pairing import pair
 from label_forms.source import Source, load
-from labels import MAX_OBJECTS
 
 MAX_ZIP_BYTES = 2**28  # of the ROIs of one picture, unpacked; 10,000 nuclei take about 10 MB
 WITH_AREA = ("POLYGON", "RECT", "OVAL", "FREEHAND", "TRACED")  # and composite ones, which ImageJ calls RECT
@@ -75,8 +74,6 @@ def _rois(path):
     check_zip(path, MAX_ZIP_BYTES)
     with open_zip(path) as archive:
         names = [name for name in archive.namelist() if name.lower().endswith(".roi")]
-        if len(names) > MAX_OBJECTS:
-            raise ValueError(f"{path.name} holds {len(names):,} ROIs, more than {MAX_OBJECTS:,}")
         for name in names:
             try:
                 data = archive.read(name)

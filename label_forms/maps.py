@@ -29,9 +29,10 @@ MANY_VALUES = 20  # more classes than that are rare
 def read_map(path, max_pixels=MAX_PIXELS):
     """A label picture -> (H, W) integers from 0, as stored, upright: palette indices, grey values or coded colours.
 
-    Reads 1 to 16 bits, and TIFF of 32 and 64 bits, also float where all values are whole numbers. Of colours, black is
-    0 and the others are COLOUR + 2^16 red + 2^8 green + blue; alpha is ignored. A JPEG has to be a mask, and is split
-    at 128. Raises ValueError for anything else, and for a picture of more than max_pixels before it is decoded.
+    Reads 1 to 16 bits, and TIFF of 32 and 64 bits, also float where all values are whole numbers. Of colours, of 8 bits
+    each, black is 0 and the others are COLOUR + 2^16 red + 2^8 green + blue; alpha is ignored. A JPEG has to be a mask,
+    and is split at 128. Raises ValueError for anything else, and for a picture of more than max_pixels before it is
+    decoded.
     """
     with open(path, "rb") as file:
         try:
@@ -42,21 +43,45 @@ def read_map(path, max_pixels=MAX_PIXELS):
             check_pixels(picture.size, max_pixels)
             if getattr(picture, "n_frames", 1) > 1:
                 raise ValueError(f"{path.name} is a stack of {picture.n_frames} pages; expected one map per picture")
+            bits, inverted, swapped = _stored(picture, file)
+            if bits > 8 and len(picture.getbands()) > 1:
+                raise ValueError(f"{path.name} has {bits} bits for each colour; save its numbers as one grey channel")
+            if swapped:
+                return _read_tiff(path, max_pixels)
             try:
                 array = np.asarray(picture)
             except Exception:
                 raise ValueError(f"{path.name} is damaged") from None
             orientation, is_jpeg = exif_orientation(picture), picture.format == "JPEG"
+    if inverted:
+        array = 255 - array
     array = _integers(array, path.name)
     if is_jpeg:
-        if np.isin(array, range(NEARLY, 256 - NEARLY)).mean() > 0.01:
+        if not np.isin(array, [*range(NEARLY), *range(256 - NEARLY, 256)]).mean() > 0.99:
             raise ValueError(f"{path.name} is a JPEG, which changes the values of labels; save them as PNG or TIFF")
         array = np.where(array > 127, 255, 0)
     return upright(array, orientation)
 
 
+def _stored(picture, file):
+    """An open picture of Pillow's and its file -> the bits of a sample, and whether Pillow decodes other values.
+
+    It inverts 8 bits of a TIFF where 0 is white, which ImageJ writes for masks, and swaps the bytes of compressed 32
+    bits of a big-endian one.
+    """
+    if picture.format == "PNG":
+        file.seek(24)
+        return file.read(1)[0], False, False
+    if picture.format != "TIFF":
+        return 8, False, False
+    tags = picture.tag_v2
+    bits = max(tags.get(258, (1,)))
+    swapped = tags.prefix == b"MM" and tags.get(259, 1) != 1 and picture.mode in ("I", "F")
+    return bits, bits == 8 and tags.get(262) == 0, swapped
+
+
 def _read_tiff(path, max_pixels):
-    """A file that Pillow cannot read -> (H, W) integers, if it is a TIFF of other types, such as int64."""
+    """A file that Pillow cannot read, or not correctly -> (H, W) integers, if it is a TIFF, such as one of int64."""
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise ValueError(f"{path.name} is not a readable picture")
     import tifffile  # late: few labels have 64 bits
@@ -151,11 +176,11 @@ def read_object_masks(paths, shape):
 
 def find_label_pictures(pictures, labels):
     """Sources of the forms "map" (of classes or objects, see guess), "class_masks" and "object_masks"."""
-    own = set(pictures.values())
+    own = {path.resolve() for path in pictures.values()}
 
     def inside(folder):
         files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-        return [file for file in files if file.is_file() and is_picture(file) and file not in own]
+        return [file for file in files if file.is_file() and is_picture(file) and file.resolve() not in own]
 
     folders = [path for path in sorted(labels.iterdir()) if path.is_dir()] if labels.is_dir() else []
     objects = {img_id: folder for img_id in pictures for folder in _folders_of(labels / img_id) if inside(folder)}
@@ -197,7 +222,7 @@ def _of_files(pictures, files):
 
 
 def _of_folders(pictures, classes):
-    """{folder: label pictures}: a folder per class, or, if there is only one folder, as _of_files."""
+    """{folder: label pictures}: a folder per class; as _of_files, if there is one folder or they are the pictures'."""
     pairs, alone = {}, []
     for name, files in classes.items():
         of_class, unknown = pair(pictures, files)
@@ -207,7 +232,8 @@ def _of_folders(pictures, classes):
                 raise ValueError(f"{listed(list(paths.values()))} are all masks of {img_id}; expected one per class")
             pairs.setdefault(img_id, {})[name] = next(iter(paths.values()))
     found = {name for paths in pairs.values() for name in paths}
-    if len(found) < 2:
+    beside = all([*paths] == [pictures[img_id].parent.name] for img_id, paths in pairs.items())  # photos/train/a.png
+    if len(found) < 2 or beside:
         return _of_files(pictures, [path for files in classes.values() for path in files])
     says = f"{sum(map(len, pairs.values())):,} masks in the folders {listed(sorted(found))}"
     return Source("class_masks", says, pairs, read_class_masks, alone, _absent(pairs, found))

@@ -391,6 +391,19 @@ def test_without_a_cache_files_are_read_again(cells):
     assert np.array_equal(dataset.arrays(4)[0], 255 - images[4])
 
 
+def test_the_memory_is_that_of_all_images(tmp_path, monkeypatch):
+    """Of any sizes, and in any order."""
+    for name, side in (("a", 4), ("b", 60), ("c", 4)):
+        write(tmp_path / "images" / f"{name}.png", np.full((side, side, 3), 50, np.uint8))
+        write(tmp_path / "masks" / "0" / f"{name}.png", np.eye(side, dtype=np.uint8) * 255)
+    dataset = Dataset("abc", tmp_path / "images", tmp_path / "masks", ".png", ".png", 1)
+    needed = (2 * 4**2 + 60**2) * (3 + 1)
+    assert dataset.check(cache=True)["bytes"] == needed
+    for room, fits in ((needed + 1, True), (needed - 1, False)):
+        monkeypatch.setattr("dataset.memory", lambda room=room: 4 * room)
+        assert dataset.check()["cached"] is fits
+
+
 def test_auto_keeps_what_fits_in_a_quarter_of_the_memory(cells, monkeypatch):
     needed = 6 * 8 * 12 * (3 + 1)
     monkeypatch.setattr("dataset.memory", lambda: 4 * needed)

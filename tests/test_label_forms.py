@@ -14,6 +14,7 @@ from label_forms import cellpose, maps
 from label_forms.pairing import list_pictures, pair
 from label_forms.recognise import find_places, recognise
 from label_forms.source import Piece, paint
+from labels import read_labels
 
 tifffile = pytest.importorskip("tifffile", reason="needs requirements-import.txt")
 
@@ -118,6 +119,31 @@ def test_classes_or_objects(array, form):
             assert recognise(pictures, Path("labels"), chosen).form == chosen
 
 
+def test_labels_may_lie_in_the_pictures_own_folders():
+    """photos/train/a.png has labels/train/a.png; a folder per class has other names than those of the pictures."""
+    array = np.kron(CELLS, np.ones((3, 3), np.uint8))
+    for place in ("train/a", "train/b", "val/c"):
+        for folder in ("photos", "labels"):
+            path = Path(folder, f"{place}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), array)
+    pictures = list_pictures(Path("photos"), Path("labels"))
+    found = recognise(pictures, Path("labels"))
+    assert found.form == "instance_map" and sorted(found.pairs) == ["a", "b", "c"]
+    for name in ("train", "val"):
+        Path("labels", name).rename(Path("labels", f"cells_{name}"))
+    found = recognise(pictures, Path("labels"))
+    assert found.form == "class_masks"
+
+
+def test_one_folder_spelt_in_two_ways():
+    for name, array in (("d1.tif", CELLS * 5), ("d1_masks.png", np.kron(CELLS, np.ones((3, 3), np.uint8)))):
+        cv2.imwrite(name, array)
+    pictures = list_pictures(Path(), Path.cwd())
+    assert pictures == {"d1": Path("d1.tif")}
+    assert recognise(pictures, Path.cwd()).pairs == {"d1": Path.cwd() / "d1_masks.png"}
+
+
 def test_two_forms_in_one_folder():
     pictures = write_maps(np.eye(3, dtype=np.uint8))
     touch("labels/0_seg.npy")
@@ -155,8 +181,26 @@ def test_values_of_a_map():
         maps.read_map(Path("grey.png"), max_pixels=1)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_a_tiff_has_the_values_that_are_stored(dtype, photometric, compression, byteorder):
+    """Decoders invert 8 bits where 0 is white, as in masks of ImageJ, and mix up the bytes of others."""
+    stored = np.array([[0, 1, 77], [200, 0, 255]], dtype)
+    options = {"photometric": photometric, "compression": compression, "byteorder": byteorder}
+    tifffile.imwrite("a.tif", stored, **options)
+    assert maps.read_map(Path("a.tif")).tolist() == stored.tolist()
+    if dtype != np.float32:
+        assert read_labels(Path("a.tif")).tolist() == np.unique(stored, return_inverse=True)[1].reshape(2, 3).tolist()
+
+
 def tiff(array):
     tifffile.imwrite("x.tif", array, photometric="minisblack")
+
+
+def tiff_of_colours(array):
+    tifffile.imwrite("x.tif", array, photometric="rgb")
 
 
 def bomb():
@@ -178,6 +222,9 @@ def bomb():
         (lambda: Path("x.png").write_bytes(b"junk"), "not a readable picture"),
         (bomb, "100000 x 100000 pixels are more than"),
         (lambda: cv2.imwrite("x.jpg", np.full((16, 16), 120, np.uint8)), "JPEG, which changes the values"),
+        (lambda: cv2.imwrite("x.jpg", np.full((16, 16, 3), (0, 0, 255), np.uint8)), "JPEG, which changes the values"),
+        (lambda: cv2.imwrite("x.png", np.full((4, 4, 3), 300, np.uint16)), "16 bits for each colour; save its numbers"),
+        (lambda: tiff_of_colours(np.full((4, 4, 3), 300, np.uint16)), "16 bits for each colour; save its numbers"),
     ],
 )
 def test_a_map_that_cannot_be_read(write, said):

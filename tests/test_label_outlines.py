@@ -101,7 +101,7 @@ def test_a_crowd_is_no_object_and_a_box_is_nothing():
         ({"categories": [{}]}, "'id' is missing"),
         ({"annotations": segment("abc")}, "annotation 5: could not convert"),
         ({"annotations": segment([[10**400, 1, 2, 3, 4, 5]])}, "annotation 5: int too large"),
-        ({"annotations": segment([[1, 1, 4, 1, 4, 4]]) * 4}, "4 objects, more than 3"),
+        ({"annotations": segment([[1, 1, 4, 1, 4, 4]]) * 4}, "more than 3 objects"),
         ({"annotations": segment({"size": [80, 10], "counts": [800]})}, "says 10 x 80 pixels"),
         *(
             ({"annotations": segment({"size": [8, 10], "counts": counts})}, "run lengths do not fill the picture")
@@ -110,9 +110,24 @@ def test_a_crowd_is_no_object_and_a_box_is_nothing():
     ],
 )
 def test_coco_that_is_wrong(changes, said, monkeypatch):
-    monkeypatch.setattr(annotations, "MAX_OBJECTS", 3)
+    monkeypatch.setattr("label_forms.source.MAX_OBJECTS", 3)
     with pytest.raises(ValueError, match=said), limits():
         coco(**changes)
+
+
+def test_a_polygon_that_is_in_no_list():
+    square = [1, 1, 4, 1, 4, 4, 1, 4]
+    assert (coco(annotations=segment(square)).objects == coco(annotations=segment([square])).objects).all()
+
+
+def test_json_files_that_are_no_labels():
+    """Beside masks, or deeper in the folder of the pictures."""
+    Path("settings.json").write_text("// not JSON")
+    assert annotations.find_json({"a": Path("a.png")}, Path()) == []
+    Path("day1").mkdir()
+    Path("day1/a.json").write_text('{"shapes": []}')
+    [source] = annotations.find_json({"a": Path("day1/a.png")}, Path())
+    assert source.pairs == {"a": Path("day1/a.json")}
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\xff"])
@@ -143,6 +158,8 @@ def test_labelme_shapes():
         {"label": "dot", "shape_type": "circle", "points": [[10, 10], [13, 10]]},
         {"label": "dot", "shape_type": "line", "points": [[1, 1], [9, 9]]},
     )
+    corners = {"label": "cell", "shape_type": "rectangle", "points": [[1, 1], [3, 1], [3, 3], [1, 3]]}
+    assert labelme(corners).masks["cell"].sum() == 4
     y, x = np.mgrid[:20, :20] + 0.5
     assert (labels.masks["dot"] == ((x - 10) ** 2 + (y - 10) ** 2 < 9)).all()
     assert labels.masks["cell"].sum() == 20 and (labels.objects[labels.masks["cell"]] == 1).all()

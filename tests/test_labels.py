@@ -116,6 +116,8 @@ def test_one_file_for_each_id(tmp_path):
         find_labels(tmp_path, "a.b")
     path = saved(tmp_path / "a.b.tiff", LABELS)
     assert find_labels(tmp_path, "a.b") == path
+    upper = saved(tmp_path / "c.tif", LABELS).rename(tmp_path / "c.TIF")
+    assert find_labels(tmp_path, "c") == upper
     saved(tmp_path / "a.b.png", LABELS.astype(np.uint8))
     with pytest.raises(ValueError, match=r"several label files, \.png and \.tiff"):
         find_labels(tmp_path, "a.b")

@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 
-from common.runs import newest_run, only_trainer, time_left
+from common.runs import newest_run, only_trainer, time_left, weights_file
 
 TRAINER = """
 import os, sys, time
@@ -46,6 +47,18 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_trainer(tmp_path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
     assert not (folder / ".lock").exists()
+
+
+def test_a_run_comes_before_a_folder_of_its_name(tmp_path, monkeypatch):
+    """In the repository, --weights nuclei is models/nuclei, although there is a folder nuclei."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/nuclei", "nuclei", "elsewhere"):
+        Path(folder).mkdir(parents=True)
+    for file in ("models/nuclei/model.pth", "elsewhere/model.pth", "some.pth"):
+        Path(file).touch()
+    found = [weights_file(name) for name in ("nuclei", "models/nuclei", "elsewhere", "some.pth", "gone")]
+    models = ["models/nuclei/model.pth", "models/nuclei/model.pth"]
+    assert list(map(str, found)) == [*models, "elsewhere/model.pth", "some.pth", "models/gone/model.pth"]
 
 
 def test_the_newest_run_and_the_shipped_ones_last(tmp_path, monkeypatch, capsys):

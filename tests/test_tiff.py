@@ -317,6 +317,7 @@ def test_pixel_size_of_ome(tmp_path, metadata, expected):
         ("um", (4, 2), None),
         ("pixel", (1, 1), None),
         (None, (300, 300), None),
+        ("inch", (300, 300), None),  # dots of a printer
     ],
 )
 def test_pixel_size_of_imagej(tmp_path, unit, per_unit, expected):

@@ -76,15 +76,17 @@ def rows_of_images(img_ids, table):
 
 
 def scores_by_twins(img_ids, split, name, score):
-    """[One line]: a score of the images with and without a twin in training, as split.yml lists them; or [].
+    """[One line]: a score of the images with and without a twin in training, as split.yml lists them; [] without any.
 
     name: what the line calls the score. score: (images,) bool, which images count -> float.
     """
     of_way = split.get("twins") or {}
     twins = {img_id for pairs in of_way.values() for img_id in pairs}
     has_twin = np.array([img_id in twins for img_id in img_ids])
-    if has_twin.all() or not has_twin.any():
+    if not has_twin.any():
         return []
+    if has_twin.all():
+        return [f"each of the {len(twins)} images has a look-alike in training"]
     about = f"{name} {score(has_twin):.4f} on the {has_twin.sum()} images with a look-alike in training"
     return [f"{about}, {score(~has_twin):.4f} on the {(~has_twin).sum()} others"]
 

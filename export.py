@@ -297,14 +297,14 @@ def write_run(name, options):
     model, config = load_trained(name, torch.device("cpu"), level=options.level or "deepest")
     split = read_yaml(source / "split.yml")
     check_split(split, source / "split.yml")
-    split = {key: split[key] for key in (*PARTS, "test", *ABOUT) if key in split}
+    split = {key: split[key] for key in (*PARTS, "test", *ABOUT, "twins") if key in split}
     state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
     if wild := [key for key, value in state.items() if not torch.isfinite(value).all()]:
         raise ValueError(f"{wild[0]} of {source} is too large for half precision")
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / "model.pth", state)
     write_yaml(folder / "split.yml", split)
-    config = {**config, "name": folder.name}
+    config = {**config, "name": folder.name, "exported": True}  # no training that could go on
     if options.level != "mean":
         config["level"] = model.levels[-1] if config["deep_supervision"] else DEPTH
     write_yaml(folder / "config.yml", config)
@@ -334,7 +334,6 @@ def write_deployed(name, options):
     output = options.output or Path("outputs") / name / f"{name}_{head}{ending}"
     if output.exists() and not options.overwrite:
         raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another --output")
-    config["name"] = name  # of the folder, which a user may have renamed
     deployed = Deployed(model.to(memory_format=torch.contiguous_format), config["mean"], config["std"])
     metadata = about_run(config)
     metadata["level"] = head.removeprefix("L")

@@ -54,7 +54,7 @@ def read_config(folder):
         check_places(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return config
+    return {**config, "name": folder.name}  # which a user may have copied or renamed
 
 
 def levels_of(config):

@@ -31,10 +31,10 @@ from run_config import BOUNDS, INPUT_CHANNELS, stretch
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth", "tensorboard")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
 FREE_ON_RESUME = {"name", "device", "num_workers", "cache", "checkpointing", "tensorboard", *ABOUT_THE_COMMAND}
-NO_OPTIONS = ("mean", "std", "scale", "environment", "level")  # what config.yml may keep beside the options
+NO_OPTIONS = ("mean", "std", "scale", "environment", "level", "exported")  # what config.yml may keep beside the options
 ENCODER_OPTIONS = ("stem", "encoder_weights", "encoder_lr", "encoder_freeze", "encoder_freeze_bn")
 NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance", "rehearse", "map_weights")
-NUCLEI_AUGMENT = "flips,copies,stain,light,noise,paste"  # with --target instances, unless --augment says otherwise
+AUGMENT = {"masks": "flips,mild,cutmix", "instances": "flips,copies,stain,light,noise,paste"}  # unless it is given
 LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS, "tensorboard", "keep")  # older runs lack them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
 ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers that know no last epoch: it may be moved
@@ -86,8 +86,9 @@ def build_parser():
     split = "random: 80/20; grouped: look-alikes on one side; or a split.yml; default: random, for instances grouped"
     a("--split", help=split)
     a("--split_seed", type=seed, default=41, help="of the random and the grouped split")
-    parts = f"none, or some of {','.join(AUGMENTATIONS)}; for instances by default {NUCLEI_AUGMENT}"
-    a("--augment", type=augment, default="flips,mild,cutmix", help=parts)
+    defaults = ", ".join(f"for {target} {parts}" for target, parts in AUGMENT.items())
+    parts = f"none, or some of {','.join(AUGMENTATIONS)}; default: {defaults}"
+    a("--augment", type=augment, help=parts)
 
     a = parser.add_argument_group("individual nuclei (--target instances)").add_argument
     a(
@@ -226,13 +227,11 @@ def target_config(config):
         raise ValueError("--border_smoothing is for --target masks; leave it out")
     if of_nuclei and config["num_classes"] not in (1, len(MAPS)):  # 3: the config.yml of another run
         raise ValueError(f"--num_classes {config['num_classes']} is for --target masks; leave it out")
-    found = {}
+    found = {"augment": config["augment"] or AUGMENT[config["target"]]}
     if of_nuclei:
-        found = {"num_classes": len(MAPS), "split": config["split"] or GROUPED, **DEFAULTS}
-        if not changed(config, ["augment"]):
-            found["augment"] = NUCLEI_AUGMENT
+        found.update(num_classes=len(MAPS), split=config["split"] or GROUPED, **DEFAULTS)
     foreign = WHOLE_IMAGES if of_nuclei else OF_NUCLEI
-    if wrong := [part for part in found.get("augment", config["augment"]).split(",") if part in foreign]:
+    if wrong := [part for part in found["augment"].split(",") if part in foreign]:
         raise ValueError(f"--augment {wrong[0]} does not go with --target {config['target']}; leave it out")
     return found
 
@@ -263,6 +262,8 @@ def resumed_config(options, given):
     config = check_config(build_parser, completed(read_config(folder)), folder / "config.yml")
     if "level" in config:
         raise ValueError(f"{folder} is another run cut to level {config['level']}; resume the whole one")
+    if "exported" in config:
+        raise ValueError(f"{folder} is another run in half precision, without its training; resume the whole one")
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)
 
 
@@ -360,7 +361,8 @@ def prepare(config, folder, earlier, device, resume):
     run = build_run(config, model, len(loader), device, folder)
 
     if resume and about["fingerprint"] != read_yaml(folder / "split.yml").get("fingerprint"):
-        raise ValueError(f"the files of inputs/{config['dataset']} have changed since {folder} was started")
+        others = ", or those of --rehearse," if "rehearsal" in about["fingerprint"] else ""
+        raise ValueError(f"the files of inputs/{config['dataset']}{others} have changed since {folder} was started")
     if begun:
         run.resume()
     elif resume:

@@ -88,7 +88,9 @@ def build_data(config, split):
     print(about_twins(of_twins, images[1]))
     about = {key: {"train": found[key], "val": found_val[key]} for key in ABOUT}
     if of_nuclei and config["rehearse"] != NO_REHEARSAL:
-        train_set = Rehearsal(train_set, build_rehearsal(config, len(train_set), split["val"]))
+        other = build_rehearsal(config, len(train_set), split["val"])
+        about["fingerprint"]["rehearsal"] = other.fingerprint
+        train_set = Rehearsal(train_set, other)
     return train_set, val_set, {**about, "twins": of_twins}
 
 

@@ -209,7 +209,8 @@ def build_data(config):
     for part, dataset in datasets.items():
         counts = np.bincount([label for _, label in dataset.samples], minlength=len(classes))
         print(f"{part}: {len(dataset)} pictures, {', '.join(f'{n} {c}' for n, c in zip(counts, classes, strict=True))}")
-    names = "\n".join(f"{part} {label} {path.name}" for part in samples for path, label in samples[part])
+    files = [(part, label, path) for part in samples for path, label in samples[part]]
+    names = "\n".join(f"{part} {label} {path.name} {path.stat().st_size}" for part, label, path in files)
     sizes = " + ".join(f"{len(dataset)} {part}" for part, dataset in datasets.items())
     return datasets, classes, f"{sizes}, crc {zlib.crc32(names.encode()):08x}"
 

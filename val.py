@@ -57,7 +57,7 @@ from common.files import atomic_path, read_yaml, replacing
 from common.lookalikes import Sketches, groups
 from common.report import open_page
 from common.runs import newest_run, run_folder
-from data_folder import check_layout, classes_of, list_ids
+from data_folder import check_layout, classes_of, list_ids, usual_ending
 from dataset import GROUPED, RANDOM, changes, check_split, make_loader
 from evaluation import (
     HEADINGS,
@@ -99,6 +99,9 @@ def chosen_images(options, config, folder):
     """
     name = options.dataset or config["dataset"]
     root = Path("inputs") / name
+    if options.dataset:  # its files may end otherwise than those of the training
+        endings = {"img_ext": root / "images", "mask_ext": root / "masks" / "0"}
+        config = {**config, **{key: usual_ending(place, config[key]) for key, place in endings.items()}}
     check_classes(config, name, folder)
     run_split = read_yaml(folder / "split.yml") if not (options.dataset or options.split) else {}
     if options.split:

@@ -59,11 +59,12 @@ def _class_colour(index):
 def brighten(image):
     """Scale the intensities of an image so that its brightest 0.5 % become white, which reveals dim fluorescence.
 
-    image: HW or HWC uint8. Returns the same shape and dtype.
+    image: HW or HWC uint8. Returns the same shape and dtype. Alpha, a fourth channel, does not count.
     """
     image = np.asarray(image)
     step = math.ceil(math.sqrt(image.size / 2**24))  # a sample of a huge image is enough
-    factors = np.arange(256) * (255 / max(1, np.percentile(image[::step, ::step], 99.5)))
+    sample = image[::step, ::step] if image.ndim == 2 else image[::step, ::step, :3]
+    factors = np.arange(256) * (255 / max(1, np.percentile(sample, 99.5)))
     return cv2.LUT(image, factors.clip(0, 255).round().astype(np.uint8)).reshape(image.shape)
 
 

@@ -237,10 +237,11 @@ def resumed(config, folder, options, given, free, leave_out, endless=()):
 def _longer(config, folder, epochs, endless):
     """The larger number of epochs; ValueError when the learning rate was planned to end with the run."""
     if config["scheduler"] not in endless:
+        body = " (its body; the head is new)" if "classes" in config else ""
         raise ValueError(
             f"{folder} ends at epoch {config['epochs']}, because {config['scheduler']} plans the learning rate up to "
             f"there ({', '.join(endless)} can be resumed with more --epochs); to train on, start another run with "
-            f"--weights {shlex.quote(str(folder / 'model.pth'))}"
+            f"--weights {shlex.quote(str(folder / 'model.pth'))}{body}"
         )
     print(f"{folder}: {epochs} epochs instead of {config['epochs']}")
     return epochs

@@ -65,7 +65,7 @@ def build_rehearsal(config, count, validation=()):
             unseen.update(validation)
         ids = [img_id for img_id in list_ids(images, others["img_ext"]) if img_id not in unseen]
     crops = build_crops(others, ids, augment=True, crops_class=crops_class)
-    crops.check(config["cache"])
+    crops.fingerprint = crops.check(config["cache"])["fingerprint"]
     print(f"rehearsal: every second crop is of {len(ids)} pictures ({source})")
     return crops
 

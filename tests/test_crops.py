@@ -289,8 +289,11 @@ def new_config(*words):
 def test_the_config_says_how_to_predict():
     config = new_config(OPTIONS.replace("--split random", ""))
     assert (config["target"], config["num_classes"], config["split"]) == ("instances", 3, "grouped")
-    assert config["augment"] == train.NUCLEI_AUGMENT and {key: config[key] for key in DEFAULTS} == DEFAULTS
+    assert config["augment"] == train.AUGMENT["instances"] and {key: config[key] for key in DEFAULTS} == DEFAULTS
     assert not DEFAULTS.keys() & new_config("--dataset cells").keys()
+    assert new_config("--dataset cells")["augment"] == train.AUGMENT["masks"]
+    with pytest.raises(ValueError, match="--augment cutmix does not go with --target instances"):
+        new_config(OPTIONS, "--augment", train.AUGMENT["masks"])  # given is given, also as it is by default elsewhere
 
 
 def test_build_crops_reads_a_config(cells):

@@ -236,7 +236,7 @@ def test_a_run_cut_to_a_level_answers_like_that_level(exported, go, tmp_path, mo
         assert value.dtype == (torch.float16 if of_whole[key].is_floating_point() else torch.int64)
         torch.testing.assert_close(value.to(of_whole[key].dtype), of_whole[key], rtol=2**-11, atol=2**-24)
     split, of_run = (yaml.safe_load((here / "models" / name / "split.yml").read_text()) for name in ("small", "tiny"))
-    assert split == {key: of_run[key] for key in ("train", "val", "sizes", "fingerprint")}
+    assert split == {key: of_run[key] for key in ("train", "val", "sizes", "fingerprint", "twins")}
 
     pictures = "inputs/cells/images"
     of_level = go(predict, pictures, "--name tiny --level 2 --probability --device cpu --amp off")
@@ -309,6 +309,9 @@ def test_a_run_with_all_its_levels_in_half_precision(exported, go, tmp_path, mon
     assert "models/half: L1, L2, L3, L4, " in go(export, "--name tiny --level mean --run half")
     config = yaml.safe_load(Path("models/half/config.yml").read_text())
     assert config["name"] == "half" and "level" not in config
+    assert "is another run in half precision" in refused(go, train, "--name half --resume")
+    about, of_run = (yaml.safe_load(Path(f"models/{name}/split.yml").read_text()) for name in ("half", "tiny"))
+    assert about["twins"] == of_run["twins"]
     state, whole = (torch.load(f"models/{name}/model.pth", weights_only=True) for name in ("half", "tiny"))
     assert state.keys() == whole.keys()
     assert {value.dtype for value in state.values()} == {torch.float16, torch.int64}

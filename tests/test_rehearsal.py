@@ -99,6 +99,18 @@ def test_a_training_with_rehearsal(ids, monkeypatch, capsys):
     assert yaml.safe_load(Path("models/tuned/config.yml").read_text())["rehearse"] == "generated"
 
 
+def test_resuming_with_other_pictures_to_rehearse(ids, monkeypatch):
+    """Also where the run of --weights, whose validation pictures are left out, has gone."""
+    monkeypatch.setattr(engine, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(crops, "VIEW", 48)
+    call(monkeypatch, train, OPTIONS, "--name first")
+    shutil.copytree("inputs/cells", "inputs/own")
+    call(monkeypatch, train, OPTIONS.replace("cells", "own"), "--weights first --rehearse cells --name tuned")
+    Path("models/first").rename("models/gone")
+    with pytest.raises(ValueError, match="the files of inputs/own, or those of --rehearse, have changed since"):
+        call(monkeypatch, train, "--name tuned --resume")
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [

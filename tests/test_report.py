@@ -296,6 +296,8 @@ def test_brighten():
     bright = np.array([[0, 255]] * 2, np.uint8)
     assert np.array_equal(report.brighten(bright), bright)
     assert not report.brighten(np.zeros((2, 2), np.uint8)).any()
+    opaque = np.dstack([dim, dim, dim, np.full_like(dim, 255)])  # alpha does not count
+    assert np.array_equal(report.brighten(opaque)[..., 0], report.brighten(dim))
 
 
 # ---------------------------------------------------------------- files

@@ -67,6 +67,12 @@ def test_a_row_is_what_val_says(rows, monkeypatch, capsys):
     assert first["minutes"] == f"{log.seconds.sum() / 60:.0f}"
 
 
+def test_a_run_that_keeps_the_last_epoch_has_no_best_one(rows, monkeypatch):
+    call(monkeypatch, train, OPTIONS, "--keep last --name last")
+    (row,) = rows("last")
+    assert row["IoU, best epoch"] == "not kept" and float(row["IoU, last epoch (95 %)"].split()[0]) > 0
+
+
 def test_the_command_of_a_row_makes_the_run_again(rows, monkeypatch):
     command = rows("--each", "tiny_s1")[0]["command"].strip("`").split()
     assert command[:2] == ["python", "train.py"] and "--weight_decay" not in command

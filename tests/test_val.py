@@ -208,6 +208,25 @@ def test_says_when_the_images_have_another_size(go):
         Path("kept").rename("inputs/one")
 
 
+def test_a_copied_run_judges_files_of_other_kinds(go):
+    """Its report has the name of its folder, and the files of --dataset their own endings."""
+    shutil.copytree("models/one", "models/copy")
+    shutil.copytree("inputs/other", "inputs/bitmaps")
+    for path in Path("inputs/bitmaps").rglob("*.png"):
+        cv2.imwrite(str(path.with_suffix(".bmp")), cv2.imread(str(path), cv2.IMREAD_UNCHANGED))
+        path.unlink()
+    try:
+        said = [go("--name", name, "--dataset", data).out for name, data in (("one", "other"), ("copy", "bitmaps"))]
+        tables = [pd.read_csv(f"outputs/{name}/metrics.csv") for name in ("one/dataset_other", "copy/dataset_bitmaps")]
+        assert tables[0].equals(tables[1]) and said[1].startswith(
+            "models/copy: bitmaps, images of the folder, 3 images"
+        )
+        assert "<h1>copy: UNet</h1>" in Path("outputs/copy/dataset_bitmaps/report.html").read_text()
+    finally:
+        shutil.rmtree("models/copy")
+        shutil.rmtree("inputs/bitmaps")
+
+
 def test_images_with_and_without_a_twin_are_scored_apart(go):
     path = Path("models/two/split.yml")
     before = path.read_text()
@@ -227,6 +246,9 @@ def test_images_with_and_without_a_twin_are_scored_apart(go):
         one, two = pooled([first]), pooled(others)
         assert f"IoU {one:.4f} on the 1 images with a look-alike in training, {two:.4f} on the 2 others" in said
         assert said.split("\n")[2] in Path("outputs/two/report.html").read_text()
+        way = {"seam": dict.fromkeys(split["val"], split["train"][0])}
+        path.write_text(yaml.safe_dump({**split, "twins": none | way}))
+        assert "each of the 3 images has a look-alike in training" in go("--name two --amp off").out
         path.write_text(yaml.safe_dump({**split, "twins": none}))
         assert "look-alike" not in go("--name two --amp off").out
     finally:

@@ -42,7 +42,7 @@ from dataset import build_dataset, make_loader
 from evaluation import panels_of
 from inference import Predictor
 from metrics import INTERSECTION, PREDICTED, TRUE, bootstrap_interval, iou, summarise
-from run_config import check_of_masks, read_config
+from run_config import check_of_masks, kept_epoch, read_config
 
 OTHERS = {  # definitions beside the pooled IoU, and their headings
     "dice": "Dice",
@@ -88,7 +88,8 @@ def row(names, options):
     if any(of_run != ids[0] for of_run in ids):
         raise ValueError(f"{', '.join(names)} differ in their validation images; give --each for one row per run")
     last = [judge(name, "last", options)[0] for name in names]
-    best = [judge(name, "best", options)[0] for name in names]
+    kept = [name for name in names if kept_epoch(read_config(run_folder(name))) == "best epoch"]
+    best = [judge(name, "best", options)[0] for name in kept]
     logs = [pd.read_csv(run_folder(name) / "log.csv") for name in names]
     scores = [summarise(table) for table in last]
     low, high = bootstrap_interval(sum(last))
@@ -97,7 +98,7 @@ def row(names, options):
         str(len(logs[0])),
         f"{statistics.fmean(log.seconds.sum() for log in logs) / 60:.0f}",
         f"{mean_and_spread([score['iou'] for score in scores])} ({low:.3f} to {high:.3f})",
-        mean_and_spread([summarise(table)["iou"] for table in best]),
+        mean_and_spread([summarise(table)["iou"] for table in best]) if best else "not kept",
         *(mean_and_spread([score[key] for score in scores]) for key in OTHERS),
     ]
 

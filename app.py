@@ -5,8 +5,8 @@ python app.py                       # opens http://127.0.0.1:7860
 python app.py --name mine           # starts with this run of train.py --target instances
 
 The page finds nuclei with any run under models/ that finds them one by one, classifies pictures with the runs of
-transfer_resnet18.py, and shows the reports of val.py. It listens to this machine alone, needs no network, and removes
-what was uploaded and found when it ends. It refuses what predict.py refuses, in the same words.
+transfer_resnet18.py, and shows the reports of val.py. It accepts connections from this machine only, needs no network,
+and deletes uploads and results when it ends. It rejects what predict.py rejects, with the same messages.
 """
 
 import html

@@ -239,8 +239,8 @@ class NestedUNet(SkipNetwork):
 
     encoder: the name of a backbone (encoders.py) whose stages are the X^{i,0}, or None. stem: "full" keeps X^{0,0} as a
     block on the image, since encoders have nothing at full resolution; "half" begins the grid at half resolution with
-    the encoder and doubles the logits. width: filters of row 0, doubled from row to row. With None, 32, or, with an
-    encoder, the nodes of each row have as many filters as its stage, those of the full stem half of the first stage's.
+    the encoder and doubles the logits. width: filters of row 0, doubled from row to row. None means 32 or, with an
+    encoder, as many filters in each row as its encoder stage has; row 0 of a full stem has half those of the first one.
     """
 
     nodes = tuple((d - j, j) for d in range(DEPTH + 1) for j in range(d + 1))  # diagonal by diagonal: L0, L1 ... L4

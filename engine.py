@@ -79,7 +79,7 @@ def no_check():
 def train_one_epoch(run, loader, label="", check_stop=no_check):
     """One pass over the loader -> {"loss": mean over images, run.task.score: score of the training batches}.
 
-    Both are of all processes, and so is the error: FloatingPointError, with the step, when a loss is not finite.
+    Both cover all processes. When a loss is not finite, every process raises FloatingPointError, which names the step.
     check_stop() is called after each step; what it raises ends the training.
     """
     run.model.train()
@@ -266,8 +266,9 @@ class Run:
 def averaging_decay(ema, steps):
     """The decay of the averaged weights in a training of so many steps: `ema`, or less in a short training.
 
-    In a training of fewer than SHORT steps the memory, 1 / (1 - decay) steps, is at most a fiftieth of all steps, and
-    two at least: with few images one step is an epoch, and a longer average lags whole epochs behind.
+    An average remembers 1 / (1 - decay) steps. In a training of fewer than SHORT steps, that is limited to a fiftieth
+    of all steps (but not to less than two): with few images an epoch is a single step, and a longer average would lag
+    whole epochs behind.
     """
     return ema if steps >= SHORT else min(ema, 1 - 1 / max(2, steps / 50))
 
@@ -329,10 +330,10 @@ def fit(run, loader, val_loader, check_stop=no_check, compiled=False, board=None
 
 
 def fit_and_keep(run, loader, val_loader, script, stops=None, compiled=False, board=None):
-    """`fit` as a script runs it: signals wait for the end of a step, and it ends with curves.png in any case.
+    """`fit` as a script runs it: signals wait for the end of a step, and curves.png is written however it ends.
 
     script: named in the command that continues a stopped run. stops: a common.cli.Stops, or None for a new one.
-    board: a board.Board, which is closed in any case, or None.
+    board: a board.Board, which is always closed at the end, or None.
     """
 
     def at_end():

@@ -61,7 +61,7 @@ def build_parser():
     a("--name", help="models/<name>; default: the newest run")
     a("--level", choices=LEVELS, help="the head to keep, or the mean of all; default: the deepest")
     a("--int8", action="store_true", help="quantise to 8 bits, calibrated on training images")
-    a("--run", metavar="NAME", help="write a run instead, models/NAME: --level (mean: all), in half precision")
+    a("--run", metavar="NAME", help="write a half-precision run models/NAME instead, with head --level (mean: all)")
     a("--output", type=Path, help="file to write; default: outputs/<name>/<name>_L<level>.onnx, or ..._int8.onnx")
     a("--overwrite", action="store_true", help="replace an existing file or run")
     return parser
@@ -151,9 +151,9 @@ def seen_size(config):
 
 
 def images_of(config, part, count):
-    """Up to `count` images of a part of the run's split, or generated ones -> images, source.
+    """Up to `count` images of a part of the run's split, or generated images if its files are gone -> images, source.
 
-    images: (H, W, channels) uint8 each, for a run of masks as in their files, for individual nuclei as view_of returns.
+    images: list of (H, W, channels) uint8; as stored for a run of masks, as view_of returns them for individual nuclei.
     """
     folder, of_nuclei = Path("inputs") / config["dataset"], is_of_nuclei(config)
     path = Path("models") / config["name"] / "split.yml"

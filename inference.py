@@ -303,10 +303,10 @@ def windows(length, tile, overlap=OVERLAP, multiple=MULTIPLE):
 def predict_tiled(predictor, images, batch_size=8, each=None):
     """(N, H, W, C) uint8 -> (N, classes, H, W) uint16, 65535 = 1; the network sees `batch_size` tiles at a time.
 
-    Images that fit into tile_size are seen whole. Sides are padded to a multiple of 16 or 32 at their ends by
-    replication, as the network itself does, so that every tile begins on one and all have one size. The sums of one row
-    of tiles are kept, and those lines that the next row does not reach go to the result. each() is called before every
-    batch; what it raises ends the work.
+    Images that fit into tile_size are seen whole. Images are padded at the right and bottom to multiples of 16 or 32 by
+    replication, as the network itself pads, so that every tile begins at such a multiple and all tiles have one size.
+    Only one row of tiles is summed up at a time; the lines that the next row does not reach go to the result. each() is
+    called before every batch; what it raises ends the work.
     """
     tile, num_classes, (height, width) = tile_size(predictor.config), predictor.config["num_classes"], images.shape[1:3]
     multiple = multiple_of(predictor.config)

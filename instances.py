@@ -119,15 +119,15 @@ def relative_distance(labels):
 def nuclei(maps, mask_threshold, contact_threshold, distance_threshold, seed_threshold, smallest, smoothing):
     """(3, H, W) float in [0, 1], channels as in MAPS -> (H, W) int32 label map, 0 ... n. Call it with **DEFAULTS.
 
-    Foreground is the mask above mask_threshold, smoothed by a Gaussian with a standard deviation of `smoothing` pixels,
-    which rounds ragged outlines off. Seeds are its connected parts with a contact of at most
-    contact_threshold and a distance of at least distance_threshold, and, somewhere in the part, of seed_threshold;
-    contact_threshold 1 leaves the contact out, 0 for the other two leaves the distance out. A watershed grows the seeds
-    to all of the foreground and meets where contact is high and distance low. Nuclei of less than `smallest` pixels are
-    dropped, and holes inside a nucleus are filled.
+    The mask is smoothed by a Gaussian with a standard deviation of `smoothing` pixels, which rounds off ragged
+    outlines; foreground is where the result is above mask_threshold. Seeds are the connected regions of foreground with
+    a contact of at most contact_threshold and a distance of at least distance_threshold, provided that the distance
+    reaches seed_threshold somewhere in the region. contact_threshold 1 ignores the contact; 0 for the other two ignores
+    the distance. A watershed grows the seeds over the whole foreground; they meet where contact is high and distance
+    low. Nuclei of fewer than `smallest` pixels are dropped, and holes inside a nucleus are filled.
 
-    On true maps of the 2018 Data Science Bowl the contact alone is the better seed; blurred and with noise, as a
-    network predicts them, both together are.
+    On true maps of the 2018 Data Science Bowl, seeds from the contact alone are better; on maps that are blurred and
+    noisy, as a network predicts them, seeds from both are.
     """
     mask, contact, distance = maps
     foreground = ndimage.gaussian_filter(mask, smoothing) > mask_threshold
@@ -140,8 +140,8 @@ def nuclei(maps, mask_threshold, contact_threshold, distance_threshold, seed_thr
 def find_seeds(foreground, centres, distance, seed_threshold):
     """(H, W) bool, bool and float -> (H, W) int32: a number for each connected part of the centres that is a seed.
 
-    A seed reaches seed_threshold in the distance; a lesser part is a splinter of another nucleus. A connected part of
-    the foreground without any seed is one as a whole.
+    In a seed, distance reaches seed_threshold somewhere; a part where it does not is a splinter of another nucleus. A
+    connected part of the foreground that contains no seed becomes a seed as a whole.
     """
     seeds, count = ndimage.label(centres)
     highest = np.zeros(count + 1, distance.dtype)

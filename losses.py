@@ -22,8 +22,8 @@ class BCEDiceLoss(nn.Module):
     """bce_weight x binary cross entropy + (1 - soft Dice), Dice per image and class, then averaged.
 
     soft Dice = (2 sum(p y) + smooth) / (sum(p) + sum(y) + smooth) with p the sigmoid of the logits, as in Milletari et
-    al., V-Net, https://arxiv.org/abs/1606.04797 (with plain sums below the line); `smooth` defines an empty mask.
-    positive_weight: what the cross entropy of a foreground pixel counts, for rare ones.
+    al., V-Net, https://arxiv.org/abs/1606.04797 (but with plain sums in the denominator); `smooth` makes Dice defined
+    for an empty mask. positive_weight: weight of foreground pixels in the cross entropy, for rare foreground.
     """
 
     def __init__(self, bce_weight=0.5, smooth=1e-5, positive_weight=1.0):
@@ -46,9 +46,10 @@ class LovaszHingeLoss(nn.Module):
     """The Lovász extension of the Jaccard loss on hinge errors, per image and class, then averaged.
 
     Berman, Triki, Blaschko, CVPR 2018, https://arxiv.org/abs/1705.08790. With the errors m = max(0, 1 - logit x sign /
-    margin) in falling order and Δ(k) the Jaccard loss of mispredicting the k largest: sum_k m_k (Δ(k) - Δ(k - 1)).
-    All images and classes are sorted in one call. A logit beyond the margin gains nothing: the paper's margin, 1,
-    leaves probabilities between 0.27 and 0.73, so that masks are good at a threshold of 0.5 and empty at 0.75.
+    margin) in descending order and Δ(k) the Jaccard loss of mispredicting the k largest: sum_k m_k (Δ(k) - Δ(k - 1)).
+    All images and classes are sorted in one call. A logit beyond the margin does not lower the loss any further: with
+    the paper's margin of 1, probabilities stay between 0.27 and 0.73, so masks are good at a threshold of 0.5 and empty
+    at 0.75.
     """
 
     def __init__(self, margin=1.0):
@@ -94,9 +95,9 @@ LOSSES = {
 class MapsLoss(nn.Module):
     """The loss of the three maps of individual nuclei, mask, contact and distance: the weighted mean of their losses.
 
-    mask_loss: a criterion for the mask. Contact, which few pixels are: binary cross entropy, in which they count
-    threefold, + (1 - soft Dice), whose smooth = 1 asks for nothing where there is no contact. Distance: binary cross
-    entropy, which is least where the probability equals the distance.
+    mask_loss: a criterion for the mask. Contact: binary cross entropy, in which the few contact pixels count threefold,
+    + (1 - soft Dice), whose smooth = 1 demands nothing where there is no contact. Distance: binary cross entropy, which
+    is smallest where the probability equals the distance.
     logits and maps: (N, 3, H, W), channels as in instances.MAPS, maps in [0, 1].
     """
 

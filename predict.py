@@ -5,11 +5,11 @@ python predict.py --name nuclei --rois --geojson slide.tif            # a run of
 python predict.py --onnx outputs/run1/run1_L4.onnx scans/             # a file that export.py wrote, without PyTorch
 torchrun --nproc_per_node=4 predict.py --name nuclei scans/           # four processes share the pictures
 
-PATH is a file, a folder (searched recursively) or a pattern. PNG, JPEG, TIFF, BMP, WEBP and PPM of 8 or 16 bits, grey
-or colour, of any size; EXIF orientation is followed. More than 8 bits are scaled between percentiles of the picture,
-which a hot pixel does not move. A TIFF may also hold floats, and several pages (slices, time points, positions): each
-is a picture, <stem>_p000, <stem>_p001 ..., unless --page takes one. A microscope's file of 2, 4 or more channels needs
---channels.
+PATH is a file, a folder (searched recursively) or a pattern. PNG, JPEG, TIFF, BMP, WEBP and PPM of 8 or 16 bits can be
+read, grey or colour, of any size; EXIF orientation is applied. Pictures of more than 8 bits are scaled between two
+percentiles, which a hot pixel does not affect. A TIFF may also hold floats, and several pages (slices, time points,
+positions): each page becomes a picture of its own, <stem>_p000, <stem>_p001 ..., unless --page selects one. A
+microscope file with 2, 4 or more channels needs --channels.
 
 A run of masks. For each picture outputs/<name>/predict/ gets <stem>_mask.png (0 and 255; with several classes
 <stem>_mask_0.png ...), <stem>_overlay.png (outlines) and, with --probability, <stem>_probability.png (16 bits, 65535 =
@@ -22,19 +22,19 @@ images.csv has count, density and median diameter of each picture; objects.csv o
 equivalent diameter, eccentricity, solidity, perimeter, mean and largest value of each channel, confidence, and whether
 it touches the border; with --pixel_size (or where a TIFF gives it) sizes also in micrometres.
 
-A stem that several pictures share is prefixed with the name of their folder, and numbered where that is not enough. A
-second call adds to the folder and to the tables. It replaces the results of the same pictures, and nothing else. A call
-that was stopped goes on with --resume.
+Where several pictures have the same stem, the name of their folder is put before it, and a number is added if that is
+not enough. A later call adds to the folder and to the tables, and replaces only the results of the same pictures.
+--resume continues a call that was stopped.
 
-A network recognises things at about the size, in pixels, at which it saw them in training. For individual nuclei the
-scale is found from what a first pass finds, or given with --diameter. For masks, --mode resize squeezes the whole
-picture to the trained size, such as 96 x 96, as in training: right for pictures like those of the training. --mode tile
-shows it piece by piece: right for slides, which a squeeze would blur, and thumbnails. The scale, in pixels that the
-network sees per pixel of the picture, is then that of the median training picture; if your things are twice as large as
-those, halve it with --scale. The default, auto, resizes, but takes tiles where resizing would make things more than 5
-times smaller or larger than in the median picture. docs/RESULTS.md compares the two.
+A network recognises objects that have about the same size, in pixels, as in training. For individual nuclei the scale
+is derived from what a first pass finds, or from --diameter. For masks, --mode resize resizes the whole picture to the
+training size, such as 96 x 96: right for pictures like those in training. --mode tile shows the network one piece at a
+time: right for slides, which resizing would blur, and for thumbnails. The scale of tiles, in network pixels per pixel
+of the picture, is that of the median training picture; if your objects are twice as large as in that picture, halve it
+with --scale. The default, auto, resizes, but switches to tiles where resizing would make objects more than 5 times
+smaller or larger than in the median training picture. docs/RESULTS.md compares the two modes.
 
-Exit status: 0; 1 when some pictures could not be read and the others are done; 2 when nothing was done.
+Exit status: 0 if all went well; 1 if some pictures could not be read and the others are done; 2 if nothing was done.
 """
 
 import contextlib
@@ -80,8 +80,8 @@ def build_parser():
     a("--onnx", type=Path, metavar="FILE", help="a file of export.py instead of a run; needs ONNX Runtime")
     output = "folder of the results; default: outputs/<name>/predict"
     a("--output", type=Path, metavar="FOLDER", help=output)
-    a("--resume", action="store_true", help="leave out pictures that are done already, by the same model and options")
-    a("--level", choices=LEVELS, help="head that answers; default: the deepest")
+    a("--resume", action="store_true", help="skip pictures that have results from the same model and options")
+    a("--level", choices=LEVELS, help="head whose output is used, or the mean of all; default: the deepest")
     a = parser.add_argument_group("masks").add_argument
     mode = "resize: the whole picture at the trained size; tile: pieces of it at --scale; auto: what fits"
     a("--mode", choices=("auto", "resize", "tile"), default="auto", help=mode)
@@ -91,9 +91,9 @@ def build_parser():
     a("--probability", action="store_true", help="write <stem>_probability.png as well")
 
     a = parser.add_argument_group("individual nuclei: runs of --target instances").add_argument
-    diameter = "of a typical nucleus, in pixels of the picture; default: found from the picture"
+    diameter = "diameter of a typical nucleus, in pixels of the picture; default: estimated from the picture"
     a("--diameter", type=number(float, 1, 10_000), help=diameter)
-    pixel_size = "micrometres per pixel, for the tables; default: what a TIFF tells of itself"
+    pixel_size = "micrometres per pixel, for the tables; default: from the TIFF's metadata, if any"
     a("--pixel_size", type=number(float, *PIXEL_SIZES), metavar="UM", help=pixel_size)
     a("--rois", action="store_true", help="write <stem>_rois.zip for ImageJ; needs requirements-objects.txt")
     a("--geojson", action="store_true", help="write <stem>.geojson for QuPath; needs requirements-objects.txt")
@@ -102,7 +102,7 @@ def build_parser():
 
     a = parser.add_argument_group("pictures and speed").add_argument
     a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
-    a("--page", type=number(int, 0), help="of files with several pages, this one alone, counted from 0; default: all")
+    a("--page", type=number(int, 0), help="read only this page of multi-page files, counted from 0; default: all")
     channels = "one channel, counted from 0, for grey, or three for red, green and blue: 0 or 2,1,0"
     a("--channels", type=channel_numbers, metavar="K[,K,K]", help=channels)
     a("--html", action="store_true", help="write report.html, one page of all outlines in the folder")

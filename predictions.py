@@ -5,8 +5,8 @@
     with results.kept(count=len(files)):
         results.add(picture, probabilities)
 
-A file is replaced when a result has its name; nothing else in the folder is touched. The processes of torchrun, and
-calls one after the other, may share a folder; of two calls at once, neither knows the names that the other gives.
+A result replaces a file of the same name; nothing else in the folder is touched. The processes of torchrun may share a
+folder, and so may successive calls; of two simultaneous calls, neither knows the names that the other assigns.
 Individual nuclei have results of their own: nuclei/predictions.py.
 """
 
@@ -41,13 +41,13 @@ SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most
 def output_names(files, earlier=()):
     """{file: the beginning of the names of its results}, all different even where case makes no difference.
 
-    It is the stem; <folder>_<stem> where several files share the stem; with _2, _3 ... where that is not enough. Pages
-    share the name of their file and add _p000, _p001 ...; no other picture gets that name, which the label TIFF of all
-    pages has. earlier: {name: path} of the pictures that have results already. They keep their names.
+    The name is the stem; <folder>_<stem> where several files share the stem; with _2, _3 ... where that is not enough.
+    Pages add _p000, _p001 ... to the name of their file; no other picture gets the file's name, because the label TIFF
+    of all its pages has it. earlier: {name: path} of the pictures that have results already; they keep their names.
     """
 
     def all_names(name, endings):
-        """Those of a file and of its pages, without regard to case."""
+        """The names of a file and of its pages, without regard to case."""
         return {(name + ending).casefold() for ending in ("", *endings)}
 
     pages = {}  # {file: the endings of its pages}, [""] of a picture that is a file of its own

@@ -2,10 +2,15 @@
 
     run = Run(model, Segmentation(criterion), optimizer, scheduler, device, epochs=80)    # engine.py
 
-A task has `score`, the name of its score; to_device(batch, device, amp) -> inputs, truth; loss(output, truth,
-training) -> scalar; count(output, truth, own, training) -> a tensor that adds up over batches and processes, of the
-first `own` images; and score_of(sum of counts) -> float. For board.py it has drawn(output, truth) -> (rows, caption) of
-the first image: rows of pictures, (H, W) or (H, W, 3) uint8, that show what is true and what the output says.
+A task has
+    score: the name of its score
+    to_device(batch, device, amp) -> inputs, truth
+    loss(output, truth, training) -> scalar
+    count(output, truth, own, training) -> counts of the first `own` images, a tensor that adds up over batches and
+        processes
+    score_of(sum of counts) -> float
+    drawn(output, truth) -> (rows, caption) of the first image, for board.py: rows of pictures, (H, W) or (H, W, 3)
+        uint8, that show what is true and what the output says
 """
 
 from typing import NamedTuple

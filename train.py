@@ -83,9 +83,9 @@ def build_parser():
     a("--dataset", type=data_set, default="dsb2018_96", help="a folder of inputs/")
     a("--img_ext", default=".png", help="ending of the images' file names")
     a("--mask_ext", default=".png", help="ending of the masks' file names")
-    split = "random: 80/20; grouped: look-alikes on one side; or a split.yml; default: random, for instances grouped"
+    split = "random: 80/20; grouped: look-alikes on one side; or a split.yml; default: random, or grouped for instances"
     a("--split", help=split)
-    a("--split_seed", type=seed, default=41, help="of the random and the grouped split")
+    a("--split_seed", type=seed, default=41, help="random seed of the random and grouped splits")
     defaults = ", ".join(f"for {target} {parts}" for target, parts in AUGMENT.items())
     parts = f"none, or some of {','.join(AUGMENTATIONS)}; default: {defaults}"
     a("--augment", type=augment, help=parts)
@@ -103,7 +103,7 @@ def build_parser():
     a("--crops", type=number(int, 1, 10_000_000), help="random crops per epoch; default: as many as training pictures")
     balance = "0: every picture is equally likely; 1: every kind of picture (dark grey, coloured ...) is"
     a("--kind_balance", type=number(float, 0, 1), default=0.5, help=balance)
-    others = "generated, or a folder of inputs/: every second crop is of its pictures, so that tuning forgets less"
+    others = "generated, or a folder of inputs/: source of every second crop, so that fine-tuning forgets less"
     a("--rehearse", type=data_set, default="none", help=others)
     a("--map_weights", type=weights(3), default="1,1,1", help="weights of the losses of mask, contact and distance")
 

@@ -7,10 +7,10 @@ python transfer_resnet18.py --name mine --predict a.jpg holiday/   # class and p
 python transfer_resnet18.py --demo                                 # generated pictures, offline, a minute
 torchrun --nproc_per_node=2 transfer_resnet18.py --name mine       # on two GPUs, or in two processes
 
-A ResNet-18 is a stem, four stages (layer1 to layer4) and a head, which is new: it answers with your classes. There are
-three kinds of training, and some defaults depend on them. "frozen" (--freeze): the features are those of --weights,
-only the head learns; fast, good for few pictures. "thawed" (the default): layer4 learns as well, slowly. "scratch"
-(--weights none): everything starts from random weights and learns at one rate; it needs many pictures.
+A ResNet-18 consists of a stem, four stages (layer1 to layer4) and a head; the head is new and predicts your classes.
+There are three kinds of training, and some defaults depend on the kind. "frozen" (--freeze): the features stay those of
+--weights and only the head learns; fast, and good for few pictures. "thawed" (the default): layer4 learns as well,
+slowly. "scratch" (--weights none): everything starts from random weights and learns at one rate; needs many pictures.
 """
 
 import math
@@ -46,7 +46,7 @@ ENDLESS = ("ConstantLR", "StepLR")  # schedulers that know no last epoch: --resu
 RECIPES = {  # the value of an option that nobody gave, by the kind of training
     # --freeze. Features and batch-norm statistics are fixed: in training mode batch norm would see tiny batches.
     "frozen": {"epochs": 25, "lr": 3e-3, "body_lr": 0.0, "layer_decay": 0.0, "freeze_bn": True},
-    # The known recipe moves everything by 1e-3 and breaks the features before the head has learned anything. Here the
+    # The usual recipe trains everything at 1e-3 and ruins the features before the head has learned anything. Here the
     # head learns fast, layer4 slowly, and each stage below it at layer_decay times the rate of the stage above.
     "thawed": {"epochs": 25, "lr": 3e-3, "body_lr": 5e-4, "layer_decay": 0.0, "freeze_bn": True},
     # --weights none. Nothing to protect: one rate for all, and batch-norm statistics that have to be learned.
@@ -75,7 +75,7 @@ def build_parser():
     a("--data_dir", default="inputs/hymenoptera_data", help="folder with {train,val}/<class>/")
     a("--download", action="store_true", help="fetch the ants and bees into inputs/ (47 MB)")
     a("--raw", type=Path, metavar="ZIP", help="unpack this zip to data_dir first")
-    val_fraction = "pictures drawn for validation when there is no val folder"
+    val_fraction = "fraction of the pictures to draw for validation when there is no val folder"
     a("--val_fraction", type=number(float, 0.01, 0.9), default=0.2, help=val_fraction)
     a("--img_size", type=number(int, 32, 1024), default=224, help="side of the square that the network sees")
     a("--augment", action="store_true", default=True, help="random crop, mirror and colour in training")
@@ -88,7 +88,7 @@ def build_parser():
     a("--weights", default="imagenet", help=weights)
     a("--freeze", action="store_true", help="frozen: train the head only, on the features of --weights as they are")
     a("--freeze_bn", action="store_true", default=None, help="fixed batch-norm statistics; default: True with weights")
-    thaw = "first epochs in which only the head learns; afterwards the layers below it learn too (not with --freeze)"
+    thaw = "number of epochs in which only the head learns, before the layers below learn too (not with --freeze)"
     a("--thaw", type=number(int, 0), default=0, help=thaw)
 
     a = parser.add_argument_group("optimisation").add_argument

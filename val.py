@@ -7,8 +7,8 @@ python val.py --name run1 --split my_split.yml      # the `test:` ids of a split
 python val.py --name run1 --levels                  # what each pruned model costs and gives
 python val.py --name nuclei --submission nuclei.csv # a run of --target instances; the file of the Data Science Bowl
 
-A run of masks is scored by IoU and Dice at the size of the training. A run of individual nuclei (--target instances) is
-shown whole pictures, finds the scale of each, and is scored nucleus by nucleus at the size of the picture.
+A run of masks is scored by IoU and Dice at the training size. A run of individual nuclei (--target instances) sees
+whole pictures, finds the scale of each, and is scored nucleus by nucleus at each picture's own size.
 """
 
 import sys
@@ -92,10 +92,11 @@ def check_classes(config, name, folder):
 
 
 def chosen_images(options, config, folder):
-    """-> Dataset of the run's validation images, of another data set, or of a split's test ids; and what to call it.
+    """-> (data set, what to call it, the run's split.yml): which images --dataset and --split select.
 
-    Of a run of individual nuclei it is a NucleiDataset. Third, the content of the run's split.yml when its validation
-    images were chosen, else {}.
+    The data set holds the run's validation images, all images of another data set, or a split's test ids; it is a
+    Dataset, or a NucleiDataset for a run of individual nuclei. The third value is the content of the run's split.yml
+    when its validation images were chosen, else {}.
     """
     name = options.dataset or config["dataset"]
     root = Path("inputs") / name

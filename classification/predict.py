@@ -85,9 +85,9 @@ def predict_files(options):
 
 
 def write_predictions(rows, classes, target, reject=0.0):
-    """rows: (path, probabilities) -> rows of a CSV file that keeps those of other files, and first lines to read.
+    """Write predictions to a CSV file, which keeps its rows of other pictures, and print the first few.
 
-    reject: the class is UNKNOWN where no probability reaches it.
+    rows: [(path, probabilities), ...]. reject: the class is UNKNOWN where no probability reaches this value.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     answers, new = [], []

@@ -221,7 +221,7 @@ def listed(items, most=5):
 def in_one_line(error):
     """An error's message as one line of printable characters, not longer than a screen.
 
-    Of an error that a loader's process passed on, it is its traceback's last line.
+    For an error that a loader process passed on, it is the message in the last line of the traceback.
     """
     message = str(error).strip()
     if " in DataLoader worker process " in message.split("\n", 1)[0]:
@@ -239,10 +239,10 @@ def _terminate(signum, frame):
 
 
 class Stops:
-    """Within it Ctrl-C and SIGTERM wait: `with Stops() as stops: ... stops.check()`; check raises what was asked for.
+    """A block that defers Ctrl-C and SIGTERM: `with Stops() as stops: ... stops.check()`; check raises their exception.
 
-    An exception between any two lines can be swallowed (by a library's destructor) or come while a file is written.
-    The second signal does not wait. A signal that is ignored (a shell's background job) stays so.
+    Raised between any two lines, it could be swallowed (by a library's destructor) or interrupt the writing of a file.
+    A second signal takes effect at once. A signal that is ignored (as in a shell's background job) stays ignored.
     """
 
     KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}

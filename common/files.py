@@ -49,11 +49,12 @@ def atomic_path(path):
 
 @contextlib.contextmanager
 def lock(folder, busy=None):
-    """A block in which one process at a time works on a folder. It waits for another one; with `busy` it raises that.
+    """A block in which only one process at a time works on a folder; it waits until another process has finished.
 
+    busy: text of a ValueError to raise instead of waiting.
     The lock is the system's (POSIX lockf on <folder>/.lock). It ends with its process, even on kill -9, and forked
-    loader processes never inherit it; the filelock package before 3.30 uses flock, which they keep, and leaves its
-    file behind. Where there are no such locks (Windows, some network drives) none is taken. busy: text of a ValueError.
+    loader processes never inherit it. (The filelock package before 3.30 uses flock, which they do inherit, and leaves
+    its file behind.) Where there are no such locks (Windows, some network drives) none is taken.
     """
     path = folder / ".lock"
     try:

@@ -141,8 +141,8 @@ def _count_pages(file, channels):
 class PageReader:
     """Reads what list_pages found: read(picture) returns and raises what `decode` does.
 
-    `values` is then the same picture with the values of its file: the channels of a microscope, which `decode` scales,
-    as they are. The file of a page stays open for the next one, until close().
+    `values` then holds the same picture with the values of its file: a microscope's channels, which `decode` scales,
+    are left unscaled. The file of a page stays open for the next one, until close().
     channels: the numbers of the channels to read, one for grey or three for red, green and blue; None for all, of which
     there may be one or three, or those of a colour picture.
     """

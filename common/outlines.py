@@ -1,4 +1,4 @@
-"""Outlines of numbered objects on a picture, in the colours that the caller gives or in such that neighbours differ.
+"""Outlines of numbered objects on a picture, in the caller's colours or in colours that differ between neighbours.
 
     drawn = draw_outlines(image, labels, distinct_colours(labels))     # (H, W, 3) uint8
     polygons(labels)                                                   # {1: [(n, 2) x and y, ...], ...}
@@ -71,7 +71,7 @@ def _shifted(labels, down, right):
 def distinct_colours(labels):
     """-> (n + 1, 3) uint8, a colour of DISTINCT for each label; objects within about NEAR pixels have different ones.
 
-    Should one have neighbours of all colours, it gets that of the fewest.
+    An object whose neighbours already have every colour gets the one that the fewest of them have.
     """
     near = neighbours(labels)
     chosen = np.zeros(labels.max(initial=0) + 1, int)

@@ -138,10 +138,10 @@ def only_trainer(folder, names):
 
 @contextlib.contextmanager
 def keeping(folder, script, at_end):
-    """A block whose training, when it is stopped by its user or by the system, says what is kept of it.
+    """A block around a training; if the user or the system stops it, the message says what has been kept.
 
-    script: named in the command that continues the run. at_end() is called in any case (it draws the curves); its
-    own error never hides another one.
+    script: named in the command that continues the run. at_end() is always called (it draws the curves); its own error
+    never hides another one.
     """
     try:
         yield

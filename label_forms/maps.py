@@ -64,10 +64,10 @@ def read_map(path, max_pixels=MAX_PIXELS):
 
 
 def _stored(picture, file):
-    """An open picture of Pillow's and its file -> the bits of a sample, and whether Pillow decodes other values.
+    """A picture open in Pillow, and its file -> (bits per sample, whether Pillow inverts it, whether it swaps bytes).
 
-    It inverts 8 bits of a TIFF where 0 is white, which ImageJ writes for masks, and swaps the bytes of compressed 32
-    bits of a big-endian one.
+    Pillow inverts an 8-bit TIFF in which 0 is white, as ImageJ writes masks, and swaps the bytes of a compressed 32-bit
+    TIFF that is big-endian.
     """
     if picture.format == "PNG":
         file.seek(24)

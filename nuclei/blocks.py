@@ -23,8 +23,8 @@ def nuclei_in_blocks(maps, *, core=CORE, margin=MARGIN, **thresholds):
     """(3, H, W) uint16 (65535 = 1), channels as in MAPS -> label map (H, W) int32, 1 ... n, and confidence.
 
     thresholds: of instances.nuclei. confidence: (n + 1,) float32 in [0, 1], the mean of the mask over each nucleus, and
-    0 for the background. Of a nucleus that reaches more than WIDEST pixels beyond the core where it begins, the rest is
-    lost.
+    0 for the background. A nucleus that reaches more than WIDEST pixels beyond the core where it begins is cut off
+    at that distance.
     """
     height, width = maps.shape[1:]
     labels, confidence = np.zeros((height, width), np.int32), [np.zeros(1, np.float32)]

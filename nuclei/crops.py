@@ -179,10 +179,10 @@ class Crops(NucleiDataset):
 
     Args, besides those of NucleiDataset:
         count: items per epoch; by default one per picture.
-        scale_range: (low, high), by which the scale of a picture is multiplied. The factor is the geometric mean of two
-            drawn from it log-uniformly, so those in the middle come most often.
-        kind_balance: from 0, all pictures are drawn equally often, to 1, all kinds of pictures are; a kind of share f
-            gets crops in proportion to f ** (1 - kind_balance).
+        scale_range: (low, high), range of the factor by which a picture's scale is multiplied. The factor is the
+            geometric mean of two log-uniform draws, so those in the middle of the range are the most frequent.
+        kind_balance: at 0 all pictures are drawn equally often, at 1 all kinds of pictures; a kind that makes up a
+            fraction f of the pictures gets crops in proportion to f ** (1 - kind_balance).
         transform: an albumentations Compose; the label map moves with the image.
         pasted: the fraction of the crops with pasted nuclei; see augmentation.paste_nuclei.
 
@@ -227,9 +227,9 @@ class Crops(NucleiDataset):
 
 
 def line(length, count, stream=None):
-    """(count,) indices that follow one another on a line of `length` pixels, which goes on beyond its ends as mirrored.
+    """(count,) consecutive indices into a line of `length` pixels, which is mirrored beyond its ends.
 
-    They are in the middle, or begin where a numpy Generator says.
+    They are centred, or, with a stream (numpy Generator), begin at a random place.
     """
     low, high = sorted((0, length - count))
     start = int(stream.integers(low, high + 1)) if stream else (length - count) // 2

@@ -102,9 +102,9 @@ def row_of(judged):
 
 
 def rows_by(judged, key):
-    """Judged images -> a row for each "kind", most images first, and one for "all"; or for each "level", as they come.
+    """Judged images -> a row per "kind", the most frequent first, and one for "all"; or a row per "level", in order.
 
-    A row is that of `row_of` and its name under `key`.
+    A row holds what `row_of` returns and, under `key`, the name of its kind or level.
     """
     parts = {}
     for item in judged:

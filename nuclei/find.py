@@ -19,12 +19,12 @@ from nuclei.blocks import nuclei_in_blocks
 from nuclei.scale_search import find_scale
 from nuclei.scaling import resize_nuclei, stretch_picture, zoom
 
-SEARCHED = 1024  # pixels per side of the part of a large picture in which the scale is searched
-SHRINK = 8  # times smaller, the picture in which that part is looked for
-LARGEST = 4.0  # scale that the search tries: what is smaller than a quarter of a known nucleus is debris
-LEAST_SIDE = 16  # pixels that the network sees of a picture, unless the picture has less
-MOST_PIXELS = 2**28  # of a whole picture as the network sees it: 3 GiB of maps and labels
-MOST_SEARCHED = 2**23  # of the part in which the scale is searched
+SEARCHED = 1024  # pixels per side, at most, of the part of a picture in which the scale is searched
+SHRINK = 8  # how many times the picture is shrunk to choose that part
+LARGEST = 4.0  # highest scale that the search tries: objects smaller than a quarter of a known nucleus are debris
+LEAST_SIDE = 16  # network pixels that a picture's shorter side keeps, unless it has fewer to begin with
+MOST_PIXELS = 2**28  # network pixels of a whole picture, at most: 3 GiB of maps and labels
+MOST_SEARCHED = 2**23  # the same for the part in which the scale is searched
 
 
 class Found(NamedTuple):

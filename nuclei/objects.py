@@ -27,7 +27,7 @@ PROPERTIES = {  # our columns: what scikit-image calls them
 }
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue")}  # names by number; alpha is none
 LENGTHS = ("centroid_x", "centroid_y", "equivalent_diameter", "perimeter")  # that are repeated in micrometres
-DIGITS = 4  # after the point, or of the number where the first of them comes later
+DIGITS = 4  # after the decimal point, or significant digits of values below 0.1
 
 
 def measure(labels, image, confidence=None, pixel_size=None):

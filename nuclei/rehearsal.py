@@ -50,8 +50,8 @@ def build_rehearsal(config, count, validation=()):
     """The checked Crops that --rehearse names, `count` per epoch; ValueError or FileNotFoundError where its files
     are missing or damaged.
 
-    Of a folder, pictures that stay unseen are left out: those that the run of --weights kept for validation, and where
-    the folder is the training's own data set, its validation ids. Its images may have another extension.
+    Pictures of a folder that must stay unseen are left out: those that the run of --weights kept for validation and, if
+    the folder is the training's own data set, `validation`. The folder's images may have another extension.
     """
     source = config["rehearse"]
     images = INPUTS / source / "images"

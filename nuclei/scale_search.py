@@ -13,8 +13,8 @@ import numpy as np
 
 from nuclei.scaling import typical_diameter
 
-FAR = 1.25  # times the wanted diameter, or a part of it, from which on another pass is worth its time
-PASSES = 3  # at most, from the first that finds nuclei
+FAR = 1.25  # another pass is worth its time where found and wanted diameter differ by more than this factor
+PASSES = 3  # at most, counted from the first that finds nuclei
 
 
 class Pass(NamedTuple):

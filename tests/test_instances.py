@@ -52,12 +52,6 @@ def blobs(seed, size=40, count=12):
     return labels
 
 
-def same_objects(labels, others):
-    """Whether two label maps show the same objects, whatever their numbers."""
-    pairs = {(a, b) for a, b in zip(labels.ravel().tolist(), others.ravel().tolist(), strict=True)}
-    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) and pairs >= {(0, 0)} & pairs
-
-
 # ---------------------------------------------------------------- label map -> targets
 
 

@@ -1,5 +1,6 @@
 """losses.py by hand, against a slow Lovász hinge from the definition, and where masks and logits are extreme."""
 
+import itertools
 import math
 
 import pytest
@@ -114,16 +115,16 @@ def test_gradients_in_float64(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("mask", ["empty", "full", "one pixel"])
-@pytest.mark.parametrize("logit", [-1e4, -60.0, 0.0, 60.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_finite_at_the_extremes(name, mask, logit, dtype):
-    masks = torch.full((2, 1, 16, 16), float(mask == "full"))
-    masks[0, 0, 0, 0] = float(mask != "empty")
-    logits = torch.full(masks.shape, logit, dtype=dtype, requires_grad=True)
-    loss = mean_over_heads(LOSSES[name](), [logits], masks)
-    loss.backward()
-    assert loss.dtype == torch.float32 and loss.isfinite() and loss >= 0 and logits.grad.isfinite().all()
+def test_finite_at_the_extremes(name, dtype):
+    for mask, logit in itertools.product(("empty", "full", "one pixel"), (-1e4, -60.0, 0.0, 60.0, 1e4)):
+        masks = torch.full((2, 1, 16, 16), float(mask == "full"))
+        masks[0, 0, 0, 0] = float(mask != "empty")
+        logits = torch.full(masks.shape, logit, dtype=dtype, requires_grad=True)
+        loss = mean_over_heads(LOSSES[name](), [logits], masks)
+        loss.backward()
+        finite = loss.isfinite() and logits.grad.isfinite().all()
+        assert finite and loss.dtype == torch.float32 and loss >= 0, f"{mask}, logits of {logit}"
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -275,7 +275,7 @@ def values(script, flag):
     if action.choices:
         good += map(str, action.choices)
     elif kind in (str2bool, getattr(train, "auto_or_bool", None)):
-        good += ["True", "False"]
+        good += [str(bool(action.default)), str(not action.default)]  # that which is not the default comes last
     elif hasattr(kind, "low"):
         bad += ["nan", "inf", "1e999", "x", "_"]
         bad += [str(kind.low - 1)] * math.isfinite(kind.low) + [str(kind.high + 1)] * math.isfinite(kind.high)

@@ -82,8 +82,10 @@ def test_exif_that_says_nothing_leaves_a_picture_as_it_is(kind, value, tmp_path)
         exif[0x0112] = value
     data = file_of(STORED["colour"], kind, exif=exif)
     (tmp_path / "picture").write_bytes(data)
-    for found in (decode(data), read_thumbnail(tmp_path / "picture", 24)):
-        assert found.shape == STORED["colour"].shape
+    plain = file_of(STORED["colour"], kind)
+    (tmp_path / "plain").write_bytes(plain)
+    assert np.array_equal(decode(data), decode(plain))
+    assert np.array_equal(read_thumbnail(tmp_path / "picture", 24), read_thumbnail(tmp_path / "plain", 24))
 
 
 def test_the_pixels_of_a_png_may_hold_the_letters_exif():

@@ -122,7 +122,7 @@ def wait_for_epochs(process, name, epochs):
 
 
 def test_a_second_process_is_refused_and_a_killed_one_resumes_as_if_nothing_had_happened(go, monkeypatch, capsys):
-    long = "--epochs 8"
+    long = "--epochs 40"
     go(TINY, long, "--name long --overwrite")
     process = started("busy", *long.split(), "--num_workers", "2")
     try:
@@ -135,19 +135,20 @@ def test_a_second_process_is_refused_and_a_killed_one_resumes_as_if_nothing_had_
         with pytest.raises(ValueError, match="another process is training models/busy"):
             call(monkeypatch, transfer_resnet18, transfer)
         call(monkeypatch, val, "--name busy --device cpu")  # reading is free
-        assert process.poll() is None and 2 < len(lines("busy")) < 9
+        assert process.poll() is None and 2 < len(lines("busy")) < 41
     finally:
         process.kill()
         process.wait()  # not for its output, which its loader processes hold open
     assert hidden("busy")  # the lock's file is still there, and the loader processes live on for seconds
     Path("models/busy/.last.pth.123.tmp").write_bytes(b"half of a check")
-    go("--name busy --resume --num_workers 0")
-    assert "do not change the result: num_workers 0 (run: 2)" in capsys.readouterr().out
+    go("--name busy --resume --num_workers 0 --cache False --checkpointing True")
+    said = "cache False (run: auto), checkpointing True (run: False), num_workers 0 (run: 2)"
+    assert f"do not change the result: {said}" in capsys.readouterr().out
     assert same_run("long", "busy") and hidden("busy") == []
     assert Path("models/long/model.pth").read_bytes() == Path("models/busy/model.pth").read_bytes()
     before = {path: path.read_bytes() for path in Path("models/busy").iterdir()}
     go("--name busy --resume --num_workers 0 --device auto --amp off")
-    assert "all 8 epochs are done" in capsys.readouterr().out
+    assert "all 40 epochs are done" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in Path("models/busy").iterdir()} == before
 
 

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -110,12 +111,14 @@ def peak_memory():
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    if Path("/proc/self/status").is_file():  # Linux, whose ru_maxrss begins with the peak of the parent process
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KB
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main():

@@ -250,7 +250,7 @@ NEVER = {  # choices of the parser that cannot work here
     *((import_labels, "form", name) for name in FORMS.keys() - {"class_map", "instance_map"}),
     (train, "nesterov", "True"), (train, "deep_supervision", "False"), (train, "resume", "True"),
     (transfer_resnet18, "resume", "True"), (preprocess_dsb2018, "download", "True"),
-    (preprocess_dsb2018, "demo", "True"), (transfer_resnet18, "demo", "True"),
+    (preprocess_dsb2018, "demo", "True"), (transfer_resnet18, "demo", "True"), (preprocess_dsb2018, "native", "True"),
 }  # fmt: skip
 SLOW = {
     ("train", "compile"),

@@ -49,11 +49,13 @@ def list_ids(img_dir, img_ext, option="--img_ext"):
     return sorted(ids)
 
 
-def usual_ending(img_dir, default):
-    """The most frequent extension of a folder's files, such as .tif; `default` where there is none."""
-    counts = Counter(Path(name).suffix for name in (_names(img_dir) if Path(img_dir).is_dir() else ()))
-    del counts[""]
-    return counts.most_common(1)[0][0] if counts else default
+def usual_ending(folder, wanted):
+    """The extension `wanted` where a file of the folder has it or there is none, else the most frequent one."""
+    names = _names(folder) if Path(folder).is_dir() else []
+    if any(name.endswith(_spellings(wanted)) for name in names):
+        return wanted
+    counts = Counter(filter(None, (Path(name).suffix for name in names)))
+    return counts.most_common(1)[0][0] if counts else wanted
 
 
 def _others(names, option):

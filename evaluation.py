@@ -86,7 +86,7 @@ def scores_by_twins(img_ids, split, name, score):
     if not has_twin.any():
         return []
     if has_twin.all():
-        return [f"each of the {len(twins)} images has a look-alike in training"]
+        return [f"each of the {len(has_twin)} images has a look-alike in training"]
     about = f"{name} {score(has_twin):.4f} on the {has_twin.sum()} images with a look-alike in training"
     return [f"{about}, {score(~has_twin):.4f} on the {(~has_twin).sum()} others"]
 

@@ -55,6 +55,7 @@ from common.images import MAX_PIXELS, MOST_PIXELS, PageReader, file_of, find_pic
 from common.report import open_page
 from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
 from predictions import (
+    DIAMETERS,
     PIXEL_SIZES,
     MaskResults,
     earlier_results,
@@ -92,7 +93,7 @@ def build_parser():
 
     a = parser.add_argument_group("individual nuclei: runs of --target instances").add_argument
     diameter = "diameter of a typical nucleus, in pixels of the picture; default: estimated from the picture"
-    a("--diameter", type=number(float, 1, 10_000), help=diameter)
+    a("--diameter", type=number(float, *DIAMETERS), help=diameter)
     pixel_size = "micrometres per pixel, for the tables; default: from the TIFF's metadata, if any"
     a("--pixel_size", type=number(float, *PIXEL_SIZES), metavar="UM", help=pixel_size)
     a("--rois", action="store_true", help="write <stem>_rois.zip for ImageJ; needs requirements-objects.txt")
@@ -291,7 +292,7 @@ def predict(options, given, device):
         done = gather(done)[0]  # of one process: another may already have replaced a file
         files = [file for file in files if names[file] not in done]
         print(f"{len(done)} of {len(everything)} pictures are done already")
-    if is_main() and (again := {names[file] for file in files} & earlier.keys()):
+    if is_main() and (again := [earlier[names[file]] for file in files if names[file] in earlier]):
         forget_settings(output, again)
     results, own, failed_here = build_results(output, names, settings, options, of_nuclei), share_of(files), []
     bar = tqdm(total=len(own), desc="predict", unit="img", leave=False, disable=not is_main() or None)

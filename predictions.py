@@ -31,6 +31,7 @@ from common.tiff import pixel_size
 OBJECT_COLUMNS = ("image", "class", "object", "area", "centroid_x", "centroid_y", "left", "top", "width", "height")
 SHOWN = r"(objects|fraction)(_\d+)?|median_diameter"  # columns of images.csv on the page
 ON_PAGE, PAGE_SIDE = 200, 640  # pictures of a page, and pixels of their longer side
+DIAMETERS = 1, 10_000  # pixels that a nucleus can have
 PIXEL_SIZES = 1e-4, 1e6  # micrometres that a pixel can have
 SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most
 
@@ -125,14 +126,14 @@ def is_done(folder, row, settings):
     return (folder / f"{name}_overlay.png").is_file() and any((folder / file).is_file() for file in found)
 
 
-def forget_settings(folder, names):
-    """Note in images.csv that the results of these pictures are about to be replaced, so that none is taken for done.
+def forget_settings(folder, rows):
+    """Note in images.csv that the results of these of its rows will be replaced, so that none is taken for done.
 
     A call that is killed may leave files of its own beside the rows of an earlier one.
     """
+    rows = [{**row, "settings": ""} for row in rows]
     with lock(folder):
-        rows = [{**row, "settings": ""} for row in read_table(folder / "images.csv", "image") if row["image"] in names]
-        merge_table(folder / "images.csv", ("image", "settings"), rows, "image", replaced=set(names))
+        merge_table(folder / "images.csv", rows[0], rows, "image", replaced={row["image"] for row in rows})
 
 
 # ---------------------------------------------------------------- pictures and tables

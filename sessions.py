@@ -29,7 +29,7 @@ from common.images import MAX_PIXELS, PageReader, list_pages, squeeze, standardi
 from common.outlines import distinct_colours, draw_outlines
 from common.runs import list_runs, run_folder
 from inference import Predictor
-from predictions import PIXEL_SIZES, reason_of
+from predictions import DIAMETERS, PIXEL_SIZES, reason_of
 from run_config import is_of_nuclei
 
 EXAMPLES = {"bright": 22, "small": 3, "stained": 10}  # seeds of common.synthetic.nuclei
@@ -59,8 +59,9 @@ class Question:
 
     def check(self):
         """ValueError for numbers that predict.py's own options would refuse."""
-        if self.diameter and not 1 <= self.diameter <= 10_000:
-            raise ValueError(f"diameter {self.diameter:g}: expected 1 to 10,000 pixels")
+        low, high = DIAMETERS
+        if self.diameter and not low <= self.diameter <= high:
+            raise ValueError(f"diameter {self.diameter:g}: expected {low} to {high:,} pixels")
         low, high = PIXEL_SIZES
         if self.pixel_size and not low <= self.pixel_size <= high:
             raise ValueError(f"{self.pixel_size:g} micrometres per pixel: expected {low:g} to {high:,.0f}")
@@ -188,12 +189,12 @@ class Session:
 
     def _answer(self, page, picture, values, found, question, head, seconds, note):
         """Write the files of an answer to a folder of their own; those of the last answer go."""
-        from nuclei.object_files import IMAGEJ_SIDE
+        from nuclei.object_files import fits_imagej
         from nuclei.predictions import NucleiResults
 
         folder, name = Path(tempfile.mkdtemp(dir=self.folder)), page.stem
         settings, pixel_size = f"models/{question.run} {head}", question.pixel_size or None
-        rois = max(found.labels.shape) <= IMAGEJ_SIDE
+        rois = fits_imagej(found.labels.shape)
         results = NucleiResults(folder, {page: name}, settings, pixel_size, rois, geojson=True)
         objects = results.add(page, picture, found, seconds, values)
         results.write_tables()

@@ -57,7 +57,7 @@ def read_map(path, max_pixels=MAX_PIXELS):
         array = 255 - array
     array = _integers(array, path.name)
     if is_jpeg:
-        if not np.isin(array, [*range(NEARLY), *range(256 - NEARLY, 256)]).mean() > 0.99:
+        if np.isin(array, [*range(NEARLY), *range(256 - NEARLY, 256)], invert=True).mean() > 0.01:
             raise ValueError(f"{path.name} is a JPEG, which changes the values of labels; save them as PNG or TIFF")
         array = np.where(array > 127, 255, 0)
     return upright(array, orientation)

@@ -124,6 +124,11 @@ def _rings(polygon):
 # ---------------------------------------------------------------- ImageJ
 
 
+def fits_imagej(shape):
+    """Whether ROIs can hold the outlines of a picture of (height, width)."""
+    return max(shape) <= IMAGEJ_SIDE
+
+
 def write_rois(path, labels):
     """Label map -> a zip of ImageJ ROIs, one per nucleus, named by its number; needs roifile and shapely.
 
@@ -131,7 +136,7 @@ def write_rois(path, labels):
     more than IMAGEJ_SIDE pixels per side, which the format cannot hold.
     """
     roifile = require("roifile")
-    if max(labels.shape) > IMAGEJ_SIDE:
+    if not fits_imagej(labels.shape):
         size = f"{labels.shape[1]} x {labels.shape[0]}"
         raise ValueError(f"{path}: ImageJ ROIs reach {IMAGEJ_SIDE:,} pixels, the picture has {size}")
     digits = len(str(labels.max(initial=0)))

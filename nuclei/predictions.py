@@ -103,8 +103,8 @@ class NucleiResults(Results):
 
     def write_submission(self, path, pictures):
         """The Bowl's CSV, of pictures whose results are there. Their ids are their files' stems, if these differ."""
-        stems = {picture.stem for picture in pictures}
-        ids = [picture.stem if len(stems) == len(pictures) else self.names[picture] for picture in pictures]
+        stems = [picture.stem for picture in pictures]
+        ids = stems if len(set(stems)) == len(stems) else [self.names[picture] for picture in pictures]
         write_submission(path, zip(ids, map(self.labels_of, pictures), strict=True))
 
     def found(self):

@@ -7,7 +7,7 @@ import pytest
 from conftest import run_script
 
 from common.cli import data_set
-from data_folder import check_layout, classes_of, find_file, list_ids
+from data_folder import check_layout, classes_of, find_file, list_ids, usual_ending
 from dataset import Dataset
 
 CONFIG = {"dataset": "tiny", "img_ext": ".png", "mask_ext": ".png", "num_classes": 1}
@@ -37,6 +37,17 @@ def test_extensions_in_upper_and_lower_case(place):
     shutil.copy(place / "masks/0/img01.png", place / "images/img00.png")  # then it is the one that was asked for
     assert find_file(place / "images", "img00", ".png").suffix == ".png"
     assert find_file(place / "images", "img99", ".png").name == "img99.png"
+
+
+def test_the_ending_that_is_wanted_or_the_most_frequent_one(place):
+    for name in ("a.tif", "b.tif", "c.bmp", "plain", ".hidden.gif", ".hidden2.gif", ".hidden3.gif"):
+        (place / "images" / name).touch()
+    for path in sorted((place / "images").glob("*.png"))[1:]:
+        path.unlink()
+    assert usual_ending(place / "images", ".png") == ".png"  # one is enough
+    assert usual_ending(place / "images", ".PNG") == ".PNG"  # in any spelling that list_ids finds
+    assert usual_ending(place / "images", ".jpg") == ".tif"
+    assert usual_ending(place / "nowhere", ".jpg") == ".jpg"
 
 
 def test_one_sentence_on_what_is_missing(place):

@@ -27,7 +27,7 @@ from common.distributed import is_main, local_processes
 from common.files import is_plain_name
 from common.images import decode, foreground, squeeze, squeeze_mask, standardise, to_channels
 from common.loaders import SharedBatches, WholeBatches, build_loader
-from data_folder import check_places, find_file
+from data_folder import INPUTS, check_places, find_file
 
 ABOUT = ("sizes", "fingerprint")  # the results of Dataset.check that split.yml keeps for each part
 GROUPED, RANDOM = "grouped", "random"  # the values of --split that are no file of ids
@@ -357,7 +357,7 @@ def build_dataset(config, ids, augment=False):
     augment: whether to augment as config["augment"] says.
     """
     check_places(config)
-    folder, size = Path("inputs") / config["dataset"], (config["input_h"], config["input_w"])
+    folder, size = INPUTS / config["dataset"], (config["input_h"], config["input_w"])
     parts, transform = config["augment"] if augment else "none", None
     if parts != "none":
         transform = augmentation(parts, *size, rgb=config["input_channels"] > 1)

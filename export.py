@@ -77,7 +77,7 @@ from common.files import atomic_path, read_yaml, save_checkpoint, write_yaml
 from common.images import read_picture, squeeze, to_channels
 from common.runs import newest_run, run_folder
 from common.synthetic import nuclei
-from data_folder import find_file
+from data_folder import INPUTS, find_file
 from dataset import ABOUT, check_split
 from inference import answer, load_trained
 from instances import DEFAULTS, MAPS
@@ -155,7 +155,7 @@ def images_of(config, part, count):
 
     images: list of (H, W, channels) uint8; as stored for a run of masks, as view_of returns them for individual nuclei.
     """
-    folder, of_nuclei = Path("inputs") / config["dataset"], is_of_nuclei(config)
+    folder, of_nuclei = INPUTS / config["dataset"], is_of_nuclei(config)
     path = Path("models") / config["name"] / "split.yml"
     ids = check_split(read_yaml(path), path)[part]
     if part == "train":  # ids are sorted or drawn; those of a stretch may be of one kind

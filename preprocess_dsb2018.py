@@ -38,8 +38,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import Parser, answer_early, loading, number, parse_options, run_script
+from data_folder import INPUTS
 
-RAW = Path("inputs/data-science-bowl-2018")
+RAW = INPUTS / "data-science-bowl-2018"
 URL = "https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"
 STAGE1_IMAGES = 670
 DEMO_IMAGES = 120
@@ -154,7 +155,7 @@ def default_output(options, size):
         name = "demo"
     elif options.solution:
         name = "dsb2018_test"
-    return Path("inputs") / (f"{name}_{size}" if size else name)
+    return INPUTS / (f"{name}_{size}" if size else name)
 
 
 def write_squares(folder, img_id, image, labels, size):

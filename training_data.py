@@ -8,12 +8,11 @@ config is that of a run of train.py. dataset.py opens whole images with masks, n
 
 import math
 import sys
-from pathlib import Path
 
 from common.cli import loading
 from common.files import read_yaml
 from common.lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
-from data_folder import list_ids
+from data_folder import INPUTS, list_ids
 from dataset import ABOUT, GROUPED, RANDOM, build_dataset, check_split, split_ids
 from nuclei.crops import build_crops
 from nuclei.rehearsal import NO_REHEARSAL, Rehearsal, build_rehearsal
@@ -33,7 +32,7 @@ def chosen_split(config, folder):
     if folder or config["split"] not in (None, GROUPED, RANDOM):
         path = folder / "split.yml" if folder else config["split"]
         return check_split(read_yaml(path), path)
-    ids = list_ids(Path("inputs") / config["dataset"] / "images", config["img_ext"])
+    ids = list_ids(INPUTS / config["dataset"] / "images", config["img_ext"])
     if config["split"] != GROUPED:
         return split_ids(ids, config["split_seed"])
     sketches = Sketches()
@@ -48,7 +47,7 @@ def build_data(config, split):
     Adds what was found in the data to config: mean, std and scale (pixels of the input per pixel of the raw image, for
     masks where dataset.yml tells it, for individual nuclei that of the median training picture).
     """
-    folder, of_nuclei = Path("inputs") / config["dataset"], is_of_nuclei(config)
+    folder, of_nuclei = INPUTS / config["dataset"], is_of_nuclei(config)
     truth = "labels" if of_nuclei else "masks"
     with loading():  # albumentations
         train_set, val_set = open_images(config, split["train"], augment=True), open_images(config, split["val"])
@@ -89,7 +88,7 @@ def build_data(config, split):
     about = {key: {"train": found[key], "val": found_val[key]} for key in ABOUT}
     if of_nuclei and config["rehearse"] != NO_REHEARSAL:
         other = build_rehearsal(config, len(train_set), split["val"])
-        about["fingerprint"]["rehearsal"] = other.fingerprint
+        about["fingerprint"]["rehearsal"] = other.check(config["cache"])["fingerprint"]
         train_set = Rehearsal(train_set, other)
     return train_set, val_set, {**about, "twins": of_twins}
 

@@ -57,7 +57,7 @@ from common.files import atomic_path, read_yaml, replacing
 from common.lookalikes import Sketches, groups
 from common.report import open_page
 from common.runs import newest_run, run_folder
-from data_folder import check_layout, classes_of, list_ids, usual_ending
+from data_folder import INPUTS, check_layout, classes_of, list_ids, usual_ending
 from dataset import GROUPED, RANDOM, changes, check_split, make_loader
 from evaluation import (
     HEADINGS,
@@ -84,7 +84,7 @@ from utils import count_params
 
 def check_classes(config, name, folder):
     """ValueError when the data set has other classes than the run in `folder`; FileNotFoundError for missing files."""
-    root, count = Path("inputs") / name, config["num_classes"]
+    root, count = INPUTS / name, config["num_classes"]
     found = len(classes_of(root))
     if name != config["dataset"] and found not in (0, count) and not is_of_nuclei(config):
         raise ValueError(f"{root / 'masks'} has {found} class folder(s), but {folder} predicts {count} class(es)")
@@ -99,7 +99,7 @@ def chosen_images(options, config, folder):
     when its validation images were chosen, else {}.
     """
     name = options.dataset or config["dataset"]
-    root = Path("inputs") / name
+    root = INPUTS / name
     if options.dataset:  # its files may end otherwise than those of the training
         endings = {"img_ext": root / "images", "mask_ext": root / "masks" / "0"}
         config = {**config, **{key: usual_ending(place, config[key]) for key, place in endings.items()}}

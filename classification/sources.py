@@ -11,6 +11,7 @@ from common import download
 from common.files import new_folder
 from common.images import write_png
 from common.synthetic import two_classes
+from data_folder import INPUTS
 
 DATA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 DATA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
@@ -22,7 +23,7 @@ def provide_data(data_dir, fetched=False, raw=None, demo=False):
     if raw:
         download.safe_extract(raw, data_dir)
     elif fetched and not data_dir.exists():
-        archive = Path("inputs") / Path(DATA_URL).name
+        archive = INPUTS / Path(DATA_URL).name
         if not archive.is_file():
             download.fetch(DATA_URL, archive, sha256=DATA_SHA256)
         download.safe_extract(archive, data_dir)

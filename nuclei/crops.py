@@ -22,7 +22,7 @@ from skimage import measure
 from augmentation import augmentation, paste_nuclei
 from common.images import squeeze, standardise, to_channels
 from common.lookalikes import kind
-from data_folder import check_places, find_file
+from data_folder import INPUTS, check_places, find_file
 from dataset import Dataset, Item, Problem, is_two_valued, read_file
 from instances import MAPS, sequential, targets
 from labels import find_labels, read_labels
@@ -255,7 +255,7 @@ def build_crops(config, ids, augment=False, crops_class=Crops):
         size = tuple(max(VIEW, side) for side in size)
     return (crops_class if augment else NucleiDataset)(
         ids,
-        Path("inputs") / config["dataset"],
+        INPUTS / config["dataset"],
         size=size,
         diameter=config["diameter"],
         img_ext=config["img_ext"],

@@ -1,6 +1,8 @@
 """What a network that is tuned on a few pictures should not forget: crops of other pictures, mixed into its training.
 
-    train_set = Rehearsal(own, build_rehearsal(config, len(own)))     # every second item is of other pictures
+    other = build_rehearsal(config, len(own))
+    other.check()
+    train_set = Rehearsal(own, other)     # every second item is of other pictures
 
 Rehearsal against forgetting: Robins, Connection Science 1995, https://doi.org/10.1080/09540099550039318.
 """
@@ -47,8 +49,7 @@ class Rehearsal(Dataset):
 
 
 def build_rehearsal(config, count, validation=()):
-    """The checked Crops that --rehearse names, `count` per epoch; ValueError or FileNotFoundError where its files
-    are missing or damaged.
+    """The Crops that --rehearse names, `count` per epoch; call `check` next. Errors are those of check_layout.
 
     Pictures of a folder that must stay unseen are left out: those that the run of --weights kept for validation and, if
     the folder is the training's own data set, `validation`. The folder's images may have another extension.
@@ -64,10 +65,8 @@ def build_rehearsal(config, count, validation=()):
         if source == config["dataset"]:
             unseen.update(validation)
         ids = [img_id for img_id in list_ids(images, others["img_ext"]) if img_id not in unseen]
-    crops = build_crops(others, ids, augment=True, crops_class=crops_class)
-    crops.fingerprint = crops.check(config["cache"])["fingerprint"]
     print(f"rehearsal: every second crop is of {len(ids)} pictures ({source})")
-    return crops
+    return build_crops(others, ids, augment=True, crops_class=crops_class)
 
 
 def validated_by(weights, dataset):

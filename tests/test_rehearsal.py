@@ -42,7 +42,9 @@ def test_every_second_crop_is_rehearsed(ids, capsys):
     write_label_set("inputs/others", count=3, seed=1)
     own = build_crops(config_of(), ids, augment=True)
     own.check()
-    both = Rehearsal(own, build_rehearsal(config_of(rehearse="others"), len(own)))
+    others = build_rehearsal(config_of(rehearse="others"), len(own))
+    others.check()
+    both = Rehearsal(own, others)
     assert "every second crop is of 3 pictures (others)" in capsys.readouterr().out
     for epoch in (1, 2):
         both.set_epoch(epoch)
@@ -78,12 +80,14 @@ def test_rehearsed_pictures_may_have_another_extension(ids):
 
 
 def test_generated_nuclei_are_rehearsed():
-    drawn = build_rehearsal(config_of(rehearse="generated"), 4)
+    drawn, grey = (build_rehearsal(config_of(rehearse="generated", input_channels=k), 4) for k in (3, 1))
+    for generated in (drawn, grey):
+        generated.check()
     image, labels = drawn.arrays(3)
     expected, true = nuclei(int(drawn.img_ids[3]))
     assert np.array_equal(image, expected) and np.array_equal(labels[..., 0], true)
     assert {facts.kind for facts in drawn.facts} == {"dark grey", "bright coloured"}
-    assert build_rehearsal(config_of(rehearse="generated", input_channels=1), 4)[0][0].shape == (1, 32, 48)
+    assert grey[0][0].shape == (1, 32, 48)
 
 
 def test_a_training_with_rehearsal(ids, monkeypatch, capsys):

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from common.cli import Parser, number, parse_options, run_script
 from common.files import atomic_path
+from data_folder import INPUTS
 from tools.steps import BATCH, SIDE
 from tools.workers import in_turns, workers
 
@@ -157,7 +158,7 @@ def has_data(path, name, options):
 
 
 def loading(options, found):
-    if not has_data(Path("inputs") / options.dataset, "loading", options):
+    if not has_data(INPUTS / options.dataset, "loading", options):
         return []
     plain = "an epoch's batches, plain"
     tasks = {plain: {"kind": "loading", "plain": True}, "an epoch's batches": {"kind": "loading", "plain": False}}

@@ -40,7 +40,7 @@ from common.images import read_picture, standardise, to_channels, write_png
 from common.report import BLUE, GREEN, ORANGE, PURPLE, SKY
 from common.runs import newest_run, run_folder
 from common.synthetic import nuclei
-from data_folder import find_file
+from data_folder import INPUTS, find_file
 from inference import load_trained
 from instances import judge
 from labels import find_labels, read_labels
@@ -146,7 +146,7 @@ def draw_features(path, name, img_id):
     """An image, the probabilities of the heads, and of each node the channel that resembles the deepest of them."""
     model, config = load_trained(name, torch.device("cpu"), level="mean")
     img_id = img_id or read_yaml(run_folder(name) / "split.yml")["val"][0]
-    source = find_file(Path("inputs") / config["dataset"] / "images", img_id, config["img_ext"])
+    source = find_file(INPUTS / config["dataset"] / "images", img_id, config["img_ext"])
     image = to_channels(read_picture(source), config["input_channels"])
     batch = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
     with torch.inference_mode():
@@ -195,7 +195,7 @@ def draw_curves(path, names):
 
 def draw_nuclei(path, name):
     """The worst and the median validation picture of each kind: truth and prediction of a run, as val.py left it."""
-    inputs, output = Path("inputs") / read_config(run_folder(name))["dataset"], Path("outputs") / name
+    inputs, output = INPUTS / read_config(run_folder(name))["dataset"], Path("outputs") / name
     table = pd.read_csv(output / "metrics.csv").sort_values(["official", "img_id"])
     columns, captions = [], []
     for kind in table["kind"].value_counts().index:

@@ -70,11 +70,11 @@ def _others(names, option):
 # ---------------------------------------------------------------- folders
 
 
-def check_places(config):
-    """ValueError when the data set or an extension in a config leads out of inputs/."""
+def check_places(config, option="dataset"):
+    """ValueError when the data set or an extension in a config leads out of inputs/. option: as for check_layout."""
     folder = Path(config["dataset"])
     if folder.is_absolute() or ".." in folder.parts or "\0" in config["dataset"]:
-        raise ValueError(f"dataset {config['dataset']!r}: expected the name of a folder of inputs/")
+        raise ValueError(f"{option} {config['dataset']!r}: expected the name of a folder of inputs/")
     for key in ("img_ext", "mask_ext"):
         if not is_plain_name(f"id{config[key]}"):
             raise ValueError(f"{key} {config[key]!r}: expected the end of a file's name, such as .png")
@@ -92,7 +92,7 @@ def check_layout(config, option="--dataset"):
 
     config: dataset, img_ext, mask_ext, num_classes and target, as in config.yml. option: what an error calls dataset.
     """
-    check_places(config)
+    check_places(config, option)
     root, needed = INPUTS / config["dataset"], range(config["num_classes"])
     if not config["dataset"] or not root.is_dir():
         known = sorted(path.parent.name for path in INPUTS.glob("*/images"))

@@ -178,6 +178,7 @@ from engine import OPTIMIZERS, SCHEDULERS, Run, averaging_decay, fit_and_keep, s
 from inference import start_from
 from instances import DEFAULTS, MAPS
 from losses import LOSSES, MapsLoss
+from nuclei.rehearsal import check_rehearsal
 from run_config import read_config
 from tasks import Instances, Segmentation
 from training_data import build_data, chosen_split, recommend_steps
@@ -348,6 +349,7 @@ def prepare(config, folder, earlier, device, resume):
     if config["sync_bn"]:
         model = sync_batch_norm(model, device, convert_sync_batchnorm if model.encoder else None)
     check_layout(config)
+    check_rehearsal(config)
     split = chosen_split(config, folder if resume else None)
     if config["weights"] and not begun:
         start_from(model, config)

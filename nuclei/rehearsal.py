@@ -48,23 +48,33 @@ class Rehearsal(Dataset):
         self.other.set_epoch(epoch)
 
 
+def others_of(config):
+    """The config of a run with the data set that --rehearse names instead of its own."""
+    source = config["rehearse"]
+    ending = usual_ending(INPUTS / source / "images", config["img_ext"])
+    return {**config, "dataset": source, "img_ext": ending}
+
+
+def check_rehearsal(config):
+    """check_layout for the folder that --rehearse names, if any: before any file is read."""
+    if config["rehearse"] not in (NO_REHEARSAL, GENERATED):
+        check_layout(others_of(config), "--rehearse")
+
+
 def build_rehearsal(config, count, validation=()):
-    """The Crops that --rehearse names, `count` per epoch; call `check` next. Errors are those of check_layout.
+    """The Crops that --rehearse names, `count` per epoch; call `check` next.
 
     Pictures of a folder that must stay unseen are left out: those that the run of --weights kept for validation and, if
     the folder is the training's own data set, `validation`. The folder's images may have another extension.
     """
-    source = config["rehearse"]
-    images = INPUTS / source / "images"
-    others = {**config, "dataset": source, "crops": count, "img_ext": usual_ending(images, config["img_ext"])}
+    source, others = config["rehearse"], {**others_of(config), "crops": count}
     if source == GENERATED:
         ids, crops_class = [str(seed) for seed in SEEDS], GeneratedCrops
     else:
-        check_layout(others, "--rehearse")
         unseen, crops_class = {*validated_by(config["weights"], source)}, Crops
         if source == config["dataset"]:
             unseen.update(validation)
-        ids = [img_id for img_id in list_ids(images, others["img_ext"]) if img_id not in unseen]
+        ids = [img_id for img_id in list_ids(INPUTS / source / "images", others["img_ext"]) if img_id not in unseen]
     print(f"rehearsal: every second crop is of {len(ids)} pictures ({source})")
     return build_crops(others, ids, augment=True, crops_class=crops_class)
 

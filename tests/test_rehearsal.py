@@ -119,14 +119,15 @@ def test_resuming_with_other_pictures_to_rehearse(ids, monkeypatch):
     ("words", "match"),
     [
         ("--rehearse nope", "^--rehearse nope: no such folder in inputs/; the data sets are: cells; "),
-        ("--rehearse ../cells", "'../cells': expected the name of a folder of inputs/"),
+        ("--rehearse ../cells", "^--rehearse '../cells': expected the name of a folder of inputs/"),
         ("--rehearse bare", "inputs/bare/labels: no such folder; nuclei one by one need label maps"),
         ("--rehearse generated --target masks", "--diameter is for individual nuclei"),
     ],
 )
-def test_what_cannot_be_rehearsed(ids, monkeypatch, words, match):
+def test_what_cannot_be_rehearsed(ids, monkeypatch, capsys, words, match):
+    """It is refused before the training's own pictures are read."""
     if "bare" in words:
         shutil.copytree("inputs/cells/images", "inputs/bare/images")
     with pytest.raises((ValueError, OSError), match=match):
         call(monkeypatch, train, OPTIONS, words, "--name other")
-    assert not Path("models/other/model.pth").exists()
+    assert "validation images" not in capsys.readouterr().out and not Path("models/other").exists()

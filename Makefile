@@ -1,6 +1,6 @@
 # make demo             set up, then train and evaluate on generated nuclei; offline after the installation
 # make test             set up, then run the tests in parallel
-# make results-quick    one seed of the default recipe's row in docs/RESULTS.md: an hour on one core, half an hour on two;
+# make results-quick    one seed of the default recipe's row in docs/RESULTS.md: about 70 minutes on one core, half on two;
 #                       downloads the data; continues where it was stopped
 # make nuclei-quick     the fast recipe of individual nuclei, trained and judged: half an hour on two cores; downloads the
 #                       data (FIXES=stage1_train_fixes.zip corrects their masks); continues where it was stopped

@@ -47,7 +47,7 @@ from sessions import (
     runs_of_nuclei,
 )
 
-WAITING = "Drop a picture, or take an example."
+WAITING = "Drop a picture, or pick an example."
 NOTHING = [None] * 5
 REFUSED = (ArgumentTypeError, ValueError, OSError, MemoryError, RuntimeError)
 WORK = {"trigger_mode": "always_last", "concurrency_limit": 2, "concurrency_id": "work"}  # two pictures at a time

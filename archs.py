@@ -67,7 +67,7 @@ def upsample(x):
 
 
 class VGGBlock(nn.Module):
-    """Two times (3x3 convolution, batch norm, ReLU) -> (N, out_channels, H, W).
+    """(3x3 convolution, batch norm, ReLU) twice -> (N, out_channels, H, W).
 
     The input is one map (N, in_channels, H, W), or several maps that have in_channels together: they are concatenated
     after the last one, (N, C, H / 2, W / 2), has been upsampled. With `checkpointing` the concatenated maps, the
@@ -103,7 +103,7 @@ class SkipNetwork(nn.Module):
 
     nodes = ()  # (i, j) pairs, each after the nodes that feed it
     levels = (DEPTH,)
-    scale = 1  # pixels of the image per pixel of the row 0
+    scale = 1  # image pixels per pixel of row 0
 
     def __init__(self, num_classes, input_channels, width, encoder=None, encoded=range(0)):
         """encoded: the rows i whose X^{i,0} are the stages of the encoder of this name."""
@@ -235,11 +235,11 @@ class NestedUNet(SkipNetwork):
 
     images (N, input_channels, H, W) float, any H and W -> logits (N, num_classes, H, W) of X^{0,4}; with
     deep_supervision a list of the logits of X^{0,1} ... X^{0,4}, each from its own 1x1 convolution (`final1` ...).
-    Pruned to one level, it returns the logits of that level alone.
+    Pruned to one level, it returns only the logits of that level.
 
     encoder: the name of a backbone (encoders.py) whose stages are the X^{i,0}, or None. stem: "full" keeps X^{0,0} as a
-    block on the image, since encoders have nothing at full resolution; "half" begins the grid at half resolution with
-    the encoder and doubles the logits. width: filters of row 0, doubled from row to row. None means 32 or, with an
+    block on the image, since encoders have nothing at full resolution; "half" starts the grid at half resolution with
+    the encoder and upsamples the logits. width: filters of row 0, doubled from row to row. None means 32 or, with an
     encoder, as many filters in each row as its encoder stage has; row 0 of a full stem has half those of the first one.
     """
 
@@ -275,7 +275,7 @@ ARCHS = {"UNet": UNet, "NestedUNet": NestedUNet}
 
 
 def build_model(config):
-    """The network that a run's config describes (arch, num_classes, input_channels, deep_supervision, width).
+    """The network that a run's config describes: arch, encoder, stem, and their sizes. ValueError for unknown ones.
 
     With `checkpointing` in the config, training takes less memory and more time, with the same results.
     """

@@ -70,7 +70,7 @@ def augmentation(parts, input_h, input_w, rgb=True):
 
 
 def paste(image, mask, other_image, other_mask, stream):
-    """CutMix (Yun et al., ICCV 2019, https://arxiv.org/abs/1905.04899): a rectangle of another item replaces its own.
+    """CutMix (Yun et al., ICCV 2019, https://arxiv.org/abs/1905.04899): a rectangle is replaced by another item's.
 
     All arrays are (H, W, C); stream is a numpy Generator. The sides of the rectangle are a quarter to three quarters of
     the image's. Returns new arrays, image and mask.

@@ -53,7 +53,7 @@ class Board:
     """The event files in models/<name>/tensorboard. Steps are epochs; those after the last finished one are purged.
 
     dataset: validation items, standardised with mean and std; titles: of each of them. A few, evenly spread, are shown.
-    A run that had no board before begins with the epochs of its log.
+    For a run without a board so far, the epochs of its log are added first.
     """
 
     def __init__(self, run, dataset, titles, mean, std):

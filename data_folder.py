@@ -37,7 +37,7 @@ def _names(folder):
 def list_ids(img_dir, img_ext, option="--img_ext"):
     """The ids of a folder of images, sorted, because the order of a directory differs between machines.
 
-    option: what an error calls img_ext. FileNotFoundError, or ValueError when no file has the extension.
+    option: the name of img_ext in errors. FileNotFoundError, or ValueError when no file has the extension.
     """
     if not Path(img_dir).is_dir():
         raise FileNotFoundError(f"{img_dir}: no such folder")
@@ -74,7 +74,7 @@ def check_places(config, option="dataset"):
     """ValueError when the data set or an extension in a config leads out of inputs/. option: as for check_layout."""
     folder = Path(config["dataset"])
     if folder.is_absolute() or ".." in folder.parts or "\0" in config["dataset"]:
-        raise ValueError(f"{option} {config['dataset']!r}: expected the name of a folder of inputs/")
+        raise ValueError(f"{option} {config['dataset']!r}: expected the name of a folder in inputs/")
     for key in ("img_ext", "mask_ext"):
         if not is_plain_name(f"id{config[key]}"):
             raise ValueError(f"{key} {config[key]!r}: expected the end of a file's name, such as .png")
@@ -90,7 +90,7 @@ def classes_of(root):
 def check_layout(config, option="--dataset"):
     """Raise a FileNotFoundError or ValueError, one sentence, when a folder or every file of a kind is missing.
 
-    config: dataset, img_ext, mask_ext, num_classes and target, as in config.yml. option: what an error calls dataset.
+    config: dataset, img_ext, mask_ext, num_classes and target, as in config.yml. option: the name of dataset in errors.
     """
     check_places(config, option)
     root, needed = INPUTS / config["dataset"], range(config["num_classes"])

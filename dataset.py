@@ -58,7 +58,7 @@ def check_split(content, source):
     seen = {}
     for part, ids in split.items():
         if not isinstance(ids, list) or not all(isinstance(img_id, str) for img_id in ids):
-            raise ValueError(f"{source}: `{part}` must be a list of texts; put ids that look like numbers in quotes")
+            raise ValueError(f"{source}: `{part}` must be a list of strings; put ids that look like numbers in quotes")
         for img_id in ids:
             if not is_plain_name(img_id):
                 raise ValueError(f"{source}: {img_id!r} cannot be the name of an image")
@@ -84,7 +84,7 @@ def changes(split, ids, found, every=True):
     for part, now in found.items():
         sizes, fingerprint = _recorded(split, "sizes", part), _recorded(split, "fingerprint", part)
         if isinstance(sizes, dict) and now["sizes"] != sizes:
-            said.append(f"the {part} images are {' and '.join(now['sizes'])}, then {' and '.join(map(str, sizes))}")
+            said.append(f"the {part} images were {' and '.join(map(str, sizes))}, now {' and '.join(now['sizes'])}")
         elif now["fingerprint"] != fingerprint:
             said.append(f"the {part} images or masks have other contents")
     return said
@@ -187,6 +187,7 @@ class Dataset(torch.utils.data.Dataset):
         size: (height, width) to which everything is resized, or None.
         mean, std: one float per channel, for standardise; by default images are only divided by 255.
         cutmix: the fraction of the items, in [0, 1], that get a rectangle of another item; see augmentation.paste.
+        seed: of the random streams.
 
     An item is image (C, H, W) float32, mask (num_classes, H, W) float32 of 0 and 1, {"img_id": id}.
     """
@@ -304,7 +305,7 @@ class Dataset(torch.utils.data.Dataset):
         return {**statistics.summary(), "bytes": needed, "cached": bool(kept)}
 
     def note(self, item):
-        """check calls it with every Item, in order, for a subclass that needs to know more."""
+        """Hook for subclasses: check calls it with every Item, in order."""
 
     def _read_all(self):
         """Yields (id, Item or the ValueError of _read). Reads at most 64 ids ahead: decoded images are large."""
@@ -332,11 +333,11 @@ class Dataset(torch.utils.data.Dataset):
                 continue
             if image is not None and mask.shape[:2] != image.shape[:2]:
                 sizes = f": {mask.shape[1]} x {mask.shape[0]} and {image.shape[1]} x {image.shape[0]} pixels"
-                problems.append(Problem(f"mask of another size than its image ({folder})", sizes))
+                problems.append(Problem(f"mask and image differ in size ({folder})", sizes))
             if not is_two_valued(mask):
                 advice = ": python import_labels.py turns maps of classes or objects into masks"
                 if two_valued:
-                    advice = "; the image has these alone: are images and masks swapped?"
+                    advice = "; the image has only these: are images and masks swapped?"
                 values = f": {listed(np.unique(mask).tolist())}"
                 problems.append(Problem(f"mask values other than 0 and 255, or 0 and 1 ({folder}{advice})", values))
             masks.append(foreground(mask))

@@ -78,7 +78,7 @@ class Sample:
         """The instance masks -> (H, W) int32 labels 1 ... n in the order of the files, number of files.
 
         A pixel of several masks belongs to the one with the fewest pixels, so that a nucleus within another one stays;
-        to the first of equals. The foreground is the union of the masks.
+        on a tie, to the first. The foreground is the union of the masks.
         """
         labels, sizes = np.zeros(shape, np.int32), np.zeros(len(self.masks) + 1, np.int64)
         sizes[0] = shape[0] * shape[1] + 1
@@ -215,7 +215,7 @@ def apply_fixes(samples, path):
 class Truth:
     """The nuclei of one image in a solution file."""
 
-    runs: list = field(default_factory=list)  # a text for each nucleus; see instances.from_runs
+    runs: list = field(default_factory=list)  # a str for each nucleus; see instances.from_runs
     sizes: set = field(default_factory=set)  # (height, width) in each of its rows
     ignored: bool = False
 

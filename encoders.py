@@ -36,7 +36,7 @@ def import_timm():
 
 
 class EncoderConv2d(nn.Conv2d):
-    """nn.Conv2d, but on a CPU a depthwise convolution learns in float32, also where the rest does in bfloat16.
+    """nn.Conv2d, but on a CPU a depthwise convolution trains in float32, even under bfloat16 autocast.
 
     PyTorch 2.14 takes four to eight times as long for its gradient in bfloat16, up to a fifth of a training step.
     """
@@ -51,7 +51,7 @@ class EncoderConv2d(nn.Conv2d):
 class HalvingConv2d(EncoderConv2d):
     """A convolution with stride 2 and TensorFlow's "same" padding, for even heights and widths.
 
-    timm's own computes the padding from the size of each picture, which takes the ONNX exporter forever to follow. With
+    timm's own computes the padding from the size of each picture, which the ONNX exporter traces far too slowly. With
     even sizes it is k - 2 in all, the odd pixel at the right and bottom.
     """
 
@@ -65,9 +65,9 @@ class HalvingConv2d(EncoderConv2d):
 class Encoder(nn.Module):
     """The first `rows` stages of a backbone: images (N, C, H, W) -> [maps (N, channels[k], H / 2^(k+1), W / 2^(k+1))].
 
-    name: efficientnet_lite0, resnet18, or any model of timm with features_only whose stages halve the picture one by
-    one, beginning with half of its size. ValueError otherwise. H and W are multiples of 2^rows. The weights are random
-    at first; see load_encoder.
+    name: efficientnet_lite0, resnet18, or any model of timm with features_only whose stages each halve the
+    resolution, the first one to half of the picture's. ValueError otherwise. H and W are multiples of 2^rows. The
+    weights are random at first; see load_encoder.
     mean, std: of images in [0, 1], one float per input channel, as the pretrained weights expect.
     fixed_statistics: whether batch norm keeps its running statistics during training.
     """

@@ -29,7 +29,7 @@ from common.loaders import set_epoch, with_shares
 from common.runs import keeping, time_left, write_log
 from utils import AverageMeter
 
-SHORT = 200  # steps of a training in which averaged weights should forget sooner
+SHORT = 200  # below this many steps, averaged weights forget sooner
 
 OPTIMIZERS = {  # each takes parameters, or groups of them with learning rates of their own, and the config
     "Adam": lambda parameters, c: torch.optim.Adam(parameters, c["lr"], weight_decay=c["weight_decay"]),
@@ -211,7 +211,7 @@ class Run:
         elif not isinstance(self.scheduler, OneCycleLR):
             self.scheduler.step()
         self.rows.append(row)
-        better = row[f"val_{self.task.score}"] >= self.best_score  # of equals the later one: it has learned longer
+        better = row[f"val_{self.task.score}"] >= self.best_score  # on a tie the later one: it has learned longer
         if better:
             self.best_score, self.best_epoch = row[f"val_{self.task.score}"], row["epoch"]
         due = better or self.keep_last

@@ -45,12 +45,12 @@ IN_CONFIG = (
     "input_w",
     "scale",
     "stem",
-)  # goes along
-AXES = ("N", "H", "W")  # those that are free
+)  # copied into the file
+AXES = ("N", "H", "W")  # dynamic ones
 TOLERANCE = 1e-4  # of a probability
 CHECKED = 4  # images
 CALIBRATED = 64  # training images whose activations give the ranges of --int8
-WHOLE_NUMBERS = ("Conv", "Relu", "Clip", "MaxPool", "Resize", "Concat")  # with 8 bits; Clip: ReLU6 of encoders
+WHOLE_NUMBERS = ("Conv", "Relu", "Clip", "MaxPool", "Resize", "Concat")  # in int8; Clip: ReLU6 of encoders
 RUN_FILES = ("config.yml", "split.yml", "model.pth", "last.pth")  # of models/<name>, in the order they are looked for
 PARTS = {"train": "training", "val": "validation"}
 
@@ -158,7 +158,7 @@ def images_of(config, part, count):
     folder, of_nuclei = INPUTS / config["dataset"], is_of_nuclei(config)
     path = Path("models") / config["name"] / "split.yml"
     ids = check_split(read_yaml(path), path)[part]
-    if part == "train":  # ids are sorted or drawn; those of a stretch may be of one kind
+    if part == "train":  # spread over the list: neighbours may be of one kind
         ids = ids[:: max(1, len(ids) // count)]
     paths = {img_id: find_file(folder / "images", img_id, config["img_ext"]) for img_id in ids}
     ids = [img_id for img_id in ids if paths[img_id].is_file()][:count]
@@ -197,7 +197,7 @@ def view_of(picture, own, config):
 
 
 def middle(image, size):
-    """The middle of (H, W, C) of that size (height, width); where the image ends, it goes on as in a mirror."""
+    """The middle of (H, W, C) of that size (height, width); beyond its ends it is reflected."""
     rows, columns = (line(length, side) for length, side in zip(image.shape, size, strict=False))
     return image[rows][:, columns]
 
@@ -291,7 +291,7 @@ def write_run(name, options):
         raise ValueError(f"--run {options.run} is the run itself; give the new one another name")
     if earlier := [path for path in (folder / file for file in RUN_FILES) if path.exists()]:
         if (folder / "last.pth").exists() or not (folder / "model.pth").exists():  # not even an epoch of it
-            raise FileExistsError(f"{folder} is a training of its own; take another name for --run")
+            raise FileExistsError(f"{folder} is a training run; give --run another name")
         if not options.overwrite:
             raise FileExistsError(f"{earlier[0]} exists; give --overwrite to replace it, or another --run")
     model, config = load_trained(name, torch.device("cpu"), level=options.level or "deepest")

@@ -1,11 +1,11 @@
-"""Anybody's pictures and labels -> inputs/<name>/images/<id>.png, masks/<class>/<id>.png and labels/<id>.png.
+"""Your pictures and labels -> inputs/<name>/images/<id>.png, masks/<class>/<id>.png and labels/<id>.png.
 
 python import_labels.py photos labels --name my_cells --check    # only prints and draws what it recognises
 python import_labels.py photos labels --name my_cells
 python import_labels.py dsb2018/train --name stardist            # images/ and masks/ in one folder
 python import_labels.py photos annotations.json --name coco
 
-Forms of labels that are recognised (--form says which, where several are possible):
+Label formats that are recognised (--form chooses where several are possible):
 
 {forms}
 """
@@ -51,7 +51,7 @@ def build_parser():
     a("images", type=Path, help="folder of the pictures")
     a("labels", type=Path, nargs="?", help="folder or file of the labels; default: masks/ beside images/, or IMAGES")
     a("--name", required=True, help="the data set becomes inputs/<name>")
-    a("--form", choices=FORMS, help="what the labels are; default: recognised from the files")
+    a("--form", choices=FORMS, help="format of the labels; default: detected from the files")
     a("--classes", help="the classes to keep, in this order, such as nucleus,cell; default: all, in alphabetical order")
     a("--check", action="store_true", help="print and draw what was recognised, write nothing to inputs/")
     a("--overwrite", action="store_true", help="replace an existing data set")

@@ -52,7 +52,7 @@ def load_trained(name, device, which="best", level=None):
     if len(known) == 1 and level not in (None, "deepest", str(known[0])):
         if cut:
             raise ValueError(f"{folder} was cut to level {cut} and has no other: leave --level out")
-        raise ValueError(f"{folder} has level {known[0]} alone, not {level}: trained without --deep_supervision True")
+        raise ValueError(f"{folder} has only level {known[0]}, not {level}: trained without --deep_supervision True")
     path = folder / WEIGHTS[which]
     weights = load_weights(path)
     with torch.device("meta"):  # no random weights are drawn for nothing
@@ -248,10 +248,10 @@ class OnnxPredictor:
             self.name = name or own_name
             wrong = [key for key, fit in fits_of(self.config).items() if not fit]
         except Exception as error:  # ONNX Runtime's errors have no class in common
-            raise ValueError(f"{path} is not an ONNX file of export.py ({type(error).__name__})") from None
+            raise ValueError(f"{path} was not written by export.py ({type(error).__name__})") from None
         if wrong or not is_plain_name(self.name):
             found = ", ".join(f"{key} {self.config.get(key)!r}" for key in wrong) or f"name {self.name!r}"
-            raise ValueError(f"{path} is not an ONNX file of export.py, or damaged: {found}")
+            raise ValueError(f"{path} was not written by export.py, or is damaged: {found}")
         self.about = f"{path}, {self.session.get_providers()[0].removesuffix('ExecutionProvider')}"
 
     def __call__(self, images):

@@ -4,8 +4,8 @@
     loss = mean_over_heads(criterion, heads, masks)
 
 Every criterion takes logits (N, C, H, W), any float dtype, and masks (N, C, H, W) of 0 and 1, or softer (the Lovász
-hinge takes those above 0.5 for 1), and returns a float32 (or float64) scalar. The classes are binary problems of their
-own: masks may overlap.
+hinge treats those above 0.5 as 1), and returns a float32 (or float64) scalar. Each class is a binary problem, so masks
+may overlap.
 """
 
 import torch
@@ -72,7 +72,7 @@ class LovaszHingeLoss(nn.Module):
 
 
 class BCELovaszLoss(nn.Module):
-    """bce_weight x binary cross entropy + the Lovász hinge of a margin that lets probabilities be sure (4: 0.98)."""
+    """bce_weight x binary cross entropy + the Lovász hinge with a margin for confident outputs (4: 0.98)."""
 
     def __init__(self, bce_weight=0.25, margin=4.0):
         super().__init__()
@@ -127,9 +127,9 @@ def mean_over_heads(criterion, heads, masks, weights=None):
 
 
 def smooth_borders(masks, amount):
-    """Targets that are less sure at borders: (1 - amount) x masks + amount x their mean over 3 x 3 pixels.
+    """Softer targets at borders: (1 - amount) x masks + amount x their mean over 3 x 3 pixels.
 
-    masks (N, C, H, W) of 0 and 1, amount in [0, 1] -> the same shape, in [0, 1]; beyond the picture counts as its rim.
+    masks (N, C, H, W) of 0 and 1, amount in [0, 1] -> the same shape, in [0, 1]; edges are padded by replication.
     Up to 0.5 every pixel stays on its side of 0.5; more would teach that single pixels are background.
     """
     if not amount:

@@ -99,7 +99,7 @@ def summarise(table, batch_size=16):
 def bootstrap_interval(table, metric=iou, resamples=10_000, level=0.95, seed=0):
     """Percentile interval of the pooled, class-averaged `metric` when images are drawn with replacement -> (low, high).
 
-    Efron 1979. It speaks of other images of the same kind, not of other trainings.
+    Efron 1979. It covers the choice of images, not the differences between trainings. table: see per_class.
     """
     at_half = table[:, :, 0]
     rng = np.random.default_rng(seed)

@@ -226,9 +226,9 @@ def build_results(folder, names, settings, options, of_nuclei):
 def build_predictor(options, given, device):
     """The network that answers; ValueError for options that do not go together."""
     if options.onnx and (unused := given & {"level", "amp"}):
-        raise ValueError(f"--{min(unused)} is not an option of --onnx: export.py decided it when it wrote the file")
+        raise ValueError(f"--{min(unused)} does not go with --onnx: export.py fixed it in the file")
     if options.scale and options.mode == "resize":
-        raise ValueError("--scale is an option of --mode tile; --mode resize has the trained size")
+        raise ValueError("--scale needs --mode tile; --mode resize uses the training size")
     if options.onnx:
         predictor = OnnxPredictor(options.onnx, device, options.name, options.tta)
     else:
@@ -267,7 +267,7 @@ def main():
 
 
 def predict(options, given, device):
-    """The call of one process; -> its exit status."""
+    """Predict in one process -> exit status."""
     predictor = build_predictor(options, given, device)
     of_nuclei = is_of_nuclei(predictor.config)
     print(predictor.about)
@@ -275,7 +275,7 @@ def predict(options, given, device):
     if options.scale:
         options.mode = "tile"
     elif options.mode == "tile" and not predictor.config.get("scale"):
-        print("the run does not know the scale of its training pictures; taking --scale 1")
+        print("the run does not record the scale of its training pictures; using --scale 1")
     if options.submission:
         from nuclei.object_files import check_submission  # late: SciPy takes a second
 

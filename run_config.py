@@ -1,4 +1,4 @@
-"""What a trained run says of itself, in models/<name>/config.yml or in a file of export.py, checked once.
+"""The settings of a trained run, from models/<name>/config.yml or an exported file, checked once.
 
 config = read_config(Path("models/run1"))    # every key that predicting needs, checked once
 is_of_nuclei(config)                         # whether it answers with maps of individual nuclei, or with classes
@@ -33,7 +33,7 @@ def read_config(folder):
     check_kind(config, "arch", folder)
     needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "mean", "std")
     if missing := [key for key in needed if key not in config]:
-        raise ValueError(f"{path} is not of a run of train.py: {', '.join(missing)} missing")
+        raise ValueError(f"{path} is not from a run of train.py: {', '.join(missing)} missing")
     if is_of_nuclei(config):
         config = {**LATER_SETTINGS, **config}
     levels = (1, 4) if config["deep_supervision"] is True else (4, 4)
@@ -49,7 +49,7 @@ def read_config(folder):
     wrong = [key for key, fit in fits.items() if not fit]
     if wrong:
         found = ", ".join(f"{key} {config.get(key)!r}" for key in wrong)
-        raise ValueError(f"{path} is damaged: {found} is nothing that train.py writes")
+        raise ValueError(f"{path} is damaged: {found} is not what train.py writes")
     try:
         check_places(config)
     except ValueError as error:

@@ -71,7 +71,7 @@ class Instances:
     """Batches are those of nuclei/crops.py. The score is the official one of the Data Science Bowl, of the crops.
 
     criterion: losses.MapsLoss, averaged over the heads with `head_weights`. thresholds: of instances.nuclei. The score
-    is that of the deepest head; in training, since the watershed takes time, of the first crop of each batch alone.
+    is that of the deepest head; in training, since the watershed takes time, of only the first crop of each batch.
     """
 
     score = "official"

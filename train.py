@@ -37,7 +37,7 @@ NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance",
 AUGMENT = {"masks": "flips,mild,cutmix", "instances": "flips,copies,stain,light,noise,paste"}  # unless it is given
 LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS, "tensorboard", "keep")  # older runs lack them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
-ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers that know no last epoch: it may be moved
+ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers without a planned end: it may be moved
 
 
 def build_parser():
@@ -55,7 +55,7 @@ def build_parser():
     a("-b", "--batch_size", type=natural, default=16, help="global batch size, shared by torchrun's processes")
     a("--early_stopping", type=number(int), default=-1, help="stop after N epochs without a better score; -1: never")
 
-    kept = "whose weights model.pth holds: those of the epoch with the best validation score, or of the last one"
+    kept = "epoch whose weights model.pth holds: the one with the best validation score, or the last"
     a("--keep", choices=("best", "last"), default="best", help=kept)
     targets = "masks: a class per pixel; instances: nuclei one by one, from labels/ (configs/nuclei.yml)"
     a("--target", choices=("masks", "instances"), default="masks", help=targets)
@@ -66,21 +66,22 @@ def build_parser():
     a("--deep_supervision", action="store_true", help=heads)
     backbone = "pretrained column X^{i,0}: none, efficientnet_lite0, resnet18, or another backbone of timm"
     a("--encoder", default="none", help=backbone)
-    a("--stem", choices=("full", "half"), default="full", help="resolution of the first level, with --encoder")
+    a("--stem", choices=("full", "half"), default="full", help="resolution of the top row, with --encoder")
     sources = "auto (ImageNet), none, a file, or models/<run> of transfer_resnet18.py"
     a("--encoder_weights", default="auto", help=sources)
-    a("--encoder_lr", type=positive, help="default: --lr for random weights, a fifth of it for pretrained ones")
+    rate = "learning rate of the encoder; default: --lr, or a fifth of it for pretrained weights"
+    a("--encoder_lr", type=positive, help=rate)
     a("--encoder_freeze", type=number(int, 0), default=0, help="initial epochs in which the encoder stays frozen")
     a("--encoder_freeze_bn", action="store_true", help="keep the encoder's batch-norm statistics")
     a("--input_channels", type=int, choices=INPUT_CHANNELS, default=3, help="grey, RGB or RGBA")
     a("--num_classes", type=number(int, *BOUNDS["num_classes"]), default=1, help="folders masks/0, masks/1 ...")
-    width = "filters of the first level, doubled four times; default: 32, or with --encoder those of its stages"
+    width = "filters of the top row, doubled four times; default: 32, or with --encoder those of its stages"
     a("--width", type=number(int, *BOUNDS["width"]), help=width)
     for key, side in (("input_w", "width"), ("input_h", "height")):
         a(f"--{key}", type=number(int, *BOUNDS[key]), default=96, help=f"{side} of resized images, or of crops")
 
     a = parser.add_argument_group("data").add_argument
-    a("--dataset", type=data_set, default="dsb2018_96", help="a folder of inputs/")
+    a("--dataset", type=data_set, default="dsb2018_96", help="a folder in inputs/")
     a("--img_ext", default=".png", help="ending of the images' file names")
     a("--mask_ext", default=".png", help="ending of the masks' file names")
     split = "random: 80/20; grouped: look-alikes on one side; or a split.yml; default: random, or grouped for instances"
@@ -103,7 +104,7 @@ def build_parser():
     a("--crops", type=number(int, 1, 10_000_000), help="random crops per epoch; default: as many as training pictures")
     balance = "0: every picture is equally likely; 1: every kind of picture (dark grey, coloured ...) is"
     a("--kind_balance", type=number(float, 0, 1), default=0.5, help=balance)
-    others = "generated, or a folder of inputs/: source of every second crop, so that fine-tuning forgets less"
+    others = "generated, or a folder in inputs/: source of every second crop, so that fine-tuning forgets less"
     a("--rehearse", type=data_set, default="none", help=others)
     a("--map_weights", type=weights(3), default="1,1,1", help="weights of the losses of mask, contact and distance")
 
@@ -130,7 +131,7 @@ def build_parser():
     a = add_machine_options(parser, training=True).add_argument
     a("--channels_last", type=auto_or_bool, default="auto", help="memory layout; auto: with mixed precision")
     a("--compile", action="store_true", help="torch.compile; does not help on a CPU")
-    a("--checkpointing", action="store_true", help="less memory, more time, same results")
+    a("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, more time")
     a("--cache", type=auto_or_bool, default="auto", help="keep decoded images in memory; auto: when they fit")
     return parser
 
@@ -188,7 +189,7 @@ from utils import count_params
 
 
 def read_recipe(path):
-    """A recipe, or the config.yml of another run, whose findings about its data and machine are not options."""
+    """A recipe, or the config.yml of another run without what it recorded about its data and machine."""
     recipe = read_yaml(path)
     if refused := sorted(recipe.keys() & set(ABOUT_THE_COMMAND)):
         raise ValueError(f"{path}: {', '.join(refused)} can only be given on the command line")
@@ -264,7 +265,7 @@ def resumed_config(options, given):
     if "level" in config:
         raise ValueError(f"{folder} is another run cut to level {config['level']}; resume the whole one")
     if "exported" in config:
-        raise ValueError(f"{folder} is another run in half precision, without its training; resume the whole one")
+        raise ValueError(f"{folder} is a half-precision export of another run; resume that one")
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)
 
 
@@ -278,8 +279,8 @@ def check_memory(config, device):
     needed = weights * (4 if device.type == "cpu" else 1)  # with their gradients and the optimizer's two averages
     if needed > memory():
         raise ValueError(
-            f"--width {config['width']}: weights, gradients and averages take {needed / 2**30:,.0f} GB, this machine "
-            f"has {memory() / 2**30:,.0f}; take a smaller one"
+            f"--width {config['width']}: weights, gradients and optimizer state take {needed / 2**30:,.0f} GB, "
+            f"this machine has {memory() / 2**30:,.0f}; take a smaller one"
         )
 
 
@@ -338,7 +339,7 @@ def parameter_groups(model, of_encoder, config):
 def prepare(config, folder, earlier, device, resume):
     """-> the Run, its training and validation loader; afterwards a new run's folder holds its config and split.
 
-    earlier: the files of an earlier run, which go; resume: whether to continue the run in `folder`.
+    earlier: files of an earlier run, to be deleted; resume: whether to continue the run in `folder`.
     """
     begun = resume and (folder / "last.pth").is_file()
     keep_memory()

@@ -41,7 +41,7 @@ ABOUT_THE_COMMAND = (
     "raw",
 )  # config.yml does not keep these
 FREE_ON_RESUME = {"name", "device", "num_workers", "tensorboard", *ABOUT_THE_COMMAND}  # no effect on results
-ENDLESS = ("ConstantLR", "StepLR")  # schedulers that know no last epoch: --resume may move it
+ENDLESS = ("ConstantLR", "StepLR")  # schedulers without a planned end: --resume may move it
 
 RECIPES = {  # the value of an option that nobody gave, by the kind of training
     # --freeze. Features and batch-norm statistics are fixed: in training mode batch norm would see tiny batches.
@@ -284,7 +284,7 @@ def train_model(model, dataloaders, criterion, optimizer, scheduler, num_epochs,
 
     For notebooks: the script itself trains a Run that is kept on disk. dataloaders: {"train": ..., "val": ...} of
     (images, labels) batches; one with set_epoch, or whose sampler has it, is told the epoch, 1, 2 ... The best epoch
-    has the highest validation accuracy, the last of equals. A loss that is not finite raises ValueError.
+    has the highest validation accuracy, on a tie the last. A loss that is not finite raises ValueError.
     """
     device = device or next(model.parameters()).device
     run = Run(model, Classification(criterion), optimizer, scheduler, device, epochs=num_epochs, amp=amp)

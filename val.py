@@ -26,7 +26,7 @@ def build_parser():
     a(
         "--dataset",
         type=data_set,
-        help="evaluate all images of this folder of inputs/; default: the run's validation images",
+        help="evaluate all images of this folder in inputs/; default: the run's validation images",
     )
     a("--split", help="evaluate the `test:` ids of this split.yml")
     a("-b", "--batch_size", type=number(int, 1), default=16, help="affects the speed only")
@@ -125,7 +125,7 @@ def chosen_images(options, config, folder):
     if name == config["dataset"] and not run_split and (folder / "split.yml").is_file():
         trained = set(read_yaml(folder / "split.yml").get("train", ()))
         if seen := [img_id for img_id in ids if img_id in trained]:
-            about = f"{len(seen)} of {len(ids)} {part} were trained on by {folder}"
+            about = f"{folder} was trained on {len(seen)} of {len(ids)} {part}"
             print(f"val.py: warning: {about}: {listed(seen, 3)}", file=sys.stderr)
     return dataset, f"{name}, {part}", run_split
 

@@ -25,7 +25,7 @@ from common.loaders import set_epoch, stream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]; the weights expect them
 RESIZE = 256 / 224  # validation takes the middle 224 of a shorter side of 256, as torchvision's weights expect
-KEEP = 320 / 224  # shorter side of a picture in memory, in img_size: a crop of half its area is not enlarged
+KEEP = 320 / 224  # shorter side in memory, in units of img_size: a crop of half its area is not enlarged
 CACHE_BYTES = 4 * 2**30
 
 

@@ -1,4 +1,4 @@
-"""torchvision's ResNet-18 with its steps apart, its weights, and where it looks; imports torch and torchvision only.
+"""torchvision's ResNet-18 in separate steps, its weights, and Grad-CAM; imports torch and torchvision only.
 
 from classification.resnet18 import ResNet18, fill_body
 
@@ -61,7 +61,7 @@ class ResNet18(ResNet):
 def fill_body(model, weights, source):
     """Load the weights of a ResNet-18, {name: tensor} of any precision, all but its head.
 
-    source: what an error calls them. ValueError when they are those of something else.
+    source: their name in errors. ValueError when they are those of something else.
     """
     weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}

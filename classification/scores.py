@@ -37,7 +37,7 @@ def print_scores(rows, probabilities, labels, classes):
     from sklearn.metrics import confusion_matrix
 
     headline = []
-    best = max(reversed(rows), key=lambda row: row["val_acc"])  # the last of equals, as in engine.Run
+    best = max(reversed(rows), key=lambda row: row["val_acc"])  # on a tie the last, as in engine.Run
     counts = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
     absent = [name for name, of_class in zip(classes, counts, strict=True) if not of_class.any()]
     without = f"; no validation picture of {listed(absent)}" if absent else ""

@@ -1,1 +1,1 @@
-"""The ground both jobs stand on: it knows no model, no mask and no class."""
+"""Code that both jobs share; it knows nothing of models, masks or classes."""

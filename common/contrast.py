@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 LOW, HIGH = 0.01, 99.99  # percent
-SAMPLED_PIXELS = 2**22  # that percentiles are taken of; of a larger picture every second (third ...) row and column
+SAMPLED_PIXELS = 2**22  # for percentiles, at most; larger pictures give every second (third ...) row and column
 
 
 @np.errstate(all="ignore")  # floats may be as large as 1e308

@@ -64,7 +64,7 @@ def _draw_pair(axis, epochs, train, valid, mark_best):
     axis.plot(epochs, train, color=train_colour, label="training", marker=_marker(epochs), markersize=3)
     axis.plot(epochs, valid, color=valid_colour, label="validation", marker=_marker(epochs), markersize=3)
     if mark_best and np.isfinite(valid).any():
-        best = len(valid) - 1 - np.nanargmax(valid[::-1])  # the last of equals
+        best = len(valid) - 1 - np.nanargmax(valid[::-1])  # on a tie the last
         axis.plot(epochs[best], valid[best], "*", color=valid_colour, markersize=13, markeredgecolor="white")
         axis.axvline(epochs[best], color=valid_colour, linewidth=0.8, linestyle=":", zorder=0)
         axis.plot([], [], " ", label=f"best {valid[best]:.4f}, epoch {epochs[best]:.0f}")

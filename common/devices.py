@@ -78,7 +78,7 @@ def to_device(images, device, amp):
 
 
 def synchronize(device):
-    """Wait until the device has done what it was told: a GPU answers before it is done."""
+    """Wait until the device is idle: calls to a GPU return before their work is done."""
     import torch
 
     if device.type in ("cuda", "mps"):

@@ -124,7 +124,7 @@ def replacing(folder):
         new = Path(temporary)
         try:
             yield new
-        except OSError as error:  # a full disk: the user knows `folder` alone
+        except OSError as error:  # a full disk: the user knows only `folder`
             if str(error.filename).startswith(temporary):
                 raise OSError(error.errno, error.strerror, error.filename.replace(temporary, str(folder))) from None
             raise
@@ -146,7 +146,7 @@ def check_place(output, mark, overwrite, option):
         return
     if not (output / mark).is_file():
         raise FileExistsError(
-            f"{output} exists and is not a data set of this script (no {mark}); choose another {option}"
+            f"{output} exists and was not written by this script (no {mark}); choose another {option}"
         )
     if not overwrite:
         raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another {option}")

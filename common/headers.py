@@ -82,7 +82,7 @@ def check_pixels(size, max_pixels):
 
 
 def read_header(file, max_pixels):
-    """The header of an open picture file -> its EXIF orientation, 1 to 8, which OpenCV follows in TIFF alone.
+    """The header of an open picture file -> its EXIF orientation, 1 to 8, which OpenCV follows only in TIFF.
 
     Raises ValueError when it is none of FORMATS, naming the format if it is one of FOREIGN, or declares more than
     max_pixels pixels.

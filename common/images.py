@@ -77,7 +77,7 @@ def _why_nothing(folders):
 
 @dataclass(frozen=True)
 class Page:
-    """A page of a TIFF file that has several; it can stand where the path of a picture stands."""
+    """A page of a TIFF file that has several; usable wherever the path of a picture is."""
 
     path: Path
     number: int  # from 0
@@ -87,7 +87,7 @@ class Page:
 
     @staticmethod
     def file_in(text):
-        """The text of a page -> the path of its file, a text; that of any other picture stays."""
+        """str(page) -> the path of its file, a str; other paths are returned unchanged."""
         return re.sub(r", page \d+$", "", text)
 
     @property
@@ -102,15 +102,15 @@ class Page:
 
 
 def file_of(picture):
-    """The path of the file that a picture, by its path or as a Page, is in."""
+    """The file of a picture that is given as a path or a Page."""
     return picture.path if isinstance(picture, Page) else picture
 
 
 def list_pages(files, number=None, channels=None):
-    """Files -> (pictures, failed): their pages, or page `number` of each alone, and a list of (path, reason).
+    """Files -> (pictures, failed): all their pages, or only page `number` of each; a list of (path, reason).
 
-    A file of one page is a picture by its path, any other gives a Page for each. `channels` is that of PageReader;
-    a file that does not fit it has failed as a whole.
+    A file with one page yields its path, any other a Page per page. channels: see PageReader; a file that lacks them
+    fails as a whole.
     """
     pictures, failed = [], []
     for path in files:
@@ -143,8 +143,8 @@ class PageReader:
 
     `values` then holds the same picture with the values of its file: a microscope's channels, which `decode` scales,
     are left unscaled. The file of a page stays open for the next one, until close().
-    channels: the numbers of the channels to read, one for grey or three for red, green and blue; None for all, of which
-    there may be one or three, or those of a colour picture.
+    channels: the numbers of the channels to read, one for grey or three for red, green and blue; None for all: one,
+    three, or those of a colour picture.
     """
 
     def __init__(self, max_pixels=MAX_PIXELS, channels=None):
@@ -250,7 +250,7 @@ def _wanted_channels(stack, number, chosen):
         return _choose_channels(chosen, names)
     if not stack.is_colour(number) and len(names) not in (1, 3):
         found = f"has {len(names)} channels ({_numbered(names)}), expected 1 or 3"
-        raise ValueError(f"{found}; choose with predict.py --channels (0, or 2,1,0), or save those to use alone")
+        raise ValueError(f"{found}; choose with predict.py --channels (0, or 2,1,0), or save only those to use")
     return list(range(len(names)))
 
 

@@ -167,7 +167,7 @@ class SharedBatches(WholeBatches):
 
 
 def with_shares(loader):
-    """Yields (batch, own, total): each training batch, how many items of this process count, and of all processes.
+    """Yields (batch, own, total): each batch, and how many items of this process and of all processes count.
 
     Weight the mean loss over the own items with own * world_size() / total: the average of its gradients over the
     processes is then the gradient of the mean over the global batch.

@@ -1,4 +1,4 @@
-"""A Gradio page for this machine alone: it answers its own page, sends nobody elsewhere, and leaves nothing behind.
+"""A Gradio page for this machine alone: it answers only its own page, never redirects, and leaves no files behind.
 
     with page_folder() as folder:                  # of uploads and results; removed in the end
         gr = import_gradio()
@@ -6,8 +6,8 @@
             ...
         serve(gr, block, port=7860, max_megabytes=500, open_it=True)   # until Ctrl-C
 
-A page on 127.0.0.1 can be reached by every site that its user visits: through requests of a foreign page, or under a
-foreign name that leads to 127.0.0.1. Such requests are refused, and so is fetching other addresses through the page.
+A page on 127.0.0.1 can be reached by every site that its user visits, through cross-site requests or DNS rebinding.
+Both are refused, and so is fetching other addresses through the page.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import webbrowser
 from common.cli import in_one_line, loading
 
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
-POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # the browser asks no other address
+POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # the browser contacts no other host
 
 
 class OnlyThisPage:

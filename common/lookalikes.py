@@ -284,7 +284,7 @@ def grouped_split(ids, sketches, seed):
 
 def about_groups(labels):
     sizes = np.unique(labels, return_counts=True)[1]
-    return f"groups of look-alikes: {len(sizes)}, the largest of {sizes.max()} images"
+    return f"groups of look-alikes: {len(sizes)}, the largest has {sizes.max()} images"
 
 
 def about_twins(found, validated):

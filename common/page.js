@@ -75,7 +75,7 @@ for (const gallery of document.querySelectorAll(".gallery")) {
         card.hidden = other || chosen.tag && !JSON.parse(tags).includes(chosen.tag);
       }
     } else {
-      button.dataset.order = button.dataset.order === "down" ? "up" : "down";  // many mistakes first
+      button.dataset.order = button.dataset.order === "down" ? "up" : "down";  // largest first
       const sign = button.dataset.order === "up" ? 1 : -1;
       order = `, by ${sort}, ${sign > 0 ? "ascending" : "descending"}`;
       cards.sort((a, b) => {

@@ -79,7 +79,7 @@ def newest_run(key):
 
 
 def check_kind(config, key, folder):
-    """ValueError when the config.yml of `folder` is of a run of the other script, and not of one that has `key`.
+    """ValueError when the config.yml of `folder` belongs to a run of the other script, not to one that has `key`.
 
     key: a key of MAKERS.
     """
@@ -95,12 +95,12 @@ def earlier_files(folder, names, options):
     earlier = [folder / name for name in names if (folder / name).exists()]
     if earlier and not (options.resume or options.overwrite):
         resume = "--resume continues it, " if folder / "last.pth" in earlier else ""
-        raise FileExistsError(f"{folder} exists; {resume}--overwrite replaces it, --name takes another")
+        raise FileExistsError(f"{folder} exists; {resume}--overwrite replaces it, --name picks another")
     return earlier
 
 
 def write_start(config, folder, earlier, device, split=None):
-    """What a run's folder holds before its first epoch: config.yml and split.yml. The files of an earlier run go."""
+    """Write config.yml and split.yml of a new run. The files in `earlier` are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in earlier:
         if path.is_dir():
@@ -217,7 +217,7 @@ def resumed(config, folder, options, given, free, leave_out, endless=()):
     refused, changed = [], {}
     for key in sorted(given):
         value = resolved[key] if key in free else getattr(options, key)
-        if value == config[key] or (value == "auto" and key not in free):  # `auto` of a result's option: as it was
+        if value == config[key] or (value == "auto" and key not in free):  # `auto` keeps the run's value
             continue
         if key in free:
             changed[key] = value
@@ -248,7 +248,7 @@ def _longer(config, folder, epochs, endless):
 
 
 def note_changes(config, folder, keys=("epochs", "tensorboard")):
-    """Write what a resumed run does otherwise from now on to its config.yml."""
+    """Record in config.yml the options that a resumed run changes."""
     kept = read_yaml(folder / "config.yml")
     changed = {key: config[key] for key in keys if key in config and config[key] != kept.get(key)}
     if changed:

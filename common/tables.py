@@ -24,7 +24,7 @@ def read_table(path, key):
         try:
             reader = csv.DictReader(file, restval="")
             if key not in (reader.fieldnames or ()):
-                raise ValueError(f"{path} is not a table of this script: it has no column {key!r}; move it elsewhere")
+                raise ValueError(f"{path} was not written by this script: it has no column {key!r}; move it elsewhere")
             for row in reader:
                 row.pop(None, None)  # cells beyond the last heading
                 yield row
@@ -43,8 +43,8 @@ def _headings(path):
 def merge_table(path, columns, rows, key, replaced):
     """Write a CSV file, whole or not at all: the rows that are there, and after them `rows`, {column: value} each.
 
-    columns: headings of the new rows; others that the file has stay. replaced: values of the column `key`; rows that
-    have one of them are left out. The earlier rows are never in memory together. ValueError as in read_table.
+    columns: headings of the new rows; others that the file has stay. replaced: values of the column `key`; earlier rows
+    with one of them are dropped. The earlier rows are never in memory together. ValueError as in read_table.
     """
     earlier = read_table(path, key)
     first = list(itertools.islice(earlier, 1))

@@ -1,1 +1,1 @@
-"""The parts of import_labels.py: readers of the forms in which people keep labels."""
+"""The parts of import_labels.py: readers of label formats."""

@@ -52,7 +52,7 @@ def _points(outline):
     """[(x, y), ...] or [x, y, x, y ...] -> (n, 2) float64."""
     points = np.asarray(outline, float)
     if points.ndim == 1 and points.size % 2 or points.ndim == 2 and points.shape[1] != 2 or points.ndim > 2:
-        raise ValueError(f"an outline of {points.size} numbers is no list of x and y")
+        raise ValueError(f"an outline of {points.size} numbers is not a list of x and y")
     return points.reshape(-1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Which form somebody's labels have: looked for in all forms, guessed from the values where only these can tell.
+"""Detects the format of labels: all formats are tried; maps of classes and of objects are told apart by their values.
 
 from label_forms.recognise import find_places, recognise
 
@@ -93,5 +93,5 @@ def _nothing(found, labels, form):
     files = [path for path in (labels.rglob("*") if labels.is_dir() else [labels]) if path.is_file()]
     kinds = Counter(path.suffix or path.name for path in files)
     inside = listed([f"{count:,} {kind}" for kind, count in kinds.most_common()]) or "no file"
-    expected = f"{form}: {FORMS[form]}" if form else "labels in one of the forms that --help lists"
+    expected = f"{form}: {FORMS[form]}" if form else "labels in a format that --help lists"
     return f"{labels} holds no labels that can be read ({inside}); expected {expected}"

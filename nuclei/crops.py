@@ -52,6 +52,7 @@ class NucleiDataset(Dataset):
         percentiles: between which pictures are stretched; see scaling.stretch_limits.
         input_channels: 1 (grey) or 3 (RGB).
         mean, std: one float per channel, for standardise; by default images are only divided by 255.
+        seed: of the random streams, which only subclasses use.
 
     An item is image (C, h, w) float32, maps (3, h, w) float32 in [0, 1] as in instances.MAPS, and
     {"img_id": id, "labels": (h, w) int32 label map}. Pictures are padded by reflection.
@@ -107,7 +108,7 @@ class NucleiDataset(Dataset):
             text = str(error).replace(f"{self.mask_dir / img_id}", "labels")  # the same for all ids
             problems.append(Problem(text))
         if image is not None and labels is not None and labels.shape != image.shape[:2]:
-            problems.append(Problem(f"labels of another size than their image ({self.mask_dir})"))
+            problems.append(Problem(f"labels and image differ in size ({self.mask_dir})"))
         if problems:
             raise ValueError(*problems)
         if labels.max() <= np.iinfo(np.uint16).max:

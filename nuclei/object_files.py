@@ -52,7 +52,7 @@ def write_label_tiff(path, labels, pixel_size=None):
 
 
 def join_label_tiffs(paths, path):
-    """Label TIFFs of one page each -> one TIFF of their pages in this order; the files of single pages go."""
+    """Label TIFFs of one page each -> one TIFF of their pages in this order; `paths` are deleted."""
     found = []
     for page in paths:  # one at a time: a process may not open thousands of files
         with tifffile.TiffFile(page) as file:
@@ -216,7 +216,7 @@ def check_submission(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             heading = file.readline(100).strip()
     if heading != ",".join(SUBMISSION):
-        raise ValueError(f"--submission {path} exists and is no submission; give another name")
+        raise ValueError(f"--submission {path} exists and is not a submission; give another name")
 
 
 def write_submission(path, pictures):

@@ -18,7 +18,7 @@ from data_folder import INPUTS, check_layout, list_ids, usual_ending
 from dataset import Item
 from nuclei.crops import Crops, build_crops
 
-NO_REHEARSAL, GENERATED = "none", "generated"  # values of --rehearse that are no folder of inputs/
+NO_REHEARSAL, GENERATED = "none", "generated"  # values of --rehearse that are no folder in inputs/
 SEEDS = range(1000, 1040)  # of the generated pictures
 
 
@@ -75,7 +75,7 @@ def build_rehearsal(config, count, validation=()):
         if source == config["dataset"]:
             unseen.update(validation)
         ids = [img_id for img_id in list_ids(INPUTS / source / "images", others["img_ext"]) if img_id not in unseen]
-    print(f"rehearsal: every second crop is of {len(ids)} pictures ({source})")
+    print(f"rehearsal: every second crop is from {len(ids)} pictures ({source})")
     return build_crops(others, ids, augment=True, crops_class=crops_class)
 
 

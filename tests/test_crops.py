@@ -243,7 +243,7 @@ def test_all_that_is_wrong_is_in_one_message(cells):
     said = str(caught.value)
     assert f"no labels ({labels}), 2 of the ids: img00, img01" in said
     assert "labels.png: unreadable" in said and "1 of the ids: img02" in said
-    assert f"labels of another size than their image ({labels}), 1 of the ids: img03" in said
+    assert f"labels and image differ in size ({labels}), 1 of the ids: img03" in said
     assert "several label files, .png and .tif" in said and "img05" not in said
 
 

@@ -86,7 +86,7 @@ def test_a_split_of_ones_own():
         ({"train": ["a"]}, "expected the lists"),
         ({"train": ["a"], "val": []}, "expected the lists"),
         ({"train": ["a"], "val": "b"}, "`val` must be a list"),
-        ({"train": ["a", 17], "val": ["b"]}, "`train` must be a list of texts.*quotes"),
+        ({"train": ["a", 17], "val": ["b"]}, "`train` must be a list of strings.*quotes"),
         ({"train": {"a": 1}, "val": ["b"]}, "`train` must be a list"),
         ({"train": ["a", "b"], "val": ["b"]}, "b is in train and again in val"),
         ({"train": ["a", "a"], "val": ["b"]}, "a is in train and again in train"),
@@ -261,7 +261,7 @@ def test_all_that_is_wrong_is_in_one_message(cells):
         f"no mask ({zero}), 1 of the ids: img01",
         f"image unreadable: no whole picture of 8 or 16 bits ({images}), 1 of the ids: img02",
         f"mask unreadable: no whole picture of 8 or 16 bits ({one}), 1 of the ids: img02",
-        f"mask of another size than its image ({zero}): 8 x 12 and 12 x 8 pixels in img03, 1 of the ids: img03",
+        f"mask and image differ in size ({zero}): 8 x 12 and 12 x 8 pixels in img03, 1 of the ids: img03",
         f"mask values other than 0 and 255, or 0 and 1 ({zero}{advice}): 0, 128, 255 in img04, 1 of the ids: img04",
         f"mask values other than 0 and 255, or 0 and 1 ({one}{advice}): 0, 1, 255 in img05, 1 of the ids: img05",
     }
@@ -276,7 +276,7 @@ def test_swapped_folders_are_called_so(cells):
         open_dataset(folder).check()
     values = np.unique(cv2.imread(str(folder / "masks" / "0" / "img00.png"), cv2.IMREAD_UNCHANGED)).tolist()
     assert str(caught.value) == (
-        f"{folder}: mask values other than 0 and 255, or 0 and 1 ({folder / 'masks' / '0'}; the image has these alone: "
+        f"{folder}: mask values other than 0 and 255, or 0 and 1 ({folder / 'masks' / '0'}; the image has only these: "
         f"are images and masks swapped?): {', '.join(map(str, values[:5]))} and {len(values) - 5} more in img00, "
         f"6 of the ids: {', '.join(IDS)}"
     )
@@ -311,7 +311,7 @@ def test_what_has_changed_is_said():
     assert changes(split, list("abcdef"), {"val": other}) == ["the val images or masks have other contents"]
     larger = other | {"sizes": {"256 x 256": 1, "320 x 256": 1}}
     assert changes(split, list("abcdef"), {"val": larger}) == [
-        "the val images are 256 x 256 and 320 x 256, then 96 x 96"
+        "the val images were 96 x 96, now 256 x 256 and 320 x 256"
     ]
     del split["sizes"]  # a run of an earlier version
     assert changes(split, list("abcdef"), {"val": larger}) == ["the val images or masks have other contents"]

@@ -263,7 +263,7 @@ def test_a_run_cut_to_a_level_answers_like_that_level(exported, go, tmp_path, mo
     for script, options, expected in (
         (predict, "inputs --level 1", "was cut to level 2 and has no other: leave --level out"),
         (val, "--levels", "was cut to level 2"),
-        (export, "--run tiny --overwrite", "models/tiny is a training of its own"),
+        (export, "--run tiny --overwrite", "models/tiny is a training run"),
         (train, "--resume", "is another run cut to level 2; resume the whole one"),
         (train, "--dataset cells", "models/small exists; --overwrite replaces it"),
         (
@@ -286,7 +286,7 @@ def test_a_training_before_its_first_epoch_is_not_replaced(exported, go, tmp_pat
     folder = tmp_path / "here" / "models" / "begun"
     folder.mkdir()
     (folder / "config.yml").write_text("arch: NestedUNet\n")
-    with pytest.raises(FileExistsError, match="models/begun is a training of its own; take another name"):
+    with pytest.raises(FileExistsError, match="models/begun is a training run; give --run another name"):
         go(export, "--name tiny --level 2 --run begun --overwrite")
     assert (folder / "config.yml").read_text() == "arch: NestedUNet\n"
 
@@ -309,7 +309,7 @@ def test_a_run_with_all_its_levels_in_half_precision(exported, go, tmp_path, mon
     assert "models/half: L1, L2, L3, L4, " in go(export, "--name tiny --level mean --run half")
     config = yaml.safe_load(Path("models/half/config.yml").read_text())
     assert config["name"] == "half" and "level" not in config
-    assert "is another run in half precision" in refused(go, train, "--name half --resume")
+    assert "is a half-precision export of another run" in refused(go, train, "--name half --resume")
     about, of_run = (yaml.safe_load(Path(f"models/{name}/split.yml").read_text()) for name in ("half", "tiny"))
     assert about["twins"] == of_run["twins"]
     state, whole = (torch.load(f"models/{name}/model.pth", weights_only=True) for name in ("half", "tiny"))

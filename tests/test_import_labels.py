@@ -327,7 +327,7 @@ def test_an_existing_data_set(here, monkeypatch):
     Path("inputs/other").mkdir(parents=True)
     Path("inputs/other/mine.txt").touch()
     for overwrite in ("", "--overwrite"):
-        with pytest.raises(FileExistsError, match="not a data set of this script"):
+        with pytest.raises(FileExistsError, match="not written by this script"):
             call(monkeypatch, import_labels, options, "--name other", overwrite)
     call(monkeypatch, import_labels, options, "--name cells")
     Path("inputs/cells/images/old.png").touch()

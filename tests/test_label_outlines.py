@@ -97,7 +97,7 @@ def test_a_crowd_is_no_object_and_a_box_is_nothing():
         ({"images": [{"id": 0, "file_name": "x/a.png"}, {"id": 1, "file_name": "y/a.png"}]}, "two images named a.png"),
         ({"images": [{"id": 9, "file_name": "a.png"}]}, "names image 0, category 1; one is not listed"),
         ({"images": [{"id": 0, "file_name": "a.png"}, {"id": 0, "file_name": "b.png"}]}, "two images have the id 0"),
-        ({"images": None}, "not COCO as expected"),
+        ({"images": None}, "not valid COCO"),
         ({"categories": [{}]}, "'id' is missing"),
         ({"annotations": segment("abc")}, "annotation 5: could not convert"),
         ({"annotations": segment([[10**400, 1, 2, 3, 4, 5]])}, "annotation 5: int too large"),

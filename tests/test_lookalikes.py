@@ -160,7 +160,7 @@ def test_twins_of_twins_are_one_group(slide):
     chain = Sketches([flat((100, 100, 100)), flat(10), flat((100, 100, 106)), flat((100, 100, 112)), flat(10)])
     assert np.abs(chain.looks[0] - chain.looks[3]).sum() > ALIKE  # joined by the one between
     assert groups(chain).tolist() == [0, 1, 0, 0, 1]
-    assert about_groups(groups(chain)) == "groups of look-alikes: 2, the largest of 3 images"
+    assert about_groups(groups(chain)) == "groups of look-alikes: 2, the largest has 3 images"
 
 
 # ---------------------------------------------------------------- the split
@@ -221,7 +221,7 @@ def test_thousands_of_twins_are_no_burden():
     sketches.digests, sketches._looks, sketches._borders = (
         part * 1500 for part in (sketches.digests, sketches._looks, sketches._borders)
     )
-    assert about_groups(groups(sketches)) == "groups of look-alikes: 1, the largest of 1500 images"
+    assert about_groups(groups(sketches)) == "groups of look-alikes: 1, the largest has 1500 images"
 
 
 # ---------------------------------------------------------------- the real images

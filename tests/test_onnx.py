@@ -111,7 +111,7 @@ def test_damaged_files_of_individual_nuclei(tmp_path, answers, changed, message)
     pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
     about = {key: value for key, value in (NUCLEI | changed).items() if value is not None}
     write_onnx(tmp_path / "n.onnx", answers, **about)
-    with pytest.raises(ValueError, match=f"n.onnx is not an ONNX file of export.py.*{message}"):
+    with pytest.raises(ValueError, match=f"n.onnx was not written by export.py.*{message}"):
         OnnxPredictor(tmp_path / "n.onnx")
 
 
@@ -121,14 +121,14 @@ def test_damaged_files_of_individual_nuclei(tmp_path, answers, changed, message)
 def test_onnx_files_of_others_are_refused(tmp_path, about):
     pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
     write_onnx(tmp_path / "grey.onnx", **(about if about == {"name": "grey"} else ABOUT | about))
-    with pytest.raises(ValueError, match="grey.onnx is not an ONNX file of export.py"):
+    with pytest.raises(ValueError, match="grey.onnx was not written by export.py"):
         OnnxPredictor(tmp_path / "grey.onnx")
 
 
 def test_what_is_no_onnx_file(tmp_path):
     pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
     (tmp_path / "a.onnx").write_text("hello")
-    with pytest.raises(ValueError, match="a.onnx is not an ONNX file of export.py"):
+    with pytest.raises(ValueError, match="a.onnx was not written by export.py"):
         OnnxPredictor(tmp_path / "a.onnx")
     with pytest.raises(FileNotFoundError):
         OnnxPredictor(tmp_path / "nothing.onnx")

@@ -45,7 +45,7 @@ def test_every_second_crop_is_rehearsed(ids, capsys):
     others = build_rehearsal(config_of(rehearse="others"), len(own))
     others.check()
     both = Rehearsal(own, others)
-    assert "every second crop is of 3 pictures (others)" in capsys.readouterr().out
+    assert "every second crop is from 3 pictures (others)" in capsys.readouterr().out
     for epoch in (1, 2):
         both.set_epoch(epoch)
         for k in range(6):
@@ -96,7 +96,7 @@ def test_a_training_with_rehearsal(ids, monkeypatch, capsys):
     call(monkeypatch, train, OPTIONS, "--name first")
     call(monkeypatch, train, OPTIONS, "--weights first --name plain")
     call(monkeypatch, train, OPTIONS, "--weights first --rehearse generated --name tuned")
-    assert "rehearsal: every second crop is of 40 pictures (generated)\n" in capsys.readouterr().out
+    assert "rehearsal: every second crop is from 40 pictures (generated)\n" in capsys.readouterr().out
     losses = [pd.read_csv(f"models/{name}/log.csv").loss for name in ("plain", "tuned")]
     assert not losses[0].equals(losses[1])
     call(monkeypatch, train, "--name tuned --resume")  # all epochs are done
@@ -119,7 +119,7 @@ def test_resuming_with_other_pictures_to_rehearse(ids, monkeypatch):
     ("words", "match"),
     [
         ("--rehearse nope", "^--rehearse nope: no such folder in inputs/; the data sets are: cells; "),
-        ("--rehearse ../cells", "^--rehearse '../cells': expected the name of a folder of inputs/"),
+        ("--rehearse ../cells", "^--rehearse '../cells': expected the name of a folder in inputs/"),
         ("--rehearse bare", "inputs/bare/labels: no such folder; nuclei one by one need label maps"),
         ("--rehearse generated --target masks", "--diameter is for individual nuclei"),
     ],

@@ -232,7 +232,7 @@ def test_other_numbers_of_channels_have_to_be_chosen(array, options, listing, tm
     count = listing.count(",") + 1
     expected = (
         f"has {count} channels ({listing}), expected 1 or 3; "
-        "choose with predict.py --channels (0, or 2,1,0), or save those to use alone"
+        "choose with predict.py --channels (0, or 2,1,0), or save only those to use"
     )
     with pytest.raises(ValueError) as caught:
         read_picture(path)

@@ -510,7 +510,7 @@ def test_splits_of_ones_own(go):
         ({"train": ids[:5], "val": ids[4:6]}, "img04 is in train and again in val"),
         ({"train": ids[:5], "val": ["nobody"]}, "nobody"),
         ({"train": ids[:5]}, "expected the lists"),
-        ({"train": [1, 2], "val": [3]}, "list of texts"),
+        ({"train": [1, 2], "val": [3]}, "list of strings"),
     ):
         Path("split.yml").write_text(yaml.safe_dump(content))
         refused(go, TINY, "--split", "split.yml", "--name", "no", match=match)

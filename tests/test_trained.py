@@ -53,7 +53,7 @@ def test_without_deep_supervision_there_is_level_4_alone(workplace, tmp_path):
         assert predictor.head_names == ["L4"]
         np.testing.assert_allclose(predictor(images), by_hand(model, images)[0], atol=ROUNDING)
     for level in ("2", "mean"):
-        with pytest.raises(ValueError, match=f"has level 4 alone, not {level}: .*without --deep_supervision True"):
+        with pytest.raises(ValueError, match=f"has only level 4, not {level}: .*without --deep_supervision True"):
             predictor_of("plain", level=level)
 
 
@@ -109,8 +109,8 @@ def test_spoilt_weights_are_one_line(workplace, spoil, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"width": "x"}, "is damaged: width 'x' is nothing that train.py writes"),
-        ({"keep": "all"}, "is damaged: keep 'all' is nothing that train.py writes"),
+        ({"width": "x"}, "is damaged: width 'x' is not what train.py writes"),
+        ({"keep": "all"}, "is damaged: keep 'all' is not what train.py writes"),
         ({"width": 0, "input_h": 1.5}, "is damaged: input_h 1.5, width 0 is nothing"),
         ({"num_classes": 101}, "num_classes 101"),
         ({"num_classes": True}, "num_classes True"),
@@ -146,7 +146,7 @@ def test_a_damaged_config_is_one_line(workplace, changed, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: 1", r"models/tiny/config.yml is not of a run of train.py: arch, dataset, .*, mean, std missing$"),
+        ("a: 1", r"models/tiny/config.yml is not from a run of train.py: arch, dataset, .*, mean, std missing$"),
         ("classes: [ants, bees]\nseed: 0", "models/tiny is a run of transfer_resnet18.py; use it with: "),
         ("[1, 2]", "expected `key: value` lines, found list"),
         ("a: [", "is not a readable YAML file"),
@@ -167,7 +167,7 @@ def test_a_run_from_before_smoothing_keeps_its_outlines(workplace):
         path.write_text(yaml.safe_dump({key: whole[key] for key in whole if key != "smoothing"} | given))
         assert read_config(Path("models/tiny"))["smoothing"] == expected
     path.write_text(yaml.safe_dump(whole | {"smoothing": 10_000}))
-    with pytest.raises(ValueError, match="smoothing 10000 is nothing that train.py writes"):
+    with pytest.raises(ValueError, match="smoothing 10000 is not what train.py writes"):
         read_config(Path("models/tiny"))
 
 

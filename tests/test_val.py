@@ -202,7 +202,7 @@ def test_says_when_the_images_have_another_size(go):
         for path in Path("inputs/one").rglob("*.png"):
             picture = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
             cv2.imwrite(str(path), cv2.resize(picture, (66, 94), interpolation=cv2.INTER_NEAREST))
-        assert "trained on: the val images are 66 x 94, then 33 x 47\n" in go("--name one").err
+        assert "trained on: the val images were 33 x 47, now 66 x 94\n" in go("--name one").err
     finally:
         shutil.rmtree("inputs/one")
         Path("kept").rename("inputs/one")
@@ -259,7 +259,7 @@ def test_images_that_were_trained_on_are_named(go):
     split = yaml.safe_load(Path("models/one/split.yml").read_text())
     said = go("--name one --dataset one").err
     assert (
-        f"warning: 4 of 6 images of the folder were trained on by models/one: {', '.join(sorted(split['train'])[:3])}"
+        f"warning: models/one was trained on 4 of 6 images of the folder: {', '.join(sorted(split['train'])[:3])}"
         in said
     )
     assert "warning" not in go("--name one --dataset other").err
@@ -289,7 +289,7 @@ def test_refuses_spoilt_weights_and_what_is_not_there(go):
         with pytest.raises(ValueError, match="is not a checkpoint"):
             go("--name spoilt")
         Path("models/spoilt/config.yml").write_text("a: 1")
-        with pytest.raises(ValueError, match="is not of a run of train.py"):
+        with pytest.raises(ValueError, match="is not from a run of train.py"):
             go("--name spoilt")
     finally:
         shutil.rmtree("models/spoilt")

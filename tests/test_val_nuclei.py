@@ -257,7 +257,7 @@ def test_other_pictures_among_them_an_empty_one(go, place):
         said = go("--name nuclei --dataset cells --submission all.csv")
     finally:
         config.write_text(before)
-    assert "9 of 12 images of the folder were trained on by models/nuclei" in said.err
+    assert "models/nuclei was trained on 9 of 12 images of the folder" in said.err
     output = Path("outputs/nuclei/dataset_cells")
     rows = pd.read_csv(output / "metrics.csv").set_index("img_id")
     assert len(rows) == 12 and not rows.predicted.any() and rows.official.sum() == rows.official["img11"] == 1
@@ -303,12 +303,12 @@ def test_the_report_names_kinds_and_pictures_and_asks_the_network_for_nothing(pl
     ("options", "match"),
     [
         ("--name masks --submission a.csv", "--submission needs a run of train.py --target instances; models/masks"),
-        ("--name nuclei --submission recipe.csv", "recipe.csv exists and is no submission; give another name"),
-        ("--name nuclei --submission models", "models exists and is no submission"),
+        ("--name nuclei --submission recipe.csv", "recipe.csv exists and is not a submission; give another name"),
+        ("--name nuclei --submission models", "models exists and is not a submission"),
         ("--name nuclei --dataset tiny", "inputs/tiny/labels: no such folder; nuclei one by one need label maps"),
         ("--name nuclei --dataset nope", "no such folder in inputs/"),
         ("--name nuclei --dataset lost", r"no labels \(inputs/lost/labels\), 1 of the ids: img01"),
-        ("--name nuclei --dataset sizes", r"labels of another size than their image \(inputs/sizes/labels\), 1 of"),
+        ("--name nuclei --dataset sizes", r"labels and image differ in size \(inputs/sizes/labels\), 1 of"),
         ("--name plain --levels", "trained without --deep_supervision True"),
         ("--name plain --level 2", "trained without --deep_supervision True"),
         ("--name nuclei --levels --tta", "leave --tta out"),

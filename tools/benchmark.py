@@ -43,7 +43,7 @@ def build_parser():
     a("--rounds", type=number(int, 1), default=5, help="how often each step is timed")
     a("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a machine that others use too")
     a("--threads", type=number(int, 1, 1024), default=default_threads(), help="threads per process")
-    a("--dataset", default="dsb2018_96", help="loading: a folder of inputs/")
+    a("--dataset", default="dsb2018_96", help="loading: a folder in inputs/")
     raw = "inputs/data-science-bowl-2018/stage1_train.zip"
     a("--raw", default=raw, help="preprocess: a folder or zip of raw images")
     a("--data_dir", default="inputs/hymenoptera_data", help="transfer: a folder with {train,val}/<class>/")

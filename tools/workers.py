@@ -30,8 +30,7 @@ class Worker:
     """A process that does a step of one of steps.WORKERS whenever it is called.
 
     task: "kind", the name in WORKERS, and what that worker reads. Device, threads, clock and data set come from the
-    options of benchmark.py. Attributes: about, what the worker says of its
-    step once it is ready, and result, what its last step returned.
+    options of benchmark.py. Attributes: about (what the worker reports once it is ready) and result (of its last step).
     """
 
     def __init__(self, options, task):

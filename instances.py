@@ -17,7 +17,7 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 MAPS = ("mask", "contact", "distance")  # the channels of targets and of what a network predicts
-REACH = (2000, 300, 1)  # smallest area of the nuclei that reach 3, 2 and 1 pixels far: the contact band
+REACH = (2000, 300, 1)  # smallest area of nuclei whose contact band reaches 3, 2 and 1 pixels
 DEFAULTS = {  # of `nuclei`; keys of config.yml. Chosen on training pictures: docs/RESULTS.md
     "mask_threshold": 0.6,
     "contact_threshold": 0.2,
@@ -34,12 +34,12 @@ DEFINITIONS = {
     "official": "Data Science Bowl 2018: TP / (TP + FP + FN) of an image at IoU > 0.50, 0.55 ... 0.95, mean over the "
     "thresholds, then over images; an image without true nuclei scores 1 if none is predicted, else 0",
     "ap": "TP / (TP + FP + FN) of an image at each of these thresholds, mean over images",
-    "ap50": "the first of these, at IoU > 0.5",
+    "ap50": "ap at IoU > 0.5",
     "f1": "2 TP / (2 TP + FP + FN) at IoU > 0.5, of all images together; 1 without any nuclei",
     "pq": "panoptic quality: sum of the IoU of matched nuclei / (TP + FP / 2 + FN / 2), of all images together",
     "predicted": "number of predicted nuclei",
     "true": "number of true nuclei",
-    "count_error": "|predicted - true| / true nuclei of an image (of one at least), median over images",
+    "count_error": "|predicted - true| / max(true, 1) nuclei of an image, median over images",
     "merges": "predicted nuclei that cover more than half of each of two or more true nuclei",
     "splits": "true nuclei that contain more than half of each of two or more predicted nuclei",
     "missed": "true nuclei that are not found at IoU > 0.5 and are in no merge or split",
@@ -62,7 +62,18 @@ def sequential(labels):
 
 def areas(labels):
     """Label map -> (n + 1,) int64: pixels of the background and of each label."""
-    return np.bincount(labels.ravel(), minlength=1)
+    return count_values(labels, int(labels.max(initial=0)) + 1)
+
+
+def count_values(array, length, rows=256):
+    """(H, ...) integers in [0, length) -> (length,) int64: how often each value occurs.
+
+    A few rows at a time, because np.bincount copies what it counts to 64 bits.
+    """
+    counts = np.zeros(length, np.int64)
+    for first in range(0, len(array), rows):
+        counts += np.bincount(array[first : first + rows].ravel(), minlength=length)
+    return counts
 
 
 # ---------------------------------------------------------------- label map -> targets
@@ -305,7 +316,7 @@ def bootstrap_interval(scores, groups=None, resamples=10_000, level=0.95, seed=0
 
 
 def to_runs(labels):
-    """Label map -> [text, ...], the runs "start length start length ..." of each label that there is, in their order.
+    """Label map -> [str, ...], the runs "start length start length ..." of each label that there is, in their order.
 
     The format of the Data Science Bowl: pixels are numbered from 1, down the columns, from left to right.
     """
@@ -320,7 +331,7 @@ def to_runs(labels):
 
 
 def from_runs(rows, shape):
-    """[text, ...], one for each nucleus, as `to_runs` writes them -> (H, W) int32 labels 1 ... len(rows); shape (H, W).
+    """[str, ...], one for each nucleus, as `to_runs` writes them -> (H, W) int32 labels 1 ... len(rows); shape (H, W).
 
     An empty text is no nucleus. Raises ValueError, naming the row from 1, for text that is no list of pairs of positive
     integers, runs beyond the picture, and pixels that belong to two nuclei.

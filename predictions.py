@@ -1,4 +1,4 @@
-"""What predict.py leaves in a folder: masks, outlines, and tables that keep the rows of earlier calls.
+"""What predict.py writes to a folder: masks, outlines, and tables that keep the rows of earlier calls.
 
     names = output_names(files, earlier={"a": "scans/a.png"})
     results = MaskResults(Path("outputs/run1/predict"), names, settings="models/run1 L4, threshold 0.5")
@@ -33,14 +33,15 @@ SHOWN = r"(objects|fraction)(_\d+)?|median_diameter"  # columns of images.csv on
 ON_PAGE, PAGE_SIDE = 200, 640  # pictures of a page, and pixels of their longer side
 DIAMETERS = 1, 10_000  # pixels that a nucleus can have
 PIXEL_SIZES = 1e-4, 1e6  # micrometres that a pixel can have
-SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most
+SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most, or of
+SAVE_FACTOR = 20  # times as long as writing the tables takes, which large ones do
 
 
 # ---------------------------------------------------------------- names, and what an earlier call left
 
 
 def output_names(files, earlier=()):
-    """{file: the beginning of the names of its results}, all different even where case makes no difference.
+    """{file: the beginning of the names of its results}, unique even on file systems that ignore case.
 
     The name is the stem; <folder>_<stem> where several files share the stem; with _2, _3 ... where that is not enough.
     Pages add _p000, _p001 ... to the name of their file; no other picture gets the file's name, because the label TIFF
@@ -92,12 +93,12 @@ def earlier_results(folder):
     rows = {row["image"]: row for row in read_table(folder / "images.csv", "image")}
     for name, row in rows.items():
         if not is_plain_name(name) or not row.get("path"):
-            raise ValueError(f"{folder / 'images.csv'} is damaged: it has {name!r} without a usable name and path")
+            raise ValueError(f"{folder / 'images.csv'} is damaged: the row {name!r} lacks a usable name or path")
     return rows
 
 
 def um_per_pixel(picture):
-    """The side of a pixel in µm, as the tags of a TIFF tell it, of a path or a common.images.Page.
+    """The side of a pixel in µm, from the tags of a TIFF, given as a path or a common.images.Page.
 
     "" when it is unknown, or not within PIXEL_SIZES: some programs write metres without naming the unit.
     """
@@ -118,7 +119,7 @@ def reason_of(error):
 
 
 def is_done(folder, row, settings):
-    """Whether a row of images.csv, or None, is of a picture whose results are there, made with the same settings."""
+    """Whether the results of a row of images.csv exist and were made with these settings; False for None."""
     if not row or row.get("settings") != settings:
         return False
     name = row["image"]
@@ -127,7 +128,7 @@ def is_done(folder, row, settings):
 
 
 def forget_settings(folder, rows):
-    """Note in images.csv that the results of these of its rows will be replaced, so that none is taken for done.
+    """Clear the settings of `rows` in images.csv, so that --resume does not take them for done.
 
     A call that is killed may leave files of its own beside the rows of an earlier one.
     """
@@ -165,13 +166,14 @@ class Results:
     """What all results of one call have in common; a subclass adds pictures and says what it found in them.
 
     names: see output_names. settings: text that tells what the results depend on; a column of images.csv.
-    `images` holds this call's rows of images.csv, `objects` the rows of objects.csv that are not yet in the file,
-    `columns` the headings of that, and `saved` the number of pictures whose rows are.
+    `images` holds this call's rows of images.csv, `objects` the rows of objects.csv not yet written,
+    `columns` its headings, and `saved` the number of pictures whose rows are written.
     """
 
     def __init__(self, folder, names, settings):
         self.folder, self.names, self.settings = folder, names, settings
-        self.images, self.objects, self.columns, self.saved, self.saved_at = [], [], {}, 0, time.monotonic()
+        self.images, self.objects, self.columns, self.saved = [], [], {}, 0
+        self.saved_at, self.saving = time.monotonic(), 0.0  # when the tables were written, and how long it took
 
     def keep(self, row, objects, columns):
         """Take a picture's row of images.csv, without its settings, and its rows and the columns of objects.csv.
@@ -181,7 +183,7 @@ class Results:
         self.columns.update(dict.fromkeys(columns))
         self.images.append({**row, "path": Path(str(row["path"])).absolute(), "settings": self.settings})
         self.objects += objects
-        if time.monotonic() - self.saved_at > SAVE_SECONDS:
+        if time.monotonic() - self.saved_at > max(SAVE_SECONDS, SAVE_FACTOR * self.saving):
             self.write_tables()
 
     def write_picture(self, name, array):
@@ -190,7 +192,7 @@ class Results:
 
     def write_tables(self):
         """Bring images.csv and objects.csv up to date."""
-        names = [row["image"] for row in self.images]
+        names, started = [row["image"] for row in self.images], time.monotonic()
         if len(names) > self.saved:
             new = set(names[self.saved :])
             with lock(self.folder):  # other calls and processes write them, too
@@ -199,6 +201,7 @@ class Results:
                 merge_table(self.folder / "images.csv", columns, self.images, "image", replaced=set(names))
             self.saved, self.objects = len(names), []
         self.saved_at = time.monotonic()
+        self.saving = self.saved_at - started
 
     @contextlib.contextmanager
     def kept(self, count):
@@ -217,7 +220,7 @@ class Results:
             raise
 
     def finish(self):
-        """What is to be done when all pictures are."""
+        """Called when all pictures are done; a subclass may have more to do then."""
 
     def about(self):
         """One line on this call: how many pictures and objects, how they were seen, and how long a picture took."""

@@ -108,7 +108,7 @@ class Sessions:
             self.end(key)
 
     def load(self, run, level, written):
-        """The Predictor of a run. written: when its weights were, so that those of a new training are read."""
+        """The Predictor of a run. written: when its weights were saved, so that those of a new training are read."""
         predictor = Predictor(run, str(self.device), self.amp, level or "deepest")
         predictor(np.zeros((1, 64, 64, predictor.config["input_channels"]), np.uint8))  # the first call is slow
         return predictor
@@ -188,7 +188,7 @@ class Session:
             return pages[0], reader.read(pages[0]), reader.values, note
 
     def _answer(self, page, picture, values, found, question, head, seconds, note):
-        """Write the files of an answer to a folder of their own; those of the last answer go."""
+        """Write the files of an answer to a new folder; those of the last answer are deleted."""
         from nuclei.object_files import fits_imagej
         from nuclei.predictions import NucleiResults
 
@@ -199,11 +199,14 @@ class Session:
         objects = results.add(page, picture, found, seconds, values)
         results.write_tables()
         [summary] = results.images
-        self._note(page, question, [head, len(objects), summary["median_diameter"], round(seconds, 2)])
+        diameter = round(summary["median_diameter"], 1) if objects else None
+        self._note(page, question, [head, len(objects), diameter, round(seconds, 2)])
         height, width = picture.shape[:2]
-        typical = f", median diameter {summary['median_diameter']:.1f} pixels" if objects else ""
+        typical = f", median diameter {diameter} pixels" if objects else ""
         about = f"{name}{note}, {width} x {height}: {len(objects):,} nuclei{typical}"
         about += f"; {head}, scale {found.scale:.3g}, {seconds:.2f} s"
+        if found.limited:
+            about += "; a higher scale would suit it, but needs a smaller picture: cut it into parts"
         rows = [[row[column] for column in COLUMNS] for row in objects[:SHOWN_ROWS]]
         figure = draw_sizes([row["equivalent_diameter"] for row in objects])
         write_png(folder / "shown.png", as_shown(picture, found.labels))

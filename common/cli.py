@@ -23,10 +23,12 @@ MAX_MESSAGE = 4000  # characters: a message may name some twenty ids
 def number(kind, low=-math.inf, high=math.inf):
     """An argparse type: an int or a float (`kind`) within [low, high]; NaN and infinity are refused."""
     expected = "an integer" if kind is int else "a number"
-    if low > -math.inf:
-        expected += f" from {low}"
-    if high < math.inf:
-        expected += f" up to {high}"
+    if low > -math.inf and high < math.inf:
+        expected += f" from {low} to {high}"
+    elif low > -math.inf:
+        expected += f" >= {low}"
+    elif high < math.inf:
+        expected += f" <= {high}"
 
     def parse(text):
         try:
@@ -42,7 +44,7 @@ def number(kind, low=-math.inf, high=math.inf):
 
 
 def data_set(text):
-    """An argparse type: the name of a folder of inputs/, which may also be given as the path inputs/<name>."""
+    """An argparse type: the name of a folder in inputs/, which may also be given as the path inputs/<name>."""
     path = Path(text)
     return str(path.relative_to("inputs")) if path.parts[:1] == ("inputs",) and len(path.parts) > 1 else text
 
@@ -250,7 +252,7 @@ class Stops:
 
     def __enter__(self):
         self.before = {}
-        # no other thread may set handlers; and who waits for torchrun's other processes may wait for one that has ended
+        # only the main thread may set handlers; and under torchrun a process could wait for one that has ended
         if threading.current_thread() is threading.main_thread() and launched() == 1:
             for number in self.KINDS:
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -279,6 +281,9 @@ def run_script(main):
     So is a lack of memory. Ctrl-C is status 130, SIGTERM 143. With DEBUG=1 in the environment the traceback is shown.
     """
     _on_terminal(ERASED)  # of answer_early
+    for stream in (sys.stdout, sys.stderr):  # names that the console cannot show, as on Windows, end no script
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if os.environ.get("DEBUG"):
         sys.exit(main())
     name = Path(sys.argv[0]).name
@@ -294,7 +299,7 @@ def run_script(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError):
             error = lack_of_memory(error)
-        if is_main():  # torchrun's SIGTERM, as another process fails too, shall not interrupt the message
+        if is_main():  # torchrun's SIGTERM after another failure must not interrupt the message
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(f"{name}: error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -305,7 +310,7 @@ def lack_of_memory(error):
     if type(error).__name__ == "OutOfMemoryError":  # torch is not imported here to name its class
         device = "GPU"
     elif "DefaultCPUAllocator" in str(error):
-        device = "machine"
+        device = "main"
     else:
         raise error
-    return f"the {device}'s memory does not suffice; take a smaller --batch_size or image"
+    return f"not enough {device} memory; use a smaller --batch_size or image"

@@ -15,7 +15,10 @@ torch is imported inside the functions that need it, so that `--help` starts fas
 """
 
 import contextlib
+import datetime
 import os
+
+PATIENCE = datetime.timedelta(days=1)  # one process may download, or predict a large slide, while the others wait
 
 
 def launched():
@@ -49,7 +52,7 @@ def processes(device):
     from torch import distributed
 
     device = _own_device(device)
-    options = {"device_id": device} if device.type == "cuda" else {}
+    options = {"timeout": PATIENCE, **({"device_id": device} if device.type == "cuda" else {})}
     try:
         with _default_signals():  # nothing is to be tidied up yet
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
@@ -64,7 +67,7 @@ def processes(device):
     except RuntimeError as error:
         if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
             raise
-        raise ConnectionError("another process of this training has ended; its own message says why") from None
+        raise ConnectionError("another process has ended; its own message says why") from None
     distributed.destroy_process_group()
 
 
@@ -169,7 +172,7 @@ def parallel(model, device):
 
 
 def sync_batch_norm(model, device, convert=None):
-    """The model with batch norm over the whole global batch. ValueError where PyTorch has no such thing.
+    """The model with batch norm over the whole global batch. ValueError on other devices than CUDA.
 
     convert: a function for models with other batch norms than PyTorch's.
     """

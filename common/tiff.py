@@ -6,8 +6,8 @@ with open("stack.ome.tif", "rb") as file, Stack(file) as stack:
 print(pixel_size("stack.ome.tif"))         # 0.325 (µm), or None
 
 A page is one picture. Time points, slices, positions and any other images are pages, in the order of the file's axes;
-the axes C and S are the channels of a page. A pyramid counts with its full resolution; thumbnails do not count. Pages
-and channels are counted from 0. Other files that the metadata of an OME-TIFF name are never opened.
+the axes C and S are the channels of a page. Of a pyramid only the full resolution is read; thumbnails are skipped.
+Pages and channels are counted from 0. Other files that the metadata of an OME-TIFF name are never opened.
 """
 
 import logging
@@ -22,9 +22,10 @@ import numpy as np
 from common.headers import ORIENTATION, TIFF_BEGINS, UNREADABLE, check_pixels, open_picture, upright
 
 MAX_FRAMES = 100_000  # in one file: metadata of a few bytes can claim billions
-PIXEL_BYTES = 8  # in a page, for each of the allowed pixels: four channels of 16 bits
+PIXEL_BYTES = 8  # per allowed pixel of a page, at most: four channels of 16 bits
 GREY, RGB, PALETTE = (0, 1), 2, 3  # PhotometricInterpretation; grey where 0 is white or black
-ALPHA = ((1,), (2,))  # ExtraSamples: one, of associated or unassociated alpha
+UNASSOCIATED = 2  # ExtraSamples: alpha by which the colours are not multiplied
+ALPHA = ((1,), (UNASSOCIATED,))  # one, of associated or unassociated alpha
 SLIDES = ("svs", "scn", "ndpi", "bif", "philips", "qpi", "avs")  # whose other series are labels and overviews
 LIBTIFF = (1, 2, 3, 4, 5, 7, 8, 32773, 32946)  # the usual compressions, which Pillow's libtiff has: LZW, JPEG, Deflate
 SAVE_ANEW = "save it with 8 or 16 bits per sample and without compression"
@@ -205,17 +206,19 @@ class Stack:
         page, key = self.pages[0], self.pages[0].key
         grey = key.axes == "YX"
         colour = page.is_colour and (key.axes == "YXS" or key.dtype == np.uint8)  # planes of 16 bits come out mixed
+        if key.axes == "YXS" and UNASSOCIATED in key.extrasamples:  # OpenCV multiplies colours by it
+            return False
         return len(self) == 1 and len(page.frames) == 1 and key.index == 0 and (grey or colour)
 
     @property
     def is_simple(self):
-        """Whether the first page's pixels are stored byte by byte: `read` then takes no more memory than they do."""
+        """Whether the first page's pixels are stored uncompressed: `read` then takes no more memory than they do."""
         page = self.pages[0]
         return _is_raw(page.key) and page.key.photometric != PALETTE and page.samples in (1, 3)
 
     @property
     def is_inverted(self):
-        """Whether decoders invert the first page: 8 bits, of which 0 is white. That is right for a picture alone."""
+        """Whether decoders invert the first page: 8 bits, 0 is white. Right for pictures, wrong for labels."""
         return self.pages[0].key.photometric == 0 and self.dtype(0) == np.uint8
 
     def dtype(self, number):
@@ -227,7 +230,7 @@ class Stack:
         return self.pages[number].is_colour
 
     def channels(self, number):
-        """The names of the channels of a page, a list of texts: OME's, or else their numbers."""
+        """The names of the channels of a page, a list of str: OME's, or else their numbers."""
         page = self.pages[number]
         if page.is_colour:
             return ["red", "green", "blue", "alpha"][: page.samples]
@@ -271,7 +274,7 @@ class Stack:
         return array if array.ndim == 3 else array[..., None]
 
     def _read_raw(self, series, index):
-        """A frame that is stored byte by byte -> an array of the shape of the series' key."""
+        """A frame that is stored uncompressed -> an array of the shape of the series' key."""
         key = series.keyframe
         if series.dataoffset is not None:  # one block of all frames; of large stacks ImageJ describes the first alone
             offset = series.dataoffset + index * key.nbytes
@@ -312,7 +315,7 @@ class Stack:
 
 
 def _is_raw(key):
-    """Whether the samples of a tifffile.TiffPage are stored byte by byte, and mean what they say."""
+    """Whether the samples of a tifffile.TiffPage are uncompressed and need no conversion."""
     meant = key.photometric in (1, RGB, PALETTE) or (key.photometric == 0 and key.dtype.itemsize > 1)
     return key.compression == 1 and key.bitspersample in (8, 16, 32, 64) and meant
 

@@ -135,7 +135,7 @@ def coco_source(path, content, pictures):
                 boxes += 1
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is not COCO as expected: {what}") from None
+        raise ValueError(f"{path} is not valid COCO: {what}") from None
     if boxes:
         notes.append(f"not used: {boxes:,} annotations without an outline (boxes or key points)")
     stems = {}
@@ -169,9 +169,10 @@ def read_labelme(path, shape):
             key = (str(entry["label"]), number if group is None else f"group {group}")
             objects.setdefault(key, []).append(entry)
         for (name, _), entries in objects.items():
-            yield unite((_labelme_piece(name, entry, shape) for entry in entries), shape)
+            pieces = [_labelme_piece(name, entry, shape) for entry in entries]
+            yield pieces[0] if len(pieces) == 1 else unite(pieces, shape)  # unite needs a mask of the whole picture
     except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        raise ValueError(f"{path.name} is not LabelMe as expected: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{path.name} is not valid LabelMe: {type(error).__name__}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
 

@@ -30,9 +30,9 @@ def read_map(path, max_pixels=MAX_PIXELS):
     """A label picture -> (H, W) integers from 0, as stored, upright: palette indices, grey values or coded colours.
 
     Reads 1 to 16 bits, and TIFF of 32 and 64 bits, also float where all values are whole numbers. Of colours, of 8 bits
-    each, black is 0 and the others are COLOUR + 2^16 red + 2^8 green + blue; alpha is ignored. A JPEG has to be a mask,
-    and is split at 128. Raises ValueError for anything else, and for a picture of more than max_pixels before it is
-    decoded.
+    each, grey ones are their level, so that black is 0, and the others are COLOUR + 2^16 red + 2^8 green + blue; alpha
+    is ignored. A JPEG has to be a mask, and is split at 128. Raises ValueError for anything else, and for a picture of
+    more than max_pixels before it is decoded.
     """
     with open(path, "rb") as file:
         try:
@@ -57,7 +57,8 @@ def read_map(path, max_pixels=MAX_PIXELS):
         array = 255 - array
     array = _integers(array, path.name)
     if is_jpeg:
-        if np.isin(array, [*range(NEARLY), *range(256 - NEARLY, 256)], invert=True).mean() > 0.01:
+        between = np.isin(array, [*range(NEARLY), *range(256 - NEARLY, 256)], invert=True)
+        if between.mean() > 0.01 or array.max(initial=0) >= COLOUR:
             raise ValueError(f"{path.name} is a JPEG, which changes the values of labels; save them as PNG or TIFF")
         array = np.where(array > 127, 255, 0)
     return upright(array, orientation)
@@ -105,10 +106,7 @@ def _integers(array, name):
         array = array[..., 0]
     if array.ndim == 3:
         red, green, blue = (array[..., k].astype(np.int32) for k in range(3))
-        if (red == green).all() and (green == blue).all():
-            return red
-        code = red << 16 | green << 8 | blue
-        return np.where(code > 0, code + COLOUR, 0)
+        return np.where((red == green) & (green == blue), red, COLOUR + (red << 16 | green << 8 | blue))
     if array.dtype.kind == "f":
         with np.errstate(invalid="ignore"):
             whole = array.astype(np.int64)
@@ -271,9 +269,9 @@ def guess(paths):
     if len(unreadable) == len(paths[:GUESS_MAPS]):
         raise unreadable[0]
     if not values:
-        raise ValueError(f"{paths[0].parent}: no label picture holds a value beside 0")
+        raise ValueError(f"{paths[0].parent}: all label pictures are empty (0 everywhere)")
     share = whole / regions
-    evidence = f"{len(values):,} values beside 0; {share:.0%} of them are one piece in their picture"
+    evidence = f"{len(values):,} nonzero values; {share:.0%} of them form one region per picture"
     if len(values) == 1:
         return "class_map", f"all labels are 0 or {value_name(*values)}"
     if len(values) <= MANY_VALUES and share < 0.5:

@@ -14,14 +14,14 @@ import numpy as np
 
 from common.images import squeeze, to_channels
 from inference import predict_tiled, without_tta
-from instances import DEFAULTS, sequential
+from instances import DEFAULTS, count_values, sequential
 from nuclei.blocks import nuclei_in_blocks
 from nuclei.scale_search import find_scale
 from nuclei.scaling import resize_nuclei, stretch_picture, zoom
 
 SEARCHED = 1024  # pixels per side, at most, of the part of a picture in which the scale is searched
 SHRINK = 8  # how many times the picture is shrunk to choose that part
-LARGEST = 4.0  # highest scale that the search tries: objects smaller than a quarter of a known nucleus are debris
+LARGEST = 4.0  # highest scale that the search tries: objects below a quarter of the trained diameter are debris
 LEAST_SIDE = 16  # network pixels that a picture's shorter side keeps, unless it has fewer to begin with
 MOST_PIXELS = 2**28  # network pixels of a whole picture, at most: 3 GiB of maps and labels
 MOST_SEARCHED = 2**23  # the same for the part in which the scale is searched
@@ -33,10 +33,11 @@ class Found(NamedTuple):
     labels: np.ndarray  # (H, W) int32, 0 background, 1 ... n the nuclei
     confidence: np.ndarray  # (n + 1,) float32 in [0, 1]: the mean of the mask over each nucleus, 0 for the background
     scale: float  # network pixels per pixel of the picture
+    limited: bool = False  # whether a higher scale was found, at which the network would see more than MOST_PIXELS
 
 
 def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
-    """picture: (H, W, C) uint8, as common.images.read_picture returns it -> Found.
+    """picture: (H, W) or (H, W, C), as common.images.read_picture returns it -> Found.
 
     predictor: inference.Predictor or OnnxPredictor, its run one of --target instances. diameter: the typical nucleus,
     in pixels of the picture; by default the scale is searched (scale_search.py), without test-time augmentation and, in
@@ -58,9 +59,10 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
         if scale > highest:
             raise ValueError(
                 f"nuclei of {diameter:g} pixels would be shown {scale:.3g} times as large, "
-                f"{scale**2 * image.shape[0] * image.shape[1]:.3g} pixels in all; take a larger --diameter"
+                f"{scale**2 * image.shape[0] * image.shape[1]:.3g} pixels in all; cut the picture into parts, or give "
+                "a larger --diameter"
             )
-        scale = max(scale, lowest)
+        wanted = scale = max(scale, lowest)
         labels, confidence, mask = look(image, scale)
     else:
         part, plain = image[busiest_window(image, SEARCHED)], without_tta(predictor)
@@ -70,14 +72,15 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
             looks[scale] = look(part, scale, plain)
             return looks[scale][0]
 
-        bounds = lowest, min(LARGEST, highest, bounds_of(part.shape[:2], MOST_SEARCHED)[1])
-        scale, _ = find_scale(nuclei_at, config["diameter"], config.get("scale", 1.0), bounds)
+        bounds = lowest, min(LARGEST, bounds_of(part.shape[:2], MOST_SEARCHED)[1])
+        wanted, _ = find_scale(nuclei_at, config["diameter"], config.get("scale", 1.0), bounds)
+        scale = min(wanted, highest)
         seen = part.shape == image.shape and plain is predictor
         labels, confidence, mask = looks[scale] if seen else look(image, scale)
     labels = resize_nuclei(labels, mask, image.shape[:2], config["mask_threshold"], config["smoothing"])
-    kept = np.bincount(labels.ravel(), minlength=len(confidence)) > 0
+    kept = count_values(labels, len(confidence)) > 0
     kept[0] = True
-    return Found(sequential(labels), confidence[kept], scale)
+    return Found(sequential(labels), confidence[kept], scale, scale < wanted)
 
 
 def bounds_of(shape, most):

@@ -1,4 +1,4 @@
-"""What predict.py leaves of individual nuclei: label TIFFs, outlines, measures, and files for other programs.
+"""What predict.py writes for individual nuclei: label TIFFs, outlines, measures, and files for other programs.
 
     results = NucleiResults(Path("outputs/nuclei/predict"), names, settings="models/nuclei L4", rois=True)
     with results.kept(count=len(files)):
@@ -38,13 +38,13 @@ class NucleiResults(Results):
     """Nuclei of pictures, each with its number.
 
     Args, besides those of predictions.Results:
-        pixel_size: micrometres per pixel; by default what a TIFF tells of itself.
+        pixel_size: micrometres per pixel; by default from the metadata of a TIFF.
         rois, geojson: whether to write ImageJ ROIs and QuPath's GeoJSON. ValueError where a package for it is missing.
     """
 
     def __init__(self, folder, names, settings, pixel_size=None, rois=False, geojson=False):
         super().__init__(folder, names, settings)
-        self.pixel_size, self.rois, self.geojson = pixel_size, rois, geojson
+        self.pixel_size, self.rois, self.geojson, self.limited = pixel_size, rois, geojson, []
         for option, packages in PACKAGES.items():
             if getattr(self, option):
                 for package in packages:
@@ -76,6 +76,8 @@ class NucleiResults(Results):
         columns = ["image", *table]
         rows = [dict(zip(columns, (name, *values), strict=True)) for values in zip(*table.values(), strict=True)]
         self.keep(about, rows, columns)
+        if found.limited:
+            self.limited.append(name)
         return rows
 
     def finish(self):
@@ -112,6 +114,10 @@ class NucleiResults(Results):
         return f"{count:,} nuclei"
 
     def suspicions(self):
-        """Warnings about pictures without nuclei: [(words, names)] or []."""
-        names = [row["image"] for row in self.images if not row["objects"]]
-        return [("no nuclei", names)] if names else []
+        """Warnings about pictures without nuclei, or too large for their scale: [(words, names), ...]."""
+        empty = [row["image"] for row in self.images if not row["objects"]]
+        found = {
+            "no nuclei": empty,
+            "a scale that is too low, because the pictures are too large (cut them into parts),": self.limited,
+        }
+        return [(words, names) for words, names in found.items() if names]

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from common.images import squeeze, to_channels
-from instances import areas
+from instances import areas, count_values
 
 DEBRIS = 0.1  # of the area of large nuclei (the 90th percentile); what is smaller does not count
 LEAST_RANGE = 8  # grey levels between the percentiles; an empty picture's noise is not stretched further
@@ -44,7 +44,7 @@ def stretch_limits(image, percentiles):
     """
     if percentiles == "none":
         return 0, 255
-    cumulative = np.bincount(image.ravel(), minlength=256).cumsum()
+    cumulative = count_values(image, 256).cumsum()
     ranks = np.array([float(part) for part in percentiles.split(",")]) / 100 * cumulative[-1]
     low, high = np.searchsorted(cumulative, ranks.clip(1, cumulative[-1])).tolist()
     return low, max(high, low + LEAST_RANGE)

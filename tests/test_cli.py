@@ -38,15 +38,15 @@ def test_numbers_within_bounds(kind, bounds, text, value):
 @pytest.mark.parametrize(
     ("kind", "bounds", "text", "message"),
     [
-        (int, (1,), "0", "expected an integer from 1, found '0'"),
-        (int, (1, 1024), "1025", "expected an integer from 1 up to 1024, found '1025'"),
-        (int, (0, 2**32 - 1), "4294967296", "expected an integer from 0 up to 4294967295, found '4294967296'"),
+        (int, (1,), "0", "expected an integer >= 1, found '0'"),
+        (int, (1, 1024), "1025", "expected an integer from 1 to 1024, found '1025'"),
+        (int, (0, 2**32 - 1), "4294967296", "expected an integer from 0 to 4294967295, found '4294967296'"),
         (int, (), "1.0", "expected an integer, found '1.0'"),
         (int, (), "", "expected an integer, found ''"),
         (int, (), "inf", "expected an integer, found 'inf'"),
-        (float, (0,), "-1e-9", "expected a number from 0, found '-1e-9'"),
-        (float, (0, 0.999999), "1", "expected a number from 0 up to 0.999999, found '1'"),
-        (float, (-math.inf, 3), "4", "expected a number up to 3, found '4'"),
+        (float, (0,), "-1e-9", "expected a number >= 0, found '-1e-9'"),
+        (float, (0, 0.999999), "1", "expected a number from 0 to 0.999999, found '1'"),
+        (float, (-math.inf, 3), "4", "expected a number <= 3, found '4'"),
         (float, (), "nan", "expected a number, found 'nan'"),
         (float, (), "inf", "expected a number, found 'inf'"),
         (float, (), "-inf", "expected a number, found '-inf'"),
@@ -83,10 +83,10 @@ def options_of(*argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--lr", "fast"], "argument --lr/--learning_rate: expected a number from 0, found 'fast'"),
+        (["--lr", "fast"], "argument --lr/--learning_rate: expected a number >= 0, found 'fast'"),
         (["--batch", "4"], "unrecognized arguments: --batch 4"),  # no abbreviations
         (["--learning", "1"], "unrecognized arguments: --learning 1"),
-        (["-b", "0"], "argument -b/--batch_size: expected an integer from 1, found '0'"),
+        (["-b", "0"], "argument -b/--batch_size: expected an integer >= 1, found '0'"),
         (["--amp", "on"], "argument --amp: invalid choice: 'on'"),
         (["--nesterov", "maybe"], "argument --nesterov: 'maybe' is neither True nor False"),
         (["--lr"], "argument --lr/--learning_rate: expected one argument"),
@@ -127,9 +127,9 @@ def test_default_then_file_then_command_line(tmp_path):
 def test_values_of_the_file_are_checked_by_their_option(tmp_path, capsys):
     config = tmp_path / "my.yml"
     for line, message in (
-        ("batch_size: 0", "argument -b/--batch_size: expected an integer from 1, found '0'"),
-        ("batch_size: 4.5", "argument -b/--batch_size: expected an integer from 1, found '4.5'"),
-        ("lr: .nan", "argument --lr/--learning_rate: expected a number from 0, found 'nan'"),
+        ("batch_size: 0", "argument -b/--batch_size: expected an integer >= 1, found '0'"),
+        ("batch_size: 4.5", "argument -b/--batch_size: expected an integer >= 1, found '4.5'"),
+        ("lr: .nan", "argument --lr/--learning_rate: expected a number >= 0, found 'nan'"),
         ("nesterov: 7", "argument --nesterov: '7' is neither True nor False"),
         ("overwrite: 2", "argument --overwrite: '2' is neither True nor False"),
     ):
@@ -239,7 +239,7 @@ def ran(tmp_path, body, **environment):
         (
             "raise type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory')",
             2,
-            "my.py: error: the GPU's memory does not suffice; take a smaller --batch_size or image\n",
+            "my.py: error: not enough GPU memory; use a smaller --batch_size or image\n",
         ),
     ],
 )
@@ -247,6 +247,12 @@ def test_exit_status_and_one_line(tmp_path, body, status, stderr):
     result = ran(tmp_path, body)
     assert (result.returncode, result.stderr) == (status, stderr)
     assert result.stdout == ("done\n" if status == 0 else "")
+
+
+def test_names_that_the_console_cannot_show(tmp_path):
+    """As on Windows, where the output of a pipe is in the code page."""
+    result = ran(tmp_path, "print('Zelle \u7d30\u80de')", PYTHONIOENCODING="cp1252")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "Zelle \\u7d30\\u80de\n", "")
 
 
 def test_only_a_terminal_is_told_that_libraries_are_loaded(tmp_path):

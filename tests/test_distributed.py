@@ -385,6 +385,20 @@ def test_more_processes_than_gpus(second_of_two, monkeypatch):
         raise AssertionError
 
 
+def test_a_process_may_wait_long_for_another(second_of_two, monkeypatch):
+    """PyTorch gives up after 10 minutes on GPUs, 30 on CPUs; a slide, or a download, may take longer."""
+    asked = {}
+
+    def never(backend, **options):
+        asked.update(options)
+        raise RuntimeError("no address")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", never)
+    with pytest.raises(ConnectionError, match="could not be connected: no address"), distributed.processes(CPU):
+        raise AssertionError
+    assert asked["timeout"].total_seconds() >= 24 * 3600
+
+
 def test_sharing_needs_enough_images_and_a_shared_loader(monkeypatch):
     monkeypatch.setattr(loaders, "world_size", lambda: 3)
     with pytest.raises(ValueError, match="--batch_size 2 is shared by 3 processes; give at least 3"):

@@ -68,6 +68,16 @@ def test_a_diameter_that_would_enlarge_too_much(monkeypatch):
         find_nuclei(BrightNuclei(), discs(9)[0], diameter=2)
 
 
+def test_a_picture_too_large_for_the_scale_of_its_nuclei(monkeypatch):
+    """It is shown as large as the limit allows, and the answer says so."""
+    monkeypatch.setattr(find, "SEARCHED", 128)
+    picture, labels = discs(4, size=(400, 300))
+    assert not find_nuclei(BrightNuclei(), picture).limited
+    monkeypatch.setattr(find, "MOST_PIXELS", 400 * 300)
+    found = find_nuclei(BrightNuclei(), picture)
+    assert found.limited and found.scale == 1 and found.labels.max() == labels.max()
+
+
 def test_large_pictures_are_searched_in_a_part(monkeypatch):
     """The scale is that of the part with nuclei, and all of the picture is segmented at it, once."""
     monkeypatch.setattr(find, "SEARCHED", 256)

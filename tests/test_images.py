@@ -102,11 +102,11 @@ def test_jpeg_keeps_the_order_of_the_colours():
     assert found.shape == (24, 30, 3) and np.abs(found.astype(int) - colours()).max() < 12
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_rgba(kind):
-    opaque = kind == "TIFF"  # OpenCV multiplies the colours of a TIFF by its alpha
-    image = np.dstack([colours(), np.full((24, 30), 255, np.uint8) if opaque else noise(24, 30)])
-    found = decode(file_of(image, kind))
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})])
+def test_rgba(kind, options):
+    """The colours are those of the file, also where they are transparent."""
+    image = np.dstack([colours(), noise(24, 30)])
+    found = decode(file_of(image, kind, **options))
     assert np.array_equal(found, image)
     assert np.array_equal(to_channels(found, 3), colours()) and np.array_equal(to_channels(found, 4), image)
 

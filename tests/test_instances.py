@@ -21,6 +21,7 @@ from instances import (
     SPLIT,
     bootstrap_interval,
     contact_band,
+    count_values,
     drop_small,
     fill_holes,
     from_runs,
@@ -50,6 +51,17 @@ def blobs(seed, size=40, count=12):
         y, x = rng.integers(-5, size, 2)
         labels[max(y, 0) : y + rng.integers(1, 24), max(x, 0) : x + rng.integers(1, 24)] = label
     return labels
+
+
+def test_values_are_counted_in_little_memory():
+    """np.bincount copies a uint8 picture to eight times its size."""
+    image = np.random.default_rng(0).integers(0, 256, (2000, 300, 3), np.uint8)
+    tracemalloc.start()
+    counts = count_values(image, 300)
+    assert tracemalloc.get_traced_memory()[1] < 2 * image.nbytes
+    tracemalloc.stop()
+    assert counts.tolist() == [(image == value).sum() for value in range(300)]
+    assert count_values(image[:0], 3).tolist() == [0, 0, 0]
 
 
 # ---------------------------------------------------------------- label map -> targets

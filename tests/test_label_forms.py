@@ -172,7 +172,7 @@ def test_nothing_to_recognise():
 def test_values_of_a_map():
     colours = np.array([[[0, 0, 0], [1, 2, 3], [9, 9, 9]]], np.uint8)
     cv2.imwrite("colours.png", colours[..., ::-1])
-    assert maps.read_map(Path("colours.png")).tolist() == [[0, maps.COLOUR + 0x010203, maps.COLOUR + 0x090909]]
+    assert maps.read_map(Path("colours.png")).tolist() == [[0, maps.COLOUR + 0x010203, 9]]  # as in files of grey alone
     cv2.imwrite("grey.png", np.repeat(np.array([[[0], [7]]], np.uint8), 3, axis=2))
     assert maps.read_map(Path("grey.png")).tolist() == [[0, 7]]
     tifffile.imwrite("turned.tif", np.array([[0, 7]], np.uint16), extratags=[(274, "H", 1, 6, True)])

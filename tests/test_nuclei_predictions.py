@@ -19,7 +19,7 @@ import engine
 import predict
 import train
 from instances import from_runs, judge
-from nuclei import object_files
+from nuclei import find, object_files
 from nuclei.object_files import join_label_tiffs, write_label_tiff
 from nuclei.predictions import NucleiResults
 
@@ -106,6 +106,14 @@ def test_a_picture_without_nuclei(here, monkeypatch, capsys):
     assert "warning: no nuclei in 1 of 1 pictures: empty" in capsys.readouterr().err
     assert pd.read_csv("out/objects.csv").empty and not tifffile.imread("out/empty_labels.tif").any()
     assert (here / "out.csv").read_text().split() == ["ImageId,EncodedPixels", "empty,"]
+
+
+def test_a_picture_too_large_for_the_scale_of_its_nuclei(here, monkeypatch, capsys):
+    monkeypatch.setattr(find, "SEARCHED", 128)
+    monkeypatch.setattr(find, "MOST_PIXELS", 400 * 300)
+    write(here / "in" / "slide.png", discs(4, size=(400, 300))[0])
+    assert call(monkeypatch, predict, "in --output out") == 0
+    assert "warning: a scale that is too low, because the pictures are too large" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- stacks
@@ -237,7 +245,7 @@ def test_the_submission_is_what_the_labels_say(here, monkeypatch, capsys):
     call(monkeypatch, predict, "moved --output out --submission sub.csv")
     assert set(pd.read_csv("sub.csv")["ImageId"]) == {"moved_a", "moved_b", "more_a"}
     (here / "notes.csv").write_text("my notes")
-    with pytest.raises(ValueError, match=r"--submission notes.csv exists and is no submission; give another name"):
+    with pytest.raises(ValueError, match=r"--submission notes.csv exists and is not a submission; give another name"):
         call(monkeypatch, predict, "in/a.png --output out --submission notes.csv")
     with pytest.raises(ValueError, match="notes.csv is a file, not a folder"):
         call(monkeypatch, predict, "in/a.png --output out --submission notes.csv/sub.csv")

@@ -147,7 +147,7 @@ def test_the_scale_is_the_runs_own_or_said(tmp_path, monkeypatch, capsys):
     cv2.imwrite("a.png", image[..., ::-1])
     for args, size in ((("--mode", "tile"), (70, 90)), (("--scale", "0.3"), (21, 27)), ((), (32, 48))):
         assert call(monkeypatch, "a.png", "--probability", *args) == 0
-        assert ("taking --scale 1" in capsys.readouterr().out) == ("--mode" in args)
+        assert ("using --scale 1" in capsys.readouterr().out) == ("--mode" in args)
         found = read("outputs/old/predict/a_probability.png") / 65535
         np.testing.assert_allclose(found, expected(model, image, size), atol=1e-4)
 
@@ -366,6 +366,18 @@ def test_tables_are_saved_while_a_long_call_is_at_work(workplace, monkeypatch):
     assert seen == [None, ["a"]]
     objects = rows("outputs/tiny/predict/objects.csv")
     assert len(objects) == sum(int(row["objects"]) for row in rows("outputs/tiny/predict/images.csv")) > 0
+
+
+def test_large_tables_are_saved_less_often(tmp_path, monkeypatch):
+    """Saving copies the whole table, so the time between two saves grows with it."""
+    monkeypatch.setattr(predictions, "SAVE_SECONDS", 0)
+    results = MaskResults(tmp_path, {}, "")
+    results.saving = 1000.0
+    results.keep({"image": "a", "path": "a.png"}, [], [])
+    assert not (tmp_path / "images.csv").exists()
+    results.saving = 0.0
+    results.keep({"image": "b", "path": "b.png"}, [], [])
+    assert [row["image"] for row in rows(tmp_path / "images.csv")] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -601,12 +613,12 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch, capsys):
         (["empty"], "nothing to predict; empty: holds no picture"),
         (["a.png", "--name", "other"], "the runs are: tiny"),
         (["a.png", "--max_pixels", "6299"], "90 x 70 pixels are more than 6,299"),
-        (["a.png", "--mode", "resize", "--scale", "0.5"], "--scale is an option of --mode tile"),
+        (["a.png", "--mode", "resize", "--scale", "0.5"], "--scale needs --mode tile"),
         (["a.png", "--page", "1"], "a.png: has no page 1; it has 1, counted from 0"),
         (["a.png", "--channels", "3"], "a.png: has no channel 3; its channels are 0 red, 1 green, 2 blue"),
-        (["a.png", "--onnx", "x.onnx", "--level", "2"], "--level is not an option of --onnx"),
+        (["a.png", "--onnx", "x.onnx", "--level", "2"], "--level does not go with --onnx"),
         (["a.png", "--onnx", "x.onnx"], "x.onnx"),
-        (["a.png", "--onnx", "a.png"], "a.png is not an ONNX file of export.py"),
+        (["a.png", "--onnx", "a.png"], "a.png was not written by export.py"),
     ]:
         with pytest.raises((ValueError, OSError), match=expected_words):
             call(monkeypatch, *args, device=())

@@ -142,8 +142,8 @@ class SkipNetwork(nn.Module):
     def prune(self, level):
         """A new model with the nodes i + j <= level and only the head of X^{0,level}, whose logits forward returns.
 
-        The logits equal those of the same head of this model, which is left unchanged. Padding stays at multiples of
-        16, because upsampling with aligned corners depends on the size. ValueError when no head was trained there.
+        The logits equal those of the same head of this model, which is left unchanged. Padding stays as
+        it is, because upsampling with aligned corners depends on the size. ValueError when no head was trained there.
         """
         if level not in self.levels:
             said = f"level {level}: this {type(self).__name__} has no such head, only {', '.join(self.head_names)}"
@@ -196,9 +196,10 @@ class SkipNetwork(nn.Module):
         return x
 
     def pad(self, images):
-        """Pad right and bottom by replication to multiples of 16; in training to at least 32.
+        """Pad right and bottom by replication to multiples of 16, or 32 with a half stem.
 
-        32 pixels leave 2 x 2 at the bottom, so batch norm sees more than one value per channel even in a batch of one.
+        In training each side is at least twice that, which leaves 2 x 2 at the bottom, so batch norm sees more than one
+        value per channel even in a batch of one.
         """
         multiple = 2**DEPTH * self.scale
         least = 2 * multiple if self.training else 1

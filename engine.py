@@ -26,7 +26,7 @@ from common.devices import precision
 from common.distributed import copy_main, gather, is_main, parallel, world_size
 from common.files import load_checkpoint, save_checkpoint
 from common.loaders import set_epoch, with_shares
-from common.runs import keeping, time_left, write_log
+from common.runs import check_start, keeping, note_changes, time_left, write_log, write_start
 from utils import AverageMeter
 
 SHORT = 200  # below this many steps, averaged weights forget sooner
@@ -329,11 +329,28 @@ def fit(run, loader, val_loader, check_stop=no_check, compiled=False, board=None
     print(run.over())
 
 
+def begin(run, config, earlier, resume, free, data, split=None):
+    """Before the first step: continue the run in its folder, or write a new one's config.yml and split.yml there.
+
+    earlier: files to delete. resume: whether the run was begun before. free: the options that torchrun's processes
+    need not share. data: the fingerprint of the data, which they do share. split: the content of split.yml.
+    """
+    if resume and (run.folder / "last.pth").is_file():
+        run.resume()
+    elif resume:
+        print(f"{run.folder} has no finished epoch yet: starting with the first")
+    check_start(config, free, data=data, epoch=run.epoch)
+    if is_main() and resume:
+        note_changes(config, run.folder)
+    elif is_main():
+        write_start(config, run.folder, earlier, run.device, split)
+
+
 def fit_and_keep(run, loader, val_loader, script, stops=None, compiled=False, board=None):
     """`fit` as a script runs it: signals wait for the end of a step, and curves.png is written however it ends.
 
     script: named in the command that continues a stopped run. stops: a common.cli.Stops, or None for a new one.
-    board: a board.Board, which is always closed at the end, or None.
+    board: a common.board.Board, which is always closed at the end, or None.
     """
 
     def at_end():

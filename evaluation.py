@@ -118,12 +118,12 @@ def gallery_items(dataset, rows, masks):
     return items
 
 
-def write_examples(items, path, each=2):
-    """One picture: columns of the worst, median and best images, with truth, prediction and errors below."""
+def write_examples(items, path):
+    """One picture: the two worst, median and best images, with truth, prediction and errors below each."""
     chosen = []
     for group in ("worst", "median", "best"):
         members = [item for item in items if item["group"] == group]
-        chosen += members[:each] if group == "worst" else members[-each:]
+        chosen += members[:2] if group == "worst" else members[-2:]
     columns = [[array for _, array in item["panels"]] for item in chosen]
     heads = [f"{item['group']}: IoU {item['values']['IoU']:.2f}" for item in chosen]
     rows = [list(row) for row in zip(*columns, strict=True)]

@@ -72,10 +72,9 @@ answer_early(__name__, build_parser)  # the imports below take seconds
 import numpy as np
 import torch
 
-from archs import DEPTH
 from common.files import atomic_path, read_yaml, save_checkpoint, write_yaml
 from common.images import read_picture, squeeze, to_channels
-from common.runs import newest_run, run_folder
+from common.runs import OUTPUTS, newest_run, run_folder
 from common.synthetic import nuclei
 from data_folder import INPUTS, find_file
 from dataset import ABOUT, check_split
@@ -156,7 +155,7 @@ def images_of(config, part, count):
     images: list of (H, W, channels) uint8; as stored for a run of masks, as view_of returns them for individual nuclei.
     """
     folder, of_nuclei = INPUTS / config["dataset"], is_of_nuclei(config)
-    path = Path("models") / config["name"] / "split.yml"
+    path = run_folder(config["name"]) / "split.yml"
     ids = check_split(read_yaml(path), path)[part]
     if part == "train":  # spread over the list: neighbours may be of one kind
         ids = ids[:: max(1, len(ids) // count)]
@@ -306,7 +305,7 @@ def write_run(name, options):
     write_yaml(folder / "split.yml", split)
     config = {**config, "name": folder.name, "exported": True}  # no training that could go on
     if options.level != "mean":
-        config["level"] = model.levels[-1] if config["deep_supervision"] else DEPTH
+        config["level"] = model.levels[-1]
     write_yaml(folder / "config.yml", config)
     size = (folder / "model.pth").stat().st_size / 2**20
     heads = ", ".join(model.head_names)
@@ -331,7 +330,7 @@ def write_deployed(name, options):
     model, config = load_trained(name, torch.device("cpu"), level=options.level or "deepest")
     head = "mean" if options.level == "mean" else model.head_names[-1]
     ending = "_int8.onnx" if options.int8 else ".onnx"
-    output = options.output or Path("outputs") / name / f"{name}_{head}{ending}"
+    output = options.output or OUTPUTS / name / f"{name}_{head}{ending}"
     if output.exists() and not options.overwrite:
         raise FileExistsError(f"{output} exists; give --overwrite to replace it, or another --output")
     deployed = Deployed(model.to(memory_format=torch.contiguous_format), config["mean"], config["std"])

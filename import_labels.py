@@ -23,7 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common.files import check_place, is_plain_name, new_folder, write_yaml
-from common.images import quieten_opencv, read_picture, squeeze, to_channels, write_png
+from common.images import read_picture, squeeze, to_channels, write_png
+from common.runs import OUTPUTS
+from data_folder import INPUTS
 from label_forms.pairing import list_pictures
 from label_forms.recognise import FORMS, find_places, recognise
 from label_forms.source import MAX_CLASSES
@@ -251,14 +253,13 @@ def main():
     if not is_plain_name(options.name):
         raise ValueError(f"--name {options.name!r}: expected the name of a folder in inputs/")
     chosen = options.classes and [name.strip() for name in options.classes.split(",")]
-    output, sheet = Path("inputs", options.name), Path("outputs", options.name, "labels.png")
+    output, sheet = INPUTS / options.name, OUTPUTS / options.name / "labels.png"
 
     def may_write():
         check_place(output, "dataset.yml", options.overwrite, "--name")
 
     if not options.check:
         may_write()  # before everything is read
-    quieten_opencv()
     images, labels = find_places(options.images, options.labels)
     pictures = list_pictures(images, labels)
     source = recognise(pictures, labels, options.form)

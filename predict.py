@@ -41,7 +41,6 @@ import contextlib
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +52,13 @@ from common.distributed import gather, is_main, launched, processes, rank, world
 from common.headers import check_pixels
 from common.images import MAX_PIXELS, MOST_PIXELS, PageReader, file_of, find_pictures, list_pages, squeeze, to_channels
 from common.report import open_page
+from common.runs import OUTPUTS
 from inference import LEVELS, OnnxPredictor, Predictor, predict_tiled
 from predictions import (
     DIAMETERS,
     PIXEL_SIZES,
     MaskResults,
+    Picture,
     earlier_results,
     forget_settings,
     is_done,
@@ -115,15 +116,6 @@ def build_parser():
 
 
 # ---------------------------------------------------------------- pictures in
-
-
-@dataclass
-class Picture:
-    path: Path
-    image: np.ndarray  # (H, W, C) uint8, as large as in the file
-    small: np.ndarray  # (h, w, C) uint8, as the network sees it
-    tiled: bool  # whether that is at the scale of tiles, not at the trained size
-    seconds: float
 
 
 def in_tiles(shape, options, config):
@@ -271,7 +263,7 @@ def predict(options, given, device):
     predictor = build_predictor(options, given, device)
     of_nuclei = is_of_nuclei(predictor.config)
     print(predictor.about)
-    output = options.output or Path("outputs") / predictor.name / "predict"
+    output = options.output or OUTPUTS / predictor.name / "predict"
     if options.scale:
         options.mode = "tile"
     elif options.mode == "tile" and not predictor.config.get("scale"):

@@ -16,6 +16,7 @@ import itertools
 import math
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -24,7 +25,7 @@ import numpy as np
 from common import report
 from common.cli import in_one_line
 from common.files import atomic_path, is_plain_name, lock
-from common.images import MOST_PIXELS, Page, file_of, read_picture, squeeze, write_png
+from common.images import MOST_PIXELS, Page, file_of, read_picture, squeeze, to_channels, write_png
 from common.tables import merge_table, read_table
 from common.tiff import pixel_size
 
@@ -142,7 +143,7 @@ def forget_settings(folder, rows):
 
 def outline_masks(image, masks):
     """(H, W, C) uint8, a boolean (H, W) per class -> (H, W, 3) uint8: the image, brightened, with the masks' edges."""
-    drawn = report.brighten(image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2))
+    drawn = report.brighten(to_channels(image, 3))
     width = 3 if max(image.shape) < 512 else 5  # lines of 1 pixel, or 2
     for mask, colour in zip(masks, itertools.cycle(report.PALETTE), strict=False):
         inner = cv2.erode(mask.view(np.uint8), np.ones((width, width), np.uint8))
@@ -232,6 +233,17 @@ class Results:
         return f"{pictures}, {self.found()}, {scale}; {seconds:.2f} s per picture"
 
 
+@dataclass
+class Picture:
+    """A picture whose masks are to be found."""
+
+    path: Path
+    image: np.ndarray  # (H, W, C) uint8, as large as in the file
+    small: np.ndarray  # (h, w, C) uint8, as the network sees it
+    tiled: bool  # whether that is at the scale of tiles, not at the trained size
+    seconds: float  # that reading it and finding its masks took
+
+
 class MaskResults(Results):
     """Masks of every class, their outlines, and the connected regions in tables.
 
@@ -243,7 +255,7 @@ class MaskResults(Results):
         self.threshold, self.probability = threshold, probability
 
     def add(self, picture, probabilities):
-        """Write the results of a predict.Picture. probabilities: (num_classes, h, w) uint16 of picture.small."""
+        """Write the results of a Picture. probabilities: (num_classes, h, w) uint16 of picture.small."""
         started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         name, (height, width) = self.names[picture.path], picture.image.shape[:2]

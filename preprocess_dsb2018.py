@@ -77,7 +77,7 @@ from tqdm import tqdm
 
 from common.download import check_zip, fetch
 from common.files import check_place, new_folder, write_yaml
-from common.images import quieten_opencv, squeeze, squeeze_mask, write_png
+from common.images import squeeze, squeeze_mask, write_png
 from common.synthetic import nuclei
 from dsb2018 import TEST, Sample, Truth, apply_fixes, find_samples, list_zip, read_solution
 from labels import write_labels
@@ -274,7 +274,6 @@ def main():
     check_options(options, given)
     started = time.perf_counter()
     cv2.setNumThreads(1)  # the images are spread over threads already
-    quieten_opencv()
     native = options.native or (options.solution and "img_size" not in given)
     size = None if native else options.img_size
     output = options.output or default_output(options, size)

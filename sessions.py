@@ -27,7 +27,7 @@ from common.cli import in_one_line, lack_of_memory
 from common.devices import pick_amp, pick_device
 from common.images import MAX_PIXELS, PageReader, list_pages, squeeze, standardise, to_channels, write_png
 from common.outlines import distinct_colours, draw_outlines
-from common.runs import list_runs, run_folder
+from common.runs import OUTPUTS, list_runs, run_folder
 from inference import Predictor
 from predictions import DIAMETERS, PIXEL_SIZES, reason_of
 from run_config import is_of_nuclei
@@ -290,7 +290,7 @@ def about_runs():
 
 
 def report_of(run):
-    return Path("outputs") / run_folder(run).name / "report.html"
+    return OUTPUTS / run_folder(run).name / "report.html"
 
 
 def draw_sizes(diameters):

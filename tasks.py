@@ -9,7 +9,7 @@ A task has
     count(output, truth, own, training) -> counts of the first `own` images, a tensor that adds up over batches and
         processes
     score_of(sum of counts) -> float
-    drawn(output, truth) -> (rows, caption) of the first image, for board.py: rows of pictures, (H, W) or (H, W, 3)
+    drawn(output, truth) -> (rows, caption) of the first image, for common.board: rows of pictures, (H, W) or (H, W, 3)
         uint8, that show what is true and what the output says
 """
 

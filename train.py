@@ -157,25 +157,22 @@ answer_early(__name__, build_parser)  # the imports below take seconds
 import torch
 
 from archs import WIDTH, build_model
-from board import check_tensorboard, open_board
+from common.board import check_tensorboard, open_board
 from common.devices import keep_memory, memory, pick_amp, pick_device, precision_name
 from common.distributed import is_main, processes, sync_batch_norm
 from common.files import read_yaml
 from common.runs import (
-    check_start,
     earlier_files,
     machine_name,
-    note_changes,
     only_trainer,
     resolve_machine,
     resumed,
     run_folder,
-    write_start,
 )
 from data_folder import check_layout
 from dataset import GROUPED, make_loader
 from encoders import convert_sync_batchnorm, load_encoder
-from engine import OPTIMIZERS, SCHEDULERS, Run, averaging_decay, fit_and_keep, seed_everything
+from engine import OPTIMIZERS, SCHEDULERS, Run, averaging_decay, begin, fit_and_keep, seed_everything
 from inference import start_from
 from instances import DEFAULTS, MAPS
 from losses import LOSSES, MapsLoss
@@ -366,15 +363,8 @@ def prepare(config, folder, earlier, device, resume):
     if resume and about["fingerprint"] != read_yaml(folder / "split.yml").get("fingerprint"):
         others = ", or those of --rehearse," if "rehearsal" in about["fingerprint"] else ""
         raise ValueError(f"the files of inputs/{config['dataset']}{others} have changed since {folder} was started")
-    if begun:
-        run.resume()
-    elif resume:
-        print(f"{folder} has no finished epoch yet: starting with the first")
-    check_start(config, FREE_ON_RESUME, data=about["fingerprint"], epoch=run.epoch)
-    if is_main() and resume:
-        note_changes(config, folder)
-    elif is_main():
-        write_start(config, folder, earlier, device, {**split, **about})
+    begin(run, config, earlier, resume, FREE_ON_RESUME, about["fingerprint"], {**split, **about})
+    if is_main() and not resume:
         recommend_steps(config, len(loader))
 
     layout = "channels_last" if config["channels_last"] else "contiguous"

@@ -88,8 +88,6 @@ def build_parser():
     a("--weights", default="imagenet", help=weights)
     a("--freeze", action="store_true", help="frozen: train the head only, on the features of --weights as they are")
     a("--freeze_bn", action="store_true", default=None, help="fixed batch-norm statistics; default: True with weights")
-    thaw = "number of epochs in which only the head learns, before the layers below learn too (not with --freeze)"
-    a("--thaw", type=number(int, 0), default=0, help=thaw)
 
     a = parser.add_argument_group("optimisation").add_argument
     a("--optimizer", choices=("AdamW", "SGD"), default="SGD", help="optimizer")
@@ -123,33 +121,31 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from board import check_tensorboard, open_board
 from classification import folders
 from classification.predict import classify, predict_files, read_run
 from classification.resnet18 import ResNet18, fill_body, imagenet_file
 from classification.scores import print_scores, write_report
 from classification.sources import provide_data
+from common.board import check_tensorboard, open_board
 from common.devices import keep_memory, pick_amp, pick_device, precision_name
 from common.distributed import copy_main, gather, is_main, launched, processes, sync_batch_norm
 from common.files import load_weights
 from common.loaders import EpochSampler, SharedBatches, WholeBatches, build_loader
 from common.report import open_page
 from common.runs import (
-    check_start,
+    OUTPUTS,
     earlier_files,
     machine_name,
-    note_changes,
     only_trainer,
     resolve_machine,
     resumed,
     run_folder,
-    write_start,
 )
-from engine import OPTIMIZERS, Run, fit, fit_and_keep, seed_everything
+from engine import OPTIMIZERS, Run, begin, fit, fit_and_keep, no_check, seed_everything
 from tasks import Classification
 from utils import count_params
 
-SCHEDULERS = {  # the factor of the learning rate in epoch 0, 1, 2 ...
+RATE_FACTORS = {  # of --scheduler: the factor of the learning rate in epoch 0, 1, 2 ...
     "ConstantLR": lambda epoch, c: 1.0,
     "CosineAnnealingLR": lambda epoch, c: (1 + math.cos(math.pi * epoch / c["epochs"])) / 2,
     "StepLR": lambda epoch, c: c["gamma"] ** (epoch // c["step_size"]),
@@ -215,7 +211,7 @@ def build_data(config):
     return datasets, classes, f"{sizes}, crc {zlib.crc32(names.encode()):08x}"
 
 
-def build_loaders(config, datasets, model, device, amp, check_stop=None):
+def build_loaders(config, datasets, model, device, amp, check_stop=no_check):
     """-> {"train": loader, "val": loader}: of pictures, or of frozen features, which train the head alone."""
     options = {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
     count, frozen = len(datasets["train"]), config["freeze"]
@@ -238,7 +234,7 @@ def build_loaders(config, datasets, model, device, amp, check_stop=None):
 
     model.eval()
     each_once = build_loader(datasets["train"], WholeBatches(EpochSampler(count, shuffle=False), 64), **options)
-    how = {"device": device, "amp": amp, "after_step": check_stop or (lambda: None)}
+    how = {"device": device, "amp": amp, "after_step": check_stop}
     return {
         "train": folders.Features(body, each_once, shuffled, once=not config["augment"], **how),
         "val": folders.Features(model.features, val, in_order, once=True, **how),
@@ -253,30 +249,21 @@ def parameter_groups(model, config):
 
     A stage whose rate is 0 needs no gradient and is left out.
     """
-    groups = [{"params": list(model.fc.parameters()), "lr": config["lr"], "body": False}]
+    groups = [{"params": list(model.fc.parameters()), "lr": config["lr"]}]
     stages = [model.layer4, model.layer3, model.layer2, model.layer1, nn.ModuleList([model.conv1, model.bn1])]
     for depth, stage in enumerate(stages):
         rate = 0.0 if config["freeze"] else config["body_lr"] * config["layer_decay"] ** depth
         stage.requires_grad_(rate > 0)
         if rate > 0:
-            groups.append({"params": list(stage.parameters()), "lr": rate, "body": True})
+            groups.append({"params": list(stage.parameters()), "lr": rate})
     return groups
 
 
 def build_optimizer(model, config):
-    """-> optimizer, scheduler; the rates of the body are 0 during the first `thaw` epochs."""
-    groups = parameter_groups(model, config)
-    optimizer = OPTIMIZERS[config["optimizer"]](groups, config)
-    factor = SCHEDULERS[config["scheduler"]]
-
-    def head_factor(epoch):
-        return factor(epoch, config)
-
-    def body_factor(epoch):
-        return 0.0 if epoch < config["thaw"] else factor(epoch, config)
-
-    factors = [body_factor if group["body"] else head_factor for group in groups]
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    """-> optimizer, and its scheduler, which steps once per epoch."""
+    optimizer = OPTIMIZERS[config["optimizer"]](parameter_groups(model, config), config)
+    factor = RATE_FACTORS[config["scheduler"]]
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: factor(epoch, config))
 
 
 def train_model(model, dataloaders, criterion, optimizer, scheduler, num_epochs, *, device=None, amp=None):
@@ -331,15 +318,7 @@ def prepare(config, options, folder, earlier, device, stops):
     task = Classification(nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"]), classes)
     trained = model.fc if config["freeze"] else model  # a frozen body is a fixed function: its features are the data
     run = Run(trained, task, optimizer, scheduler, device, epochs=config["epochs"], amp=amp, folder=folder, whole=model)
-    if options.resume and (folder / "last.pth").is_file():
-        run.resume()
-    elif options.resume:
-        print(f"{folder} has no finished epoch yet: starting with the first")
-    check_start(config, FREE_ON_RESUME, epoch=run.epoch)
-    if is_main() and options.resume:
-        note_changes(config, folder)
-    elif is_main():
-        write_start(config, folder, earlier, device)
+    begin(run, config, earlier, options.resume, FREE_ON_RESUME, fingerprint)
     learning = f"{count_params(model):,} of {sum(p.numel() for p in model.parameters()):,} parameters learn"
     print(f"ResNet-18, {learning}, {machine_name(device)}, {precision_name(amp)}")
     return run, loaders, datasets
@@ -356,7 +335,7 @@ def conclude(config, run, dataset, folder):
     probabilities = np.concatenate([classify(model, images, run.device, run.amp) for images, _ in batches])
     labels = np.array([label for _, label in dataset.samples])
     headline, counts = print_scores(run.rows, probabilities, labels, config["classes"])
-    page = Path("outputs") / config["name"] / "report.html"
+    page = OUTPUTS / config["name"] / "report.html"
     write_report(page, config, model, dataset, probabilities, headline, counts, folder / "curves.png")
     print(f"the run is in {folder}, the report in {page}")
     print(f"python transfer_resnet18.py --name {shlex.quote(config['name'])} --predict PATH")

@@ -56,7 +56,7 @@ from common.distributed import launched
 from common.files import atomic_path, read_yaml, replacing
 from common.lookalikes import Sketches, groups
 from common.report import open_page
-from common.runs import newest_run, run_folder
+from common.runs import OUTPUTS, newest_run, run_folder
 from data_folder import INPUTS, check_layout, classes_of, list_ids, usual_ending
 from dataset import GROUPED, RANDOM, changes, check_split, make_loader
 from evaluation import (
@@ -137,7 +137,7 @@ def output_folder(options, name):
         inner.append("dataset_" + "_".join(Path(options.dataset).parts))
     if options.split:
         inner.append(f"split_{Path(options.split).stem}")
-    return Path("outputs", name, *inner)
+    return OUTPUTS.joinpath(name, *inner)
 
 
 def write_csv(path, rows):

@@ -4,7 +4,6 @@ python transfer_resnet18.py --name mine --predict a.jpg holiday/
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from classification.resnet18 import ResNet18
 from common.devices import pick_amp, pick_device, precision, to_device
 from common.files import load_weights, lock, read_yaml
 from common.images import find_pictures, standardise
-from common.runs import check_kind, newest_run, run_folder
+from common.runs import OUTPUTS, check_kind, newest_run, run_folder
 from common.tables import merge_table, read_table
 
 UNKNOWN = "unknown"  # the class of a picture that --reject leaves without an answer
@@ -62,7 +61,7 @@ def predict_files(options):
     model, config = load_run(name, device)
     print(f"models/{name}: {', '.join(config['classes'])}")
     files, failed = find_pictures(options.predict)
-    target = Path("outputs") / name / "predictions.csv"
+    target = OUTPUTS / name / "predictions.csv"
     next(read_table(target, "path"), None)  # a table that cannot take the rows is refused before the work
     rows = []
     for start in tqdm(range(0, len(files), 32), "predict", unit="batch", leave=False, disable=None):

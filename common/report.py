@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from common.files import atomic_path
 
@@ -180,11 +180,6 @@ def file_uri(path):
     return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
 
 
-def text(value):
-    """Format a value as escaped text: floats with four digits, None as a dash."""
-    return str(escape(_shown(value)))
-
-
 def paragraph(words):
     """One paragraph of text."""
     return _render("paragraph", words=words)
@@ -326,7 +321,7 @@ def open_page(path):
 
 
 def _shown(value):
-    """A value as the page shows it, not yet escaped: see `text`. A str, and so Markup too, stays as it is."""
+    """A value as the page shows it, not yet escaped: floats with four digits, None as a dash. A str stays as it is."""
     if value is None:
         return "–"
     if isinstance(value, str):

@@ -19,7 +19,7 @@ from common.devices import device_name, environment, pick_amp, pick_device, prec
 from common.distributed import check_same, is_main, local_processes, world_size
 from common.files import atomic_path, is_plain_name, lock, read_yaml, write_yaml
 
-MODELS = Path("models")
+MODELS, OUTPUTS = Path("models"), Path("outputs")
 MODEL_CARD = "README.md"  # in the folder of a run that came with the repository
 MAKERS = {  # a key that only the config.yml of one script's runs has, and a command that makes such a run
     "arch": "python train.py --name run1",
@@ -247,10 +247,10 @@ def _longer(config, folder, epochs, endless):
     return epochs
 
 
-def note_changes(config, folder, keys=("epochs", "tensorboard")):
+def note_changes(config, folder):
     """Record in config.yml the options that a resumed run changes."""
     kept = read_yaml(folder / "config.yml")
-    changed = {key: config[key] for key in keys if key in config and config[key] != kept.get(key)}
+    changed = {key: config[key] for key in ("epochs", "tensorboard") if key in config and config[key] != kept.get(key)}
     if changed:
         write_yaml(folder / "config.yml", {**kept, **changed})
 

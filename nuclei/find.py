@@ -73,7 +73,7 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
             return looks[scale][0]
 
         bounds = lowest, min(LARGEST, bounds_of(part.shape[:2], MOST_SEARCHED)[1])
-        wanted, _ = find_scale(nuclei_at, config["diameter"], config.get("scale", 1.0), bounds)
+        wanted = find_scale(nuclei_at, config["diameter"], config.get("scale", 1.0), bounds)
         scale = min(wanted, highest)
         seen = part.shape == image.shape and plain is predictor
         labels, confidence, mask = looks[scale] if seen else look(image, scale)

@@ -1,7 +1,7 @@
 """Finding the scale of a picture: how far to zoom until its nuclei are as large as those that the network has learned.
 
-    scale, labels = find_scale(nuclei_at, diameter=22)     # nuclei_at(scale) -> label map, as the network sees it
-    scale = 22 / 35                                        # or where the diameter is known, such as from --diameter 35
+    scale = find_scale(nuclei_at, diameter=22)     # nuclei_at(scale) -> label map, as the network sees it
+    scale = 22 / 35                                # or where the diameter is known, such as from --diameter 35
 
 scale is network pixels per pixel of the picture.
 """
@@ -21,12 +21,11 @@ class Pass(NamedTuple):
     """What was found at one scale."""
 
     scale: float
-    labels: np.ndarray
     diameter: float | None  # the typical one, in network pixels
 
 
 def find_scale(nuclei_at, diameter, start=1.0, bounds=(1 / 16, 16)):
-    """-> (scale, label map at this scale): where the typical diameter is nearest to `diameter`, in network pixels.
+    """-> the scale at which the typical diameter is nearest to `diameter`, in network pixels.
 
     nuclei_at(scale) -> label map of the picture, or of a part of it, at this scale. The first pass is at `start`, or,
     where it finds nothing, at half or twice of that. Another follows, up to PASSES, as long as the typical diameter is
@@ -35,8 +34,7 @@ def find_scale(nuclei_at, diameter, start=1.0, bounds=(1 / 16, 16)):
     """
 
     def look(scale):
-        labels = nuclei_at(scale)
-        return Pass(scale, labels, typical_diameter(labels))
+        return Pass(scale, typical_diameter(nuclei_at(scale)))
 
     def error(done):
         return abs(math.log(done.diameter / diameter))
@@ -47,7 +45,7 @@ def find_scale(nuclei_at, diameter, start=1.0, bounds=(1 / 16, 16)):
         if passes[-1].diameter:
             break
     else:
-        return passes[0].scale, passes[0].labels
+        return passes[0].scale
     passes = passes[-1:]
     while error(passes[-1]) > math.log(FAR) and len(passes) < PASSES:
         last = passes[-1]
@@ -58,5 +56,4 @@ def find_scale(nuclei_at, diameter, start=1.0, bounds=(1 / 16, 16)):
         if not done.diameter:
             break
         passes.append(done)
-    best = min(passes, key=error)
-    return best.scale, best.labels
+    return min(passes, key=error).scale

@@ -1,4 +1,4 @@
-"""board.py: event files, read with TensorBoard's own reader, hold the log and a few pictures of each kept epoch.
+"""common/board.py: event files, read with TensorBoard's own reader, hold the log and a few pictures of each kept epoch.
 
 python -m pytest -q tests/test_board.py
 """
@@ -16,7 +16,7 @@ from PIL import Image
 
 import train
 import transfer_resnet18
-from board import arranged, as_picture, open_board
+from common.board import arranged, as_picture, open_board
 from common.files import load_checkpoint
 from common.images import standardise
 from engine import Run

@@ -23,7 +23,7 @@ HOUSE = (
     {"losses", "metrics", "instances", "augmentation", "encoders", "data_folder"},
     {"archs", "labels"},
     {name for name in MODULES if name.startswith(("classification.", "label_forms."))},
-    {"dataset", "dsb2018", "tasks", "run_config", "board"},
+    {"dataset", "dsb2018", "tasks", "run_config"},
     {name for name in MODULES if name.startswith("nuclei.")} - {"nuclei.find", "nuclei.predictions"},
     {"engine"},
     {"inference", "levels", "predictions", "training_data"},

@@ -217,7 +217,6 @@ FLAGS = {
         "tensorboard": ("", "2"),
         "sync_bn": ("", "2"),
         "freeze_bn": ("", "2"),
-        "thaw": ("0 1 1000", "-1"),
         "optimizer": ("", "Adam"),
         "lr": ("0 1e-12", "-1 inf"),
         "body_lr": ("0 1e-12", "-1 nan"),
@@ -396,7 +395,7 @@ def test_choices_are_the_names_in_the_registries():
         (of_train["loss"], losses.LOSSES),
         (of_train["optimizer"], engine.OPTIMIZERS),
         (of_train["scheduler"], train.SCHEDULERS),
-        (of_transfer["scheduler"], transfer_resnet18.SCHEDULERS),
+        (of_transfer["scheduler"], transfer_resnet18.RATE_FACTORS),
     ):
         assert sorted(choices.choices) == sorted(registry)
     assert set(of_transfer["optimizer"].choices) <= engine.OPTIMIZERS.keys()
@@ -487,7 +486,7 @@ OTHERS = [
     (transfer_resnet18, BASE[transfer_resnet18] + " -b 1 --freeze_bn True", "accepted"),
     (transfer_resnet18, BASE[transfer_resnet18] + " -b 1 --img_size 64", "accepted"),
     (transfer_resnet18, BASE[transfer_resnet18] + " -b 5 --num_workers 3", "accepted"),  # 6 pictures: one is left over
-    (transfer_resnet18, BASE[transfer_resnet18] + " --freeze --thaw 1 --augment False -b 1", "accepted"),
+    (transfer_resnet18, BASE[transfer_resnet18] + " --freeze --augment False -b 1", "accepted"),
 ]
 
 

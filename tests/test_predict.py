@@ -23,8 +23,8 @@ import predictions
 from common import report
 from common.contrast import stretch
 from common.images import Page, squeeze
-from predict import Picture, predict_tiled
-from predictions import MaskResults, output_names
+from predict import predict_tiled
+from predictions import MaskResults, Picture, output_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -253,14 +253,11 @@ def test_only_what_has_a_learning_rate_learns():
         learns = key.startswith(("layer4", "fc.")) and "running" not in key and "num_batches" not in key
         same = state[key].shape == body[key].shape and torch.equal(state[key], body[key])
         assert learns != same, key
-    run(*SMALL, "--weights", "body.pth", "--epochs", 1, "--thaw", 1, "--overwrite")
-    state = torch.load("models/run/last.pth", weights_only=True)["model"]
-    assert all(torch.equal(state[key], body[key]) for key in body if not key.startswith("fc."))
 
 
 def test_learning_rates_by_stage_and_epoch():
     model = resnet18.ResNet18(2)
-    config = {"lr": 1.0, "body_lr": 0.1, "layer_decay": 0.5, "freeze": False, "thaw": 1, "epochs": 4}
+    config = {"lr": 1.0, "body_lr": 0.1, "layer_decay": 0.5, "freeze": False, "epochs": 4}
     config.update(optimizer="SGD", momentum=0.9, weight_decay=0.0, scheduler="StepLR", step_size=2, gamma=0.1)
     optimizer, scheduler = script.build_optimizer(model, config)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
@@ -269,9 +266,8 @@ def test_learning_rates_by_stage_and_epoch():
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
-    assert rates[0] == pytest.approx([1, 0, 0, 0, 0, 0])
-    assert rates[1] == pytest.approx([1, 0.1, 0.05, 0.025, 0.0125, 0.00625])
-    assert rates[2] == pytest.approx([value / 10 for value in rates[1]])
+    assert rates[0] == rates[1] == pytest.approx([1, 0.1, 0.05, 0.025, 0.0125, 0.00625])
+    assert rates[2] == pytest.approx([value / 10 for value in rates[0]])
 
 
 def test_recipes_fill_only_what_nobody_gave(monkeypatch):

@@ -32,7 +32,6 @@ from tools.workers import in_turns, workers
 LEVELS = (4, 3, 2, 1)
 PACKAGES = ("torch", "numpy", "opencv-python-headless", "albumentations", "onnxruntime")
 PEERS = ("timm", "segmentation-models-pytorch")
-ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 NAMES = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of the values of --amp
 
 
@@ -138,6 +137,8 @@ def inference(options, found):
     for level in LEVELS:
         tasks[f"inference L{level}"] = {"kind": "inference", "plain": False, "level": level}
     with tempfile.TemporaryDirectory() as folder:
+        from export import PACKAGES as ONNX_PACKAGES  # late: it takes a second
+
         if all(importlib.util.find_spec(package) for package in ONNX_PACKAGES):
             with workers(options, {"files": {"kind": "write_onnx", "folder": folder}}):
                 pass  # they are written once the worker is ready

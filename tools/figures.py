@@ -38,7 +38,7 @@ from common import report
 from common.files import read_yaml
 from common.images import read_picture, standardise, to_channels, write_png
 from common.report import BLUE, GREEN, ORANGE, PURPLE, SKY
-from common.runs import newest_run, run_folder
+from common.runs import OUTPUTS, newest_run, run_folder
 from common.synthetic import nuclei
 from data_folder import INPUTS, find_file
 from inference import load_trained
@@ -195,7 +195,7 @@ def draw_curves(path, names):
 
 def draw_nuclei(path, name):
     """The worst and the median validation picture of each kind: truth and prediction of a run, as val.py left it."""
-    inputs, output = INPUTS / read_config(run_folder(name))["dataset"], Path("outputs") / name
+    inputs, output = INPUTS / read_config(run_folder(name))["dataset"], OUTPUTS / name
     table = pd.read_csv(output / "metrics.csv").sort_values(["official", "img_id"])
     columns, captions = [], []
     for kind in table["kind"].value_counts().index:

@@ -13,7 +13,7 @@ from data_folder import check_places
 
 BOUNDS = {  # smallest and largest value of train.py's options that a run's readers use
     "num_classes": (1, 100),
-    "width": (1, 1024),
+    "width": (1, 256),
     "input_h": (1, 4096),
     "input_w": (1, 4096),
     "seed": (0, 2**32 - 1),

@@ -158,7 +158,7 @@ import torch
 
 from archs import WIDTH, build_model
 from common.board import check_tensorboard, open_board
-from common.devices import keep_memory, memory, pick_amp, pick_device, precision_name
+from common.devices import keep_memory, pick_amp, pick_device, precision_name
 from common.distributed import is_main, processes, sync_batch_norm
 from common.files import read_yaml
 from common.runs import (
@@ -269,18 +269,6 @@ def resumed_config(options, given):
 # ---------------------------------------------------------------- building and training
 
 
-def check_memory(config, device):
-    """ValueError when the machine cannot hold the weights: better said now than when the memory is full."""
-    with torch.device("meta"):  # shapes without memory
-        weights = 4 * sum(value.numel() for value in build_model(config).state_dict().values())
-    needed = weights * (4 if device.type == "cpu" else 1)  # with their gradients and the optimizer's two averages
-    if needed > memory():
-        raise ValueError(
-            f"--width {config['width']}: weights, gradients and optimizer state take {needed / 2**30:,.0f} GB, "
-            f"this machine has {memory() / 2**30:,.0f}; take a smaller one"
-        )
-
-
 def build_task(config):
     """The task that --target names, with its loss."""
 
@@ -342,7 +330,6 @@ def prepare(config, folder, earlier, device, resume):
     keep_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one size: let cuDNN find its fastest convolutions
     seed_everything(config["seed"])
-    check_memory(config, device)
     model = build_model(config)
     if config["sync_bn"]:
         model = sync_batch_norm(model, device, convert_sync_batchnorm if model.encoder else None)

@@ -412,7 +412,7 @@ def write(path, content):
         (train, "--config a.yml", write("a.yml", 'device: "a\\nb \\e[31m"')),
         (train, "--dataset tiny --split a.yml", write("a.yml", "train: [../x]\nval: [y]")),
         (train, "--dataset ../inputs/tiny", None),
-        (train, "--dataset tiny --width 1024", None),
+        (train, "--dataset tiny --width 257", None),
         (transfer_resnet18, "--name run --predict x.png", None),
     ],
 )

@@ -80,7 +80,7 @@ FLAGS = {
         "encoder_freeze_bn": ("", "2"),
         "input_channels": ("", "0 2 5"),
         "num_classes": ("1", "0 5 100 101"),  # the data set has one class
-        "width": ("1 3", "0 1024 1025"),  # 1024: more memory than a machine has
+        "width": ("1 3", "0 257"),
         "input_w": ("1 17 96 97", "0 4097"),
         "input_h": ("1 17 96 97", "0 4097"),
         "dataset": ("tiny five", "none .. /etc _"),

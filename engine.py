@@ -90,7 +90,7 @@ def train_one_epoch(run, loader, label="", check_stop=no_check):
             inputs, targets = run.task.to_device(batch, run.device, run.amp)
             with precision(run.device, run.amp):
                 output = run.forward(inputs)
-            loss = run.task.loss(output, targets, training=True)
+            loss = run.task.loss(output, targets)
             run.learn(loss * (own * world_size() / total))
             with torch.no_grad():
                 counts = counts + run.task.count(output, targets, own, training=True)
@@ -121,7 +121,7 @@ def evaluate(model, loader, task, device, amp=None, label="", check_stop=no_chec
         inputs, targets = task.to_device(batch, device, amp)
         with precision(device, amp):
             output = model(inputs)
-        losses.append(task.loss(output, targets, training=False) * len(inputs))
+        losses.append(task.loss(output, targets) * len(inputs))
         counts = counts + task.count(output, targets, len(inputs), training=False)
         count += len(inputs)
         check_stop()

@@ -124,15 +124,3 @@ def mean_over_heads(criterion, heads, masks, weights=None):
     weights = weights or [1] * len(heads)
     parts = [weight * criterion(logits.float(), masks) for weight, logits in zip(weights, heads, strict=True)]
     return sum(parts) / sum(weights)
-
-
-def smooth_borders(masks, amount):
-    """Softer targets at borders: (1 - amount) x masks + amount x their mean over 3 x 3 pixels.
-
-    masks (N, C, H, W) of 0 and 1, amount in [0, 1] -> the same shape, in [0, 1]; edges are padded by replication.
-    Up to 0.5 every pixel stays on its side of 0.5; more would teach that single pixels are background.
-    """
-    if not amount:
-        return masks
-    around = F.avg_pool2d(F.pad(masks, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return torch.lerp(masks, around, amount)

@@ -5,7 +5,7 @@
 A task has
     score: the name of its score
     to_device(batch, device, amp) -> inputs, truth
-    loss(output, truth, training) -> scalar
+    loss(output, truth) -> scalar
     count(output, truth, own, training) -> counts of the first `own` images, a tensor that adds up over batches and
         processes
     score_of(sum of counts) -> float
@@ -21,29 +21,27 @@ from archs import as_heads
 from common.devices import to_device
 from common.report import mask_picture
 from instances import DEFAULTS, judge, nuclei, official_scores
-from losses import mean_over_heads, smooth_borders
+from losses import mean_over_heads
 from metrics import count_pixels, summarise
 
 
 class Segmentation:
     """Batches are images (N, C, H, W) float32, masks (N, K, H, W) of 0 and 1, and info. The score is pooled IoU.
 
-    criterion: one of losses.LOSSES, averaged over the heads with `head_weights`. border_smoothing softens the masks in
-    training. The score is that of the deepest head at a probability of 0.5.
+    criterion: one of losses.LOSSES, averaged over the heads with `head_weights`. The score is that of the deepest
+    head at a probability of 0.5.
     """
 
     score = "iou"
 
-    def __init__(self, criterion, head_weights=None, border_smoothing=0.0):
-        self.criterion, self.head_weights, self.border_smoothing = criterion, head_weights, border_smoothing
+    def __init__(self, criterion, head_weights=None):
+        self.criterion, self.head_weights = criterion, head_weights
 
     def to_device(self, batch, device, amp):
         images, masks, _ = batch
         return images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
 
-    def loss(self, output, masks, training):
-        if training:
-            masks = smooth_borders(masks, self.border_smoothing)
+    def loss(self, output, masks):
         return mean_over_heads(self.criterion, as_heads(output), masks, self.head_weights)
 
     def count(self, output, masks, own, training):
@@ -83,7 +81,7 @@ class Instances:
         images, maps, info = batch
         return images.to(device, non_blocking=True), Truth(maps.to(device, non_blocking=True), info["labels"])
 
-    def loss(self, output, truth, training):
+    def loss(self, output, truth):
         return mean_over_heads(self.criterion, as_heads(output), truth.maps, self.head_weights)
 
     def count(self, output, truth, own, training):
@@ -120,7 +118,7 @@ class Classification:
         images, labels = batch
         return to_device(images, device, amp), labels.to(device, non_blocking=True)
 
-    def loss(self, logits, labels, training):
+    def loss(self, logits, labels):
         return self.criterion(logits.float(), labels)
 
     def count(self, logits, labels, own, training):

@@ -112,7 +112,6 @@ def build_parser():
     losses = ("BCEDiceLoss", "BCELovaszLoss", "BCEWithLogitsLoss", "LovaszHingeLoss")
     a("--loss", choices=losses, default="BCELovaszLoss", help="loss of the masks of each head")
     a("--head_weights", type=weights(4), help="weights of the losses of L1 to L4, such as 1,2,3,4; default: equal")
-    a("--border_smoothing", type=number(float, 0, 0.5), default=0.0, help="soften the training masks at borders")
     a("--optimizer", choices=("Adam", "AdamW", "SGD"), default="AdamW", help="optimizer")
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="learning rate")
     a("--momentum", type=number(float, 0, 1), default=0.9, help="SGD")
@@ -204,8 +203,6 @@ def new_config(options):
         config["name"] = f"{Path(config['dataset']).name}_{config['arch']}_{supervision}"
     if config["head_weights"] and not config["deep_supervision"]:
         raise ValueError("--head_weights is for the four heads of deep supervision; give --deep_supervision True")
-    if config["border_smoothing"] and config["loss"] == "LovaszHingeLoss":
-        raise ValueError("--border_smoothing is for losses with a cross entropy; LovaszHingeLoss sees only 0 and 1")
     if config["scheduler"] in ("CosineAnnealingLR", "ReduceLROnPlateau") and config["lr"] < config["min_lr"]:
         raise ValueError(f"--lr {config['lr']:g} is below --min_lr {config['min_lr']:g}, to which it should fall")
     return resolve_machine(config | encoder_config(config) | target_config(config))
@@ -222,8 +219,6 @@ def target_config(config):
     of_nuclei = config["target"] == "instances"
     if not of_nuclei and (given := changed(config, NUCLEI_OPTIONS)):
         raise ValueError(f"--{given[0]} is for individual nuclei; give --target instances")
-    if of_nuclei and config["border_smoothing"]:
-        raise ValueError("--border_smoothing is for --target masks; leave it out")
     if of_nuclei and config["num_classes"] not in (1, len(MAPS)):  # 3: the config.yml of another run
         raise ValueError(f"--num_classes {config['num_classes']} is for --target masks; leave it out")
     found = {"augment": config["augment"] or AUGMENT[config["target"]]}
@@ -281,7 +276,7 @@ def build_task(config):
     if config["target"] == "instances":
         criterion = MapsLoss(criterion, numbers(config["map_weights"]))
         return Instances(criterion, head_weights, {key: config[key] for key in DEFAULTS})
-    return Segmentation(criterion, head_weights, config["border_smoothing"])
+    return Segmentation(criterion, head_weights)
 
 
 def build_run(config, model, steps_per_epoch, device, folder=None):

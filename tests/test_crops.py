@@ -263,7 +263,6 @@ def test_labels_without_any_nucleus(cells):
         ("--target masks", "--diameter is for individual nuclei; give --target instances"),
         ("--augment flips,cutmix", "--augment cutmix does not go with --target instances"),
         ("--num_classes 2", "--num_classes 2 is for --target masks"),
-        ("--border_smoothing 0.1", "--border_smoothing is for --target masks"),
         ("--input_channels 4", "--input_channels 4: individual nuclei need 1"),
         ("--split grouped", "--split grouped: 6 images fall into .* take --split random"),
         ("--dataset masks_only", "inputs/masks_only/labels: no such folder; nuclei one by one need label maps"),

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 import engine
 from common.files import load_checkpoint
 from engine import Run, averaged, averaging_decay, evaluate, fit, train_one_epoch
-from losses import BCEDiceLoss, smooth_borders
+from losses import BCEDiceLoss
 from tasks import Classification, Segmentation
 
 CPU = torch.device("cpu")
@@ -105,14 +105,6 @@ def test_an_epoch_of_classification_is_the_plain_loop():
         bias -= 0.1 * wrong.sum(0)
     assert found == {"loss": pytest.approx(np.mean(losses)), "acc": np.mean(right)} and model.training
     assert np.allclose(model.weight.detach(), weight, atol=1e-6) and np.allclose(model.bias.detach(), bias, atol=1e-6)
-
-
-def test_masks_are_softened_in_training_alone():
-    task = Segmentation(lambda logits, masks: masks.square().sum(), border_smoothing=0.25)
-    masks = torch.zeros(1, 1, 5, 5)
-    masks[..., :2] = 1
-    assert task.loss(masks, masks, training=False) == 10
-    assert task.loss(masks, masks, training=True) == smooth_borders(masks, 0.25).square().sum() != 10
 
 
 @pytest.mark.parametrize("look_every", [1, 10])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from losses import LOSSES, BCEDiceLoss, BCELovaszLoss, LovaszHingeLoss, MapsLoss, mean_over_heads, smooth_borders
+from losses import LOSSES, BCEDiceLoss, BCELovaszLoss, LovaszHingeLoss, MapsLoss, mean_over_heads
 
 LOGIT_3 = math.log(3)  # its sigmoid is 3/4
 
@@ -200,27 +200,15 @@ def test_bce_lovasz_is_a_quarter_of_the_one_and_the_other_with_a_wide_margin():
     assert hinge(right * 1.1, (right > 0).float()) == 0
 
 
-def test_smooth_borders_by_hand():
-    masks = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]])[None, None].float()
-    assert smooth_borders(masks, 0) is masks
-    # the mean over 3 x 3 pixels, the picture's rim repeated beyond it
-    ninths = torch.tensor([[1, 2, 3, 3], [2, 4, 6, 6], [3, 6, 9, 9]])[None, None] / 9
-    torch.testing.assert_close(smooth_borders(masks, 1), ninths)
-    torch.testing.assert_close(smooth_borders(masks, 0.25), 0.75 * masks + 0.25 * ninths)
-    torch.testing.assert_close(smooth_borders(torch.ones(2, 3, 1, 1), 0.5), torch.ones(2, 3, 1, 1))
-
-
-def test_smoothed_borders_are_less_sure_and_small_nuclei_stay():
-    """Free logits go to the targets for the cross entropy's part; the Lovász hinge sees the masks of before."""
+def test_softer_masks():
+    """The cross entropy sees them as they are, the Lovász hinge those above 0.5 as 1."""
     masks = torch.zeros(1, 1, 9, 9)
-    masks[..., 1, 1] = masks[..., 4:8, 4:8] = 1
-    smooth = smooth_borders(masks, 0.5)
-    assert torch.equal((smooth > 0.5).float(), masks)
-    logits = torch.randn_like(masks)
+    masks[..., 4:8, 4:8] = 1
+    logits, soft = torch.randn_like(masks), 0.2 + 0.6 * masks
     hinge = LovaszHingeLoss(4)
-    assert hinge(logits, smooth) == hinge(logits, masks)
-    expected = 0.25 * nn.functional.binary_cross_entropy_with_logits(logits, smooth) + hinge(logits, masks)
-    torch.testing.assert_close(BCELovaszLoss()(logits, smooth), expected)
+    assert hinge(logits, soft) == hinge(logits, masks)
+    expected = 0.25 * nn.functional.binary_cross_entropy_with_logits(logits, soft) + hinge(logits, masks)
+    torch.testing.assert_close(BCELovaszLoss()(logits, soft), expected)
 
 
 # ---------------------------------------------------------------- the three maps of individual nuclei

@@ -97,7 +97,6 @@ FLAGS = {
         "rehearse": ("none generated cells", "nope ../cells tiny"),
         "map_weights": ("1,1,1 [0,0.5,1]", "1,1 0,0,0 1,1,-1 a _"),
         "head_weights": ("1,1,1,1 [0,0,0.5,1]", "1 0,0,0,0 1,1,1,1,1 1,1,1,-1 1,1,1,nan a _"),
-        "border_smoothing": ("0 0.25 0.5", "-0.1 0.6"),
         "loss": ("", "MSE"),
         "optimizer": ("", "Adagrad"),
         "lr": ("0 1e-12 1e-3", "-1 inf 1e30"),

@@ -257,11 +257,11 @@ def test_the_text_of_augment():
 
 
 def test_what_a_recipe_says_of_augmentation_and_loss_is_done(go):
-    recipe = "augment: [cutmix, flips]\nhead_weights: [0, 0, 0.5, 1]\nborder_smoothing: 0.5\ndeep_supervision: true\n"
+    recipe = "augment: [cutmix, flips]\nhead_weights: [0, 0, 0.5, 1]\ndeep_supervision: true\n"
     Path("loss.yml").write_text(recipe)
     options = "--config loss.yml --weight_decay 0 --epochs 1 --ema 0 --name loss --overwrite"
     go(TINY, options)
-    expected = {"augment": "flips,cutmix", "head_weights": "0,0,0.5,1", "border_smoothing": 0.5}
+    expected = {"augment": "flips,cutmix", "head_weights": "0,0,0.5,1"}
     config = config_of("loss")
     assert {key: config[key] for key in expected} == expected
     train.seed_everything(0)
@@ -269,10 +269,10 @@ def test_what_a_recipe_says_of_augmentation_and_loss_is_done(go):
     same = [level for level in range(1, 5) if torch.equal(*(w[f"final{level}.weight"] for w in (before, after)))]
     assert same == [1, 2]  # no loss, no gradient
     losses = [log("loss").loss[0]]
-    for other in ("--border_smoothing 0", "--augment none", "--head_weights 1,1,1,1"):
+    for other in ("--augment none", "--head_weights 1,1,1,1"):
         go(TINY, options, other)
         losses.append(log("loss").loss[0])
-    assert len(set(losses)) == 4
+    assert len(set(losses)) == 3
 
 
 def test_the_validation_loss_weighs_the_heads_too(go):
@@ -291,17 +291,12 @@ def test_the_validation_loss_weighs_the_heads_too(go):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ("--border_smoothing 0.5 --loss LovaszHingeLoss", "LovaszHingeLoss sees only 0 and 1"),
+        ("--head_weights 1,2,3,4", "give --deep_supervision True"),
         ("--scheduler CosineAnnealingLR --lr 1e-6", "--lr 1e-06 is below --min_lr 1e-05"),
     ],
 )
-def test_options_that_work_against_one_another_are_refused(go, options, match):
+def test_options_that_do_not_go_together_are_refused(go, options, match):
     refused(go, TINY, options, "--name one", match=match)
-    assert not (MODELS / "one").exists()
-
-
-def test_weights_of_heads_need_heads(go):
-    refused(go, TINY, "--head_weights 1,2,3,4 --name one", match="give --deep_supervision True")
     assert not (MODELS / "one").exists()
 
 

@@ -75,7 +75,7 @@ import torch
 from common.files import atomic_path, read_yaml, save_checkpoint, write_yaml
 from common.images import read_picture, squeeze, to_channels
 from common.runs import OUTPUTS, newest_run, run_folder
-from common.synthetic import nuclei
+from common.synthetic import generate_nuclei
 from data_folder import INPUTS, find_file
 from dataset import ABOUT, check_split
 from inference import answer, load_trained
@@ -165,7 +165,10 @@ def images_of(config, part, count):
         pictures, source = [read_picture(paths[img_id]) for img_id in ids], f"{PARTS[part]} images of {folder}"
         diameters = [diameter_of(folder / "labels", img_id) if of_nuclei else None for img_id in ids]
     else:
-        generated, source = [nuclei(seed) for seed in range(count)], f"generated images ({folder / 'images'} is gone)"
+        generated, source = (
+            [generate_nuclei(seed) for seed in range(count)],
+            f"generated images ({folder / 'images'} is gone)",
+        )
         pictures = [picture for picture, _ in generated]
         diameters = [median_diameter(labels) for _, labels in generated]
     if of_nuclei:

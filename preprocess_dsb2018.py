@@ -78,7 +78,7 @@ from tqdm import tqdm
 from common.download import check_zip, fetch
 from common.files import check_place, new_folder, write_yaml
 from common.images import squeeze, squeeze_mask, write_png
-from common.synthetic import nuclei
+from common.synthetic import generate_nuclei
 from dsb2018 import TEST, Sample, Truth, apply_fixes, find_samples, list_zip, read_solution
 from labels import write_labels
 
@@ -123,7 +123,7 @@ class Source(NamedTuple):
 
 
 def load_demo(seed, size):
-    image, labels = nuclei(seed, size)
+    image, labels = generate_nuclei(seed, size)
     return image, labels, int(labels.max())
 
 

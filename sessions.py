@@ -32,7 +32,7 @@ from inference import Predictor
 from predictions import DIAMETERS, PIXEL_SIZES, reason_of
 from run_config import is_of_nuclei
 
-EXAMPLES = {"bright": 22, "small": 3, "stained": 10}  # seeds of common.synthetic.nuclei
+EXAMPLES = {"bright": 22, "small": 3, "stained": 10}  # seeds of common.synthetic.generate_nuclei
 SHOWN_SIDES = 640, 1600  # pixels of the longer side of the outlines on the page, at least and at most
 NO_REPORT = "–"
 SHOWN_ROWS = 1000  # of the table on the page; the file has all
@@ -123,7 +123,7 @@ class Sessions:
         folder = self.folder / "examples"
         folder.mkdir(exist_ok=True)
         for name, seed in EXAMPLES.items():
-            write_png(folder / f"{name}.png", synthetic.nuclei(seed)[0])
+            write_png(folder / f"{name}.png", synthetic.generate_nuclei(seed)[0])
         return [(str(folder / f"{name}.png"), name) for name in EXAMPLES]
 
 

@@ -1,6 +1,6 @@
 """How a picture of more than 8 bits becomes 8 bits: between robust percentiles, in training and prediction alike.
 
-image = stretch(np.array(..., np.uint16))   # (H, W) or (H, W, C), uint8
+image = stretch_to_uint8(np.array(..., np.uint16))   # (H, W) or (H, W, C), uint8
 
 The percentiles are taken after a 3 x 3 median filter, which removes hot pixels and keeps nuclei. On 30 dark pictures of
 stage1_train, converted to dim, noisy 16-bit pictures, models/nuclei_L2 has an IoU of 0.819 with LOW and HIGH as below
@@ -19,7 +19,7 @@ SAMPLED_PIXELS = 2**22  # for percentiles, at most; larger pictures give every s
 
 
 @np.errstate(all="ignore")  # floats may be as large as 1e308
-def stretch(array):
+def stretch_to_uint8(array):
     """(H, W[, C]) of any real type -> uint8: percentile LOW becomes 0, percentile HIGH becomes 255.
 
     Colours share their limits and so keep their hue. A fourth channel is alpha, which is opaque at the largest value of

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from common.cli import listed
-from common.contrast import stretch
+from common.contrast import stretch_to_uint8
 from common.headers import (
     PNG_BEGINS,
     UNREADABLE,
@@ -178,7 +178,7 @@ def decode(data, max_pixels=MAX_PIXELS):
     """The bytes of a picture file of one page -> its pixels as stored, upright; alpha is the fourth channel.
 
     (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or uint16; from a TIFF also of other integers and floats. The
-    three channels of a microscope's TIFF are RGB, each scaled to uint8 by `stretch` if it has more than 8 bits.
+    three channels of a microscope's TIFF are RGB, each passed to `stretch_to_uint8` if it has more than 8 bits.
     Raises ValueError when the file is damaged, no picture, or holds several pages or other numbers of channels, and,
     before anything is decoded, when its header declares more than max_pixels pixels.
     """
@@ -269,9 +269,9 @@ def _numbered(names):
 def read_thumbnail(path, shorter_side, max_pixels=MAX_PIXELS):
     """A file -> (H, W, 3) uint8, RGB, upright, its shorter side at most `shorter_side` pixels; never enlarged.
 
-    Transparent parts become white, and more than 8 bits are scaled by `stretch`. A large JPEG is decoded at 1/2, 1/4 or
-    1/8 of its size, which is several times faster than decoding all of it. Raises ValueError, naming the file, when it
-    is damaged or `decode` would refuse it.
+    Transparent parts become white, and more than 8 bits are scaled by `stretch_to_uint8`. A large JPEG is decoded at
+    1/2, 1/4 or 1/8 of its size, which is several times faster than decoding all of it. Raises ValueError, naming the
+    file, when it is damaged or `decode` would refuse it.
     """
     from PIL import Image, ImageOps
 
@@ -328,10 +328,10 @@ def _shrunk(size, shorter_side):
 def to_channels(array, channels):
     """What `decode` returns -> (H, W, channels) uint8 in [0, 255]: 1 grey, 3 RGB or 4 RGBA; a missing alpha is opaque.
 
-    Values of other types than uint8 are scaled by `stretch`.
+    Values of other types than uint8 are scaled by `stretch_to_uint8`.
     """
     if array.dtype != np.uint8:
-        array = stretch(array)
+        array = stretch_to_uint8(array)
     conversions = {
         (1, 3): cv2.COLOR_GRAY2RGB,
         (1, 4): cv2.COLOR_GRAY2RGBA,

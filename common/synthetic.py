@@ -1,8 +1,8 @@
 """Generated pictures for trying the scripts without a download: fields of nuclei, and insects like ants or bees.
 
-from common.synthetic import nuclei, two_classes
+from common.synthetic import generate_nuclei, two_classes
 
-image, labels = nuclei(seed=7)               # (256, 256, 3) uint8 RGB, (256, 256) int32: 0 background, 1 ... n nuclei
+image, labels = generate_nuclei(seed=7)      # (256, 256, 3) uint8 RGB, (256, 256) int32: 0 background, 1 ... n nuclei
 picture = two_classes(seed=7, label="bees")  # (160, 160, 3) uint8 RGB
 
 The same seed gives the same picture, because every random number comes from a PCG64 generator with that seed. Nothing
@@ -39,7 +39,7 @@ def to_uint8(picture):
 # ---------------------------------------------------------------- nuclei
 
 
-def nuclei(seed, size=256):
+def generate_nuclei(seed, size=256):
     """One field of nuclei -> (size, size, 3) uint8 RGB, (size, size) int32 labels: 0 background, 1 ... n nuclei.
 
     Three of four fields are fluorescence, grey on black. The others are stained tissue, purple on a light background.

@@ -47,7 +47,7 @@ class TiffError(ValueError):
 # ---------------------------------------------------------------- pages
 
 
-class Page(NamedTuple):
+class Plane(NamedTuple):
     """One picture of a file: the frames of a tifffile.TiffPageSeries that hold its channels, one or several in each."""
 
     series: object
@@ -112,7 +112,7 @@ def _pages_of(series):
         numbers = np.moveaxis(numbers, axes.index("C"), -1).reshape(-1, outer[axes.index("C")])
     else:
         numbers = numbers.reshape(-1, 1)
-    return [Page(series, tuple(channels)) for channels in numbers.tolist()]
+    return [Plane(series, tuple(channels)) for channels in numbers.tolist()]
 
 
 # ---------------------------------------------------------------- files

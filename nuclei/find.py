@@ -23,7 +23,7 @@ SEARCHED = 1024  # pixels per side, at most, of the part of a picture in which t
 SHRINK = 8  # how many times the picture is shrunk to choose that part
 LARGEST = 4.0  # highest scale that the search tries: objects below a quarter of the trained diameter are debris
 LEAST_SIDE = 16  # network pixels that a picture's shorter side keeps, unless it has fewer to begin with
-MOST_PIXELS = 2**28  # network pixels of a whole picture, at most: 3 GiB of maps and labels
+MOST_SEEN = 2**28  # network pixels of a whole picture, at most: 3 GiB of maps and labels
 MOST_SEARCHED = 2**23  # the same for the part in which the scale is searched
 
 
@@ -33,7 +33,7 @@ class Found(NamedTuple):
     labels: np.ndarray  # (H, W) int32, 0 background, 1 ... n the nuclei
     confidence: np.ndarray  # (n + 1,) float32 in [0, 1]: the mean of the mask over each nucleus, 0 for the background
     scale: float  # network pixels per pixel of the picture
-    limited: bool = False  # whether a higher scale was found, at which the network would see more than MOST_PIXELS
+    limited: bool = False  # whether a higher scale was found, at which the network would see more than MOST_SEEN
 
 
 def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
@@ -43,11 +43,11 @@ def find_nuclei(predictor, picture, diameter=None, batch_size=2, each=None):
     in pixels of the picture; by default the scale is searched (scale_search.py), without test-time augmentation and, in
     large pictures, in a window with much structure. batch_size: tiles that the network sees at once. each() is called
     before every batch of tiles; what it raises ends the work. ValueError for a diameter at which the network would see
-    more than MOST_PIXELS.
+    more than MOST_SEEN.
     """
     config = predictor.config
     image = stretch_picture(picture, config)
-    lowest, highest = bounds_of(image.shape[:2], MOST_PIXELS)
+    lowest, highest = bounds_of(image.shape[:2], MOST_SEEN)
     thresholds = {key: config[key] for key in DEFAULTS}
 
     def look(part, scale, predictor=predictor):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from common.files import read_yaml
 from common.images import to_channels
 from common.runs import weights_file
-from common.synthetic import nuclei
+from common.synthetic import generate_nuclei
 from data_folder import INPUTS, check_layout, list_ids, usual_ending
 from dataset import Item
 from nuclei.crops import Crops, build_crops
@@ -23,10 +23,10 @@ SEEDS = range(1000, 1040)  # of the generated pictures
 
 
 class GeneratedCrops(Crops):
-    """Crops of generated nuclei, fluorescence and stained tissue; an id is a seed of common.synthetic.nuclei."""
+    """Crops of generated nuclei, fluorescence and stained tissue; an id is a seed of `generate_nuclei`."""
 
     def _read(self, img_id):
-        image, labels = nuclei(int(img_id))
+        image, labels = generate_nuclei(int(img_id))
         image = to_channels(image, self.input_channels)
         return Item(image, labels.astype(np.uint16)[..., None], img_id.encode(), image.shape[:2], False)
 

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, call, run_script
 from test_inference import write_run
 
 from common.images import write_png
-from common.synthetic import nuclei as generated
+from common.synthetic import generate_nuclei
 from instances import DEFAULTS, drop_small, judge, official_scores
 from labels import write_labels
 from tools import baselines
@@ -34,7 +34,7 @@ def place(tmp_path_factory):
     for kind in ("images", "labels"):
         (folder / "inputs" / "dsb2018" / kind).mkdir(parents=True)
     for seed in range(3):
-        image, labels = generated(seed, 96)
+        image, labels = generate_nuclei(seed, 96)
         write_png(folder / "inputs" / "dsb2018" / "images" / f"img{seed}.png", image)
         write_labels(folder / "inputs" / "dsb2018" / "labels" / f"img{seed}.png", labels)
     (folder / "split.yml").write_text(yaml.safe_dump({"train": ["img0"], "val": ["img1", "img2"]}))
@@ -84,7 +84,7 @@ def test_the_table(place):
     assert [name for name in of_all if "," not in name] == methods
     expected = []
     for seed in range(3):
-        labels = generated(seed, 96)[1]
+        labels = generate_nuclei(seed, 96)[1]
         found = components(labels > 0)
         expected.append(judge(found, labels))
         assert (drop_small(found, 20) == found).all()

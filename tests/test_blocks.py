@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from common.synthetic import nuclei as generated
+from common.synthetic import generate_nuclei
 from inference import predict_tiled
 from instances import DEFAULTS, judge, nuclei, sequential, targets
 from nuclei import blocks
@@ -23,7 +23,7 @@ def as_maps(labels):
 def mosaic(seeds, size=160):
     """Generated fields of nuclei in a square."""
     side = int(len(seeds) ** 0.5)
-    fields = [sequential(generated(seed, size)[1]) for seed in seeds]
+    fields = [sequential(generate_nuclei(seed, size)[1]) for seed in seeds]
     offsets = np.cumsum([0, *(field.max() for field in fields[:-1])])
     fields = [np.where(field > 0, field + offset, 0) for field, offset in zip(fields, offsets, strict=True)]
     return np.block([fields[k : k + side] for k in range(0, len(fields), side)]).astype(np.int32)

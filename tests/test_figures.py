@@ -9,7 +9,7 @@ from test_inference import write_run
 
 import train
 from common import report
-from common.synthetic import nuclei
+from common.synthetic import generate_nuclei
 from instances import DEFAULTS
 from tools import figures
 
@@ -46,7 +46,7 @@ def test_the_figures_of_the_newest_run(docs, monkeypatch):
     assert colours >= {figures.ORANGE, figures.SKY, figures.GREEN, figures.BLUE}  # each level has its own
     assert cv2.imread(str(docs / "features.png")).shape == (960, 800, 3)
     picture = cv2.imread(str(docs / "picture.png"))[..., ::-1]
-    assert np.array_equal(picture, nuclei(figures.PICTURE)[0])
+    assert np.array_equal(picture, generate_nuclei(figures.PICTURE)[0])
 
 
 def test_the_image_is_shown_that_was_asked_for(docs, monkeypatch):

@@ -63,7 +63,7 @@ def test_sixteen_bits_and_one_channel():
 
 
 def test_a_diameter_that_would_enlarge_too_much(monkeypatch):
-    monkeypatch.setattr(find, "MOST_PIXELS", 100_000)
+    monkeypatch.setattr(find, "MOST_SEEN", 100_000)
     with pytest.raises(ValueError, match=r"nuclei of 2 pixels would be shown 6 times as large.*larger --diameter"):
         find_nuclei(BrightNuclei(), discs(9)[0], diameter=2)
 
@@ -73,7 +73,7 @@ def test_a_picture_too_large_for_the_scale_of_its_nuclei(monkeypatch):
     monkeypatch.setattr(find, "SEARCHED", 128)
     picture, labels = discs(4, size=(400, 300))
     assert not find_nuclei(BrightNuclei(), picture).limited
-    monkeypatch.setattr(find, "MOST_PIXELS", 400 * 300)
+    monkeypatch.setattr(find, "MOST_SEEN", 400 * 300)
     found = find_nuclei(BrightNuclei(), picture)
     assert found.limited and found.scale == 1 and found.labels.max() == labels.max()
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from common.synthetic import nuclei as generated
+from common.synthetic import generate_nuclei
 from instances import (
     DEFAULTS,
     DEFINITIONS,
@@ -130,7 +130,7 @@ def test_targets_of_nothing_and_of_everything():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_round_trip(seed):
-    labels = generated(seed)[1]
+    labels = generate_nuclei(seed)[1]
     labels = sequential(drop_small(labels, DEFAULTS["smallest"]))
     found = nuclei(targets(labels), **{**DEFAULTS, "smoothing": 0})
     assert found.dtype == np.int32 and official_scores([judge(found, labels)])[0] > 0.95

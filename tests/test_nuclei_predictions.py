@@ -110,7 +110,7 @@ def test_a_picture_without_nuclei(here, monkeypatch, capsys):
 
 def test_a_picture_too_large_for_the_scale_of_its_nuclei(here, monkeypatch, capsys):
     monkeypatch.setattr(find, "SEARCHED", 128)
-    monkeypatch.setattr(find, "MOST_PIXELS", 400 * 300)
+    monkeypatch.setattr(find, "MOST_SEEN", 400 * 300)
     write(here / "in" / "slide.png", discs(4, size=(400, 300))[0])
     assert call(monkeypatch, predict, "in --output out") == 0
     assert "warning: a scale that is too low, because the pictures are too large" in capsys.readouterr().err

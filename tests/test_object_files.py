@@ -16,7 +16,7 @@ from matplotlib.path import Path as Outline
 from PIL import Image
 from shapely.geometry import shape as as_shape
 
-from common.synthetic import nuclei as generated
+from common.synthetic import generate_nuclei
 from instances import from_runs
 from labels import read_labels
 from nuclei.object_files import SUBMISSION, outlines, submission_rows, write_geojson, write_label_tiff, write_rois
@@ -43,7 +43,7 @@ def scattered(seed):
     return np.random.default_rng(seed).choice([0, 1, 1, 2, 3], (14, 17)).astype(np.int32)
 
 
-MAPS = [drawn(), scattered(0), scattered(1), generated(3, 96)[1], np.ones((2, 3), np.int32)]
+MAPS = [drawn(), scattered(0), scattered(1), generate_nuclei(3, 96)[1], np.ones((2, 3), np.int32)]
 MAPS[3][MAPS[3] == 2] = 0  # a number that is missing
 CENTRES = {labels.shape: np.indices(labels.shape)[::-1].reshape(2, -1).T + 0.5 for labels in MAPS}
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from common.synthetic import nuclei as generated
+from common.synthetic import generate_nuclei
 from nuclei.objects import measure, summarise
 
 
@@ -70,7 +70,7 @@ def test_micrometres(labels, image):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_by_slow_loops(seed):
-    image, labels = generated(seed, 128)
+    image, labels = generate_nuclei(seed, 128)
     image = image.astype(np.uint16) * 257
     labels[labels == 2] = 0  # a number that is missing
     table = measure(labels, image)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.outlines import DISTINCT, NEAR, distinct_colours, draw_outlines, edges, neighbours, polygons
-from common.synthetic import nuclei as generated
+from common.synthetic import generate_nuclei
 
 
 def drawn(text):
@@ -33,7 +33,7 @@ def test_edges_by_hand():
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_edges_by_a_slow_loop(width):
-    labels = generated(1, 48)[1]
+    labels = generate_nuclei(1, 48)[1]
     expected = np.zeros(labels.shape, bool)
     for y, x in np.ndindex(labels.shape):
         cross = [labels[max(y - width, 0) : y + width + 1, x], labels[y, max(x - width, 0) : x + width + 1]]
@@ -62,7 +62,7 @@ def test_neighbours_by_hand():
 
 
 def test_neighbours_have_different_colours():
-    labels = generated(2)[1]
+    labels = generate_nuclei(2)[1]
     colours = distinct_colours(labels)
     assert colours.shape == (labels.max() + 1, 3) and colours.dtype == np.uint8
     assert {tuple(colour) for colour in colours.tolist()} == set(DISTINCT)
@@ -99,7 +99,7 @@ def test_polygons_by_hand():
 
 
 def test_polygons_of_generated_nuclei_are_close_and_short():
-    labels, filled, count = generated(2)[1], 0, 0
+    labels, filled, count = generate_nuclei(2)[1], 0, 0
     labels = labels.repeat(2, axis=0).repeat(2, axis=1)  # as in a report
     drawn_again = np.zeros(labels.shape, np.int32)
     for label, outlines in polygons(labels).items():

@@ -21,7 +21,7 @@ from test_inference import by_hand, soft_picture, write_run
 import predict
 import predictions
 from common import report
-from common.contrast import stretch
+from common.contrast import stretch_to_uint8
 from common.images import Page, squeeze
 from predict import predict_tiled
 from predictions import MaskResults, Picture, output_names
@@ -99,7 +99,7 @@ def test_every_kind_of_file_at_its_own_size(workplace, monkeypatch, mode):
             jpeg = cv2.imread(str(next((folder / "in").glob(f"{name}.*"))))[..., ::-1]
             np.testing.assert_allclose(found / 65535, expected(model, jpeg, size), atol=1e-4)
         elif "deep" in name:
-            seen = stretch(deep[..., [0, 0, 0]] if "grey" in name else deep)
+            seen = stretch_to_uint8(deep[..., [0, 0, 0]] if "grey" in name else deep)
             np.testing.assert_allclose(found / 65535, expected(model, seen, size), atol=1e-4)
         elif "grey" in name or name in same:
             np.testing.assert_allclose(found / 65535, plain_grey if "grey" in name else plain, atol=1e-4)

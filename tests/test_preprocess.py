@@ -22,7 +22,7 @@ from conftest import mounted, serving
 import preprocess_dsb2018 as preprocess
 from common import download
 from common.images import squeeze, squeeze_mask
-from common.synthetic import nuclei
+from common.synthetic import generate_nuclei
 
 SCRIPT = Path(__file__).parents[1] / "preprocess_dsb2018.py"
 IDS = ["a1", "b2", "c3"]
@@ -191,7 +191,7 @@ def compare_rules(unions, size):
 
 
 def test_the_rule_keeps_the_fraction_better_than_the_usual_ones():
-    compared = compare_rules([nuclei(seed)[1] > 0 for seed in range(12)], 96)
+    compared = compare_rules([generate_nuclei(seed)[1] > 0 for seed in range(12)], 96)
     *others, ours = ((np.abs(values[:, 0]).mean(), values[:, 1].mean()) for values in compared.values())
     assert np.abs(compared["k most covered (used here)"][:, 0]).max() <= 0.5 / 96**2 + 1e-7
     assert all(ours[0] < error / 5 and ours[1] > overlap - 0.002 for error, overlap in others)

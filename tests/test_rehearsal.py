@@ -13,7 +13,7 @@ from conftest import call, write_label_set
 import engine
 import train
 from common.cli import parse_options
-from common.synthetic import nuclei
+from common.synthetic import generate_nuclei
 from nuclei import crops
 from nuclei.crops import build_crops
 from nuclei.rehearsal import Rehearsal, build_rehearsal
@@ -84,7 +84,7 @@ def test_generated_nuclei_are_rehearsed():
     for generated in (drawn, grey):
         generated.check()
     image, labels = drawn.arrays(3)
-    expected, true = nuclei(int(drawn.img_ids[3]))
+    expected, true = generate_nuclei(int(drawn.img_ids[3]))
     assert np.array_equal(image, expected) and np.array_equal(labels[..., 0], true)
     assert {facts.kind for facts in drawn.facts} == {"dark grey", "bright coloured"}
     assert grey[0][0].shape == (1, 32, 48)

@@ -8,7 +8,7 @@ import yaml
 from conftest import REPOSITORY, call
 
 import predict
-from common.synthetic import nuclei
+from common.synthetic import generate_nuclei
 from instances import judge, summarise
 from labels import read_labels
 
@@ -40,7 +40,7 @@ def test_nuclei_one_by_one_without_a_name(tmp_path, monkeypatch, capsys):
     (tmp_path / "pictures").mkdir()
     truth = {}
     for seed in range(8):
-        image, truth[seed] = nuclei(seed)
+        image, truth[seed] = generate_nuclei(seed)
         cv2.imwrite(str(tmp_path / "pictures" / f"{seed}.png"), image[..., ::-1])
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, predict, "pictures --device cpu --amp off") == 0
@@ -56,7 +56,7 @@ def test_it_finds_generated_nuclei_at_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "pictures").mkdir()
     truth = {}
     for seed in range(PICTURES):
-        image, labels = nuclei(seed)
+        image, labels = generate_nuclei(seed)
         truth[f"{seed:02d}"] = labels > 0
         cv2.imwrite(str(tmp_path / "pictures" / f"{seed:02d}.png"), image[..., ::-1])
     monkeypatch.chdir(tmp_path)
@@ -72,4 +72,4 @@ def test_it_finds_generated_nuclei_at_once(tmp_path, monkeypatch, capsys):
 def test_the_picture_of_the_readme_is_a_generated_one():
     """To the last level of 255: OpenCV 4.11 rounds some pixels otherwise than 5.0."""
     picture = cv2.imread(str(REPOSITORY / "docs" / "picture.png"))[..., ::-1].astype(int)
-    assert any(np.abs(picture - nuclei(seed)[0]).max() <= 1 for seed in range(PICTURES))
+    assert any(np.abs(picture - generate_nuclei(seed)[0]).max() <= 1 for seed in range(PICTURES))

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from common.synthetic import nuclei, two_classes
+from common.synthetic import generate_nuclei, two_classes
 
 SEEDS = range(40)
 
 
 @pytest.fixture(scope="module")
 def fields():
-    return [nuclei(seed, 128) for seed in SEEDS]
+    return [generate_nuclei(seed, 128) for seed in SEEDS]
 
 
 def test_shapes_and_labels(fields):
@@ -22,7 +22,7 @@ def test_shapes_and_labels(fields):
 
 
 def test_a_seed_is_a_picture(fields):
-    again_image, again_labels = nuclei(SEEDS[3], 128)
+    again_image, again_labels = generate_nuclei(SEEDS[3], 128)
     assert np.array_equal(fields[3][0], again_image) and np.array_equal(fields[3][1], again_labels)
     assert len({image.tobytes() for image, _ in fields}) == len(fields)
 
@@ -48,7 +48,7 @@ def test_nuclei_touch_and_fill_as_much_as_in_real_fields(fields):
 
 @pytest.mark.parametrize("size", [32, 97, 300])
 def test_any_size(size):
-    image, labels = nuclei(5, size)
+    image, labels = generate_nuclei(5, size)
     assert image.shape == (size, size, 3) and labels.shape == (size, size)
     assert two_classes(5, "ants", size).shape == (size, size, 3)
 

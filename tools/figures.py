@@ -39,7 +39,7 @@ from common.files import read_yaml
 from common.images import read_picture, standardise, to_channels, write_png
 from common.report import BLUE, GREEN, ORANGE, PURPLE, SKY
 from common.runs import OUTPUTS, newest_run, run_folder
-from common.synthetic import nuclei
+from common.synthetic import generate_nuclei
 from data_folder import INPUTS, find_file
 from inference import load_trained
 from instances import judge
@@ -229,7 +229,7 @@ def main():
     draw_nodes(DOCS / "nodes.png")
     draw_nodes(DOCS / "nodes_encoder.png", "efficientnet_lite0")
     draw_features(DOCS / "features.png", names[0], options.image)
-    write_png(DOCS / "picture.png", nuclei(PICTURE)[0])
+    write_png(DOCS / "picture.png", generate_nuclei(PICTURE)[0])
     print(f"nodes.png, nodes_encoder.png, features.png and picture.png are in {DOCS}")
 
 

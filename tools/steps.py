@@ -152,13 +152,13 @@ def write_onnx(task):
 
     import export
     from archs import NestedUNet
-    from common.synthetic import nuclei
+    from common.synthetic import generate_nuclei
 
     torch.manual_seed(0)
     folder = Path(task["folder"])
     model = NestedUNet(deep_supervision=True).eval().prune(4)
     export.write_onnx(export.Deployed(model, [0.0] * 3, [1.0] * 3), folder / "float32.onnx", 3, {})
-    images = [nuclei(seed)[0] for seed in range(8)]
+    images = [generate_nuclei(seed)[0] for seed in range(8)]
     export.quantise(folder / "float32.onnx", folder / "int8.onnx", [export.batch_of(images, (SIDE, SIDE))])
     return None, {}
 

@@ -3,8 +3,6 @@
 plot_curves(rows, "curves.png", "run1")     # rows: those of log.csv
 """
 
-import math
-
 import numpy as np
 
 from common.files import atomic_path
@@ -13,39 +11,28 @@ from common.report import BLUE, VERMILION
 PANEL_TITLES = {"lr": "learning rate", "iou": "IoU", "acc": "accuracy", "official": "official score"}
 
 
-def plot_curves(rows, path, title=""):
+def plot_curves(rows, path, title):
     """Write the curves of a run as one PNG: a panel for each pair of columns (x, val_x) and one for lr.
 
-    rows: the rows of log.csv as dicts or a DataFrame, with `epoch`, pairs such as (loss, val_loss) and (iou, val_iou),
-    and optionally `lr`. The best validation epoch is marked in every panel but those of losses.
+    rows: the rows of log.csv as dicts of numbers: `epoch`, pairs such as (loss, val_loss) and (iou, val_iou), and `lr`.
+    The best validation epoch is marked in every panel but those of losses.
     """
     from matplotlib.figure import Figure
 
-    rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
-    assert rows, "no epochs to plot"
-    names = [name for name in rows[0] if f"val_{name}" in rows[0]]
-    widths = [1.8] * len(names)
-    if "lr" in rows[0]:
-        names.append("lr")
-        widths.append(1)
+    columns = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
+    names = [name for name in columns if f"val_{name}" in columns]
+    widths = [*[1.8] * len(names), 1]
     figure = Figure(figsize=(2.5 * sum(widths), 3.6), dpi=120, layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False, width_ratios=widths)[0]
-    epochs = _column(rows, "epoch")
+    *axes, last = figure.subplots(1, len(widths), width_ratios=widths)
+    epochs = columns["epoch"]
     for axis, name in zip(axes, names, strict=True):
-        if name == "lr":
-            _draw_learning_rate(axis, epochs, _column(rows, "lr"))
-        else:
-            _draw_pair(axis, epochs, _column(rows, name), _column(rows, f"val_{name}"), mark_best="loss" not in name)
+        _draw_pair(axis, epochs, columns[name], columns[f"val_{name}"], mark_best="loss" not in name)
         _style_axis(axis, epochs, PANEL_TITLES.get(name, name))
-    if title:
-        figure.suptitle(title, fontsize=11, parse_math=False)
+    _draw_learning_rate(last, epochs, columns["lr"])
+    _style_axis(last, epochs, PANEL_TITLES["lr"])
+    figure.suptitle(title, fontsize=11, parse_math=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def _column(rows, name):
-    """The values of one column as float64, NaN where a row has none."""
-    return np.array([math.nan if row.get(name) in (None, "") else float(row[name]) for row in rows])
 
 
 def _marker(epochs):

@@ -22,7 +22,7 @@ from common.devices import pick_amp, pick_device, precision, precision_name
 from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
 from common.runs import newest_run, run_folder, weights_file
-from run_config import LATER_SETTINGS, are_channels, fits_of, is_of_nuclei, levels_of, read_config
+from run_config import are_channels, fits_of, is_of_nuclei, levels_of, read_config
 
 WEIGHTS = {"best": "model.pth", "last": "last.pth"}  # of a run
 LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
@@ -205,13 +205,13 @@ class Predictor:
 def onnx_config(session):
     """The config that export.py wrote into the file of an ONNX Runtime session, with the run's name.
 
-    Raises errors of many kinds for other files. Files without a target are older and answer with masks.
+    Raises errors of many kinds for other files.
     """
     (images,), (output,) = session.get_inputs(), session.get_outputs()
-    about = {**LATER_SETTINGS, **session.get_modelmeta().custom_metadata_map}
+    about = session.get_modelmeta().custom_metadata_map
     config = {"input_channels": int(images.shape[3]), "num_classes": int(output.shape[3])}
     config.update({key: int(about[key]) for key in ("input_h", "input_w")})
-    config.update(stem=about.get("stem", "full"), target=about.get("target", "masks"))
+    config.update({key: about[key] for key in ("stem", "target")})
     if "scale" in about:
         config["scale"] = float(about["scale"])
     if is_of_nuclei(config):

@@ -19,7 +19,6 @@ BOUNDS = {  # smallest and largest value of train.py's options that a run's read
     "seed": (0, 2**32 - 1),
 }
 INPUT_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
-LATER_SETTINGS = {"smoothing": 0.0}  # how earlier runs of individual nuclei, which lack them, behaved
 TEXTS = ("arch", "dataset", "img_ext", "mask_ext", "loss")  # values of config.yml that must be text
 
 
@@ -34,8 +33,6 @@ def read_config(folder):
     needed = (*TEXTS, *BOUNDS, "input_channels", "deep_supervision", "mean", "std")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"{path} is not from a run of train.py: {', '.join(missing)} missing")
-    if is_of_nuclei(config):
-        config = {**LATER_SETTINGS, **config}
     levels = (1, 4) if config["deep_supervision"] is True else (4, 4)
     fits = fits_of(config)
     fits.update({key: isinstance(config[key], str) for key in TEXTS})

@@ -35,7 +35,6 @@ NO_OPTIONS = ("mean", "std", "scale", "environment", "level", "exported")  # wha
 ENCODER_OPTIONS = ("stem", "encoder_weights", "encoder_lr", "encoder_freeze", "encoder_freeze_bn")
 NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance", "rehearse", "map_weights")
 AUGMENT = {"masks": "flips,mild,cutmix", "instances": "flips,copies,stain,light,noise,paste"}  # unless it is given
-LATER_OPTIONS = ("encoder", *ENCODER_OPTIONS, "target", *NUCLEI_OPTIONS, "tensorboard", "keep")  # older runs lack them
 PRETRAINED_LR = 0.2  # the default of --encoder_lr, as a fraction of --lr
 ENDLESS = ("ConstantLR", "MultiStepLR", "ReduceLROnPlateau")  # schedulers without a planned end: it may be moved
 
@@ -242,18 +241,12 @@ def encoder_config(config):
     return {"encoder_lr": PRETRAINED_LR * config["lr"] if pretrained else config["lr"]}
 
 
-def completed(config):
-    """The config of a run of an earlier train.py, with the options that it lacks at their defaults."""
-    defaults = vars(build_parser().parse_args([]))
-    return {**{key: defaults[key] for key in LATER_OPTIONS}, **config}
-
-
 def resumed_config(options, given):
     """The config of the run to resume, with the options that may change; ValueError where others were changed."""
     if not options.name:
         raise ValueError("--resume needs --name, the run to continue")
     folder = run_folder(options.name)
-    config = check_config(build_parser, completed(read_config(folder)), folder / "config.yml")
+    config = check_config(build_parser, read_config(folder), folder / "config.yml")
     if "level" in config:
         raise ValueError(f"{folder} is another run cut to level {config['level']}; resume the whole one")
     if "exported" in config:

@@ -182,8 +182,7 @@ def resumed_config(options, given):
     """The config of the run to resume; ValueError when an option was given that differs from the run's."""
     name = options.name or default_name(DEMO["data_dir"] if options.demo else options.data_dir)
     folder = run_folder(name)
-    config = {"tensorboard": False, **read_run(folder)}  # older runs lack it
-    config = check_config(build_parser, config, folder / "config.yml")
+    config = check_config(build_parser, read_run(folder), folder / "config.yml")
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)
 
 

@@ -54,6 +54,7 @@ def write_run(folder, num_classes=1, input_channels=3, cut=None, **settings):
     save_checkpoint(folder / "model.pth", model.state_dict())
     config = {"arch": "NestedUNet", "num_classes": num_classes, "input_channels": input_channels, "width": 2}
     config |= {"dataset": "none", "img_ext": ".png", "mask_ext": ".png", "loss": "BCEDiceLoss", "seed": 0}
+    config |= {"encoder": "none", "stem": "full", "target": "masks", "keep": "best"}
     config |= {"deep_supervision": True, "input_h": 32, "input_w": 48, "scale": SCALE, "level": cut}
     config |= {"mean": MEAN[:input_channels], "std": STD[:input_channels], **settings}
     write_yaml(folder / "config.yml", {key: value for key, value in config.items() if value is not None})

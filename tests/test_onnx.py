@@ -32,10 +32,8 @@ def write_onnx(path, answers=1, **metadata):
     onnx.save(model, str(path))
 
 
-ABOUT = {"name": "grey", "input_h": "32", "input_w": "48", "scale": "1.0", "threshold": "0.5"}
-
-
-NUCLEI = {**ABOUT, "target": "instances", "diameter": "22.0", "stretch": "1,99.8", "smallest": "20"}
+ABOUT = {"name": "grey", "input_h": "32", "input_w": "48", "scale": "1.0", "stem": "full", "target": "masks"}
+NUCLEI = {**ABOUT, "target": "instances", "diameter": "22.0", "stretch": "1,99.8", "smallest": "20", "smoothing": "1"}
 NUCLEI |= {f"{name}_threshold": "0.25" for name in ("mask", "contact", "distance", "seed")}
 
 
@@ -90,7 +88,7 @@ def test_a_file_of_individual_nuclei(tmp_path):
         "diameter": 22.0,
         "stretch": "1,99.8",
         "smallest": 20.0,
-        "smoothing": 0.0,  # the file is of an earlier export.py
+        "smoothing": 1.0,
         **thresholds,
     }
 
@@ -98,13 +96,13 @@ def test_a_file_of_individual_nuclei(tmp_path):
 @pytest.mark.parametrize(
     ("answers", "changed", "message"),
     [
-        (3, {"diameter": "0"}, "or damaged: diameter 0.0"),
+        (3, {"diameter": "0"}, "or is damaged: diameter 0.0"),
         (3, {"diameter": "large"}, "ValueError"),
-        (3, {"seed_threshold": "nan"}, "or damaged: seed_threshold nan"),
+        (3, {"seed_threshold": "nan"}, "or is damaged: seed_threshold nan"),
         (3, {"smallest": None}, "KeyError"),
-        (3, {"stretch": "1,2,3"}, "or damaged: stretch '1,2,3'"),
-        (3, {"target": "cells"}, "or damaged: target 'cells'"),
-        (1, {}, "or damaged: num_classes 1"),
+        (3, {"stretch": "1,2,3"}, "or is damaged: stretch '1,2,3'"),
+        (3, {"target": "cells"}, "or is damaged: target 'cells'"),
+        (1, {}, "or is damaged: num_classes 1"),
     ],
 )
 def test_damaged_files_of_individual_nuclei(tmp_path, answers, changed, message):

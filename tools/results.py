@@ -60,7 +60,6 @@ def command(config):
     if config["amp"] != "off":
         left_out.add("amp")  # auto found it on the machine of the run, as it found channels_last
     defaults = {key: value for key, value in vars(train.build_parser().parse_args([])).items() if key not in left_out}
-    config = train.completed(config)
     given = [f"--{key} {config[key]}" for key, default in defaults.items() if config[key] != default]
     return " ".join(["python train.py", *given])
 

@@ -308,17 +308,6 @@ def test_a_frozen_encoder_learns_nothing_at_first(go, place):
     assert not any(torch.equal(states[2][key], value) for key, value in own.items() if key.endswith("conv_dw.weight"))
 
 
-def test_a_run_from_before_there_were_encoders_is_resumed(go, place):
-    go(train, SMALL, "--name old --epochs 2")
-    log = (place / "models/old/log.csv").read_text()
-    path = place / "models/old/config.yml"
-    config = {k: v for k, v in yaml.safe_load(path.read_text()).items() if not k.startswith(("encoder", "stem"))}
-    path.write_text(yaml.safe_dump(config))
-    go(train, "--name old --resume")
-    assert (place / "models/old/log.csv").read_text() == log
-    go(val, "--name old --device cpu")
-
-
 def test_mistakes_leave_no_run(go, place):
     for options, message in (
         ("--stem half", "--stem needs an --encoder, such as --encoder efficientnet_lite0"),

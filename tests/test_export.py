@@ -322,7 +322,7 @@ def test_a_run_with_all_its_levels_in_half_precision(exported, go, tmp_path, mon
 # ---------------------------------------------------------------- individual nuclei
 
 FOUND_WITH = {"mask_threshold": 0.4, "contact_threshold": 0.3, "distance_threshold": 0.2, "seed_threshold": 0.5}
-FOUND_WITH |= {"smallest": 5, "diameter": 12.0, "stretch": "2,99", "scale": 1.5}
+FOUND_WITH |= {"smallest": 5, "smoothing": 0, "diameter": 12.0, "stretch": "2,99", "scale": 1.5}
 
 
 @pytest.fixture(scope="module")

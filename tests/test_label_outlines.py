@@ -56,8 +56,8 @@ def test_outlines_outside_and_inside_another():
         ([1, 1, float("inf"), 1, 5, 5], "not a finite number"),
         ([1, 1, 1e300, 1, 5, 5], "pixels long"),
         (np.random.default_rng(0).uniform(0, 20, 2_000_000), "outline of 1,000,000 points is .* pixels long"),
-        ([1, 1, 2, 2, 3, 3, 4], "no list of x and y"),
-        ([[1, 2, 3], [1, 2, 3]], "no list of x and y"),
+        ([1, 1, 2, 2, 3, 3, 4], "not a list of x and y"),
+        ([[1, 2, 3], [1, 2, 3]], "not a list of x and y"),
     ],
 )
 def test_an_outline_that_is_none(outline, said):

@@ -396,7 +396,7 @@ def test_a_folder_of_something_else_is_never_replaced(run, raw, tmp_path):
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("x")
     for output in ("home", "file", "."):
-        with pytest.raises(FileExistsError, match="is not written by this script"):
+        with pytest.raises(FileExistsError, match="was not written by this script"):
             run("--raw", raw, "--output", output, "--overwrite")
     assert (tmp_path / "home" / "thesis.txt").exists()
     (tmp_path / "empty").mkdir()

@@ -297,7 +297,7 @@ def test_classes_and_where_it_looked(sessions):
 
 def test_a_lack_of_memory_is_said_in_one_line():
     assert refusal("a.png", RuntimeError("DefaultCPUAllocator: can't allocate")).startswith(
-        "a.png: the machine's memory"
+        "a.png: not enough main memory"
     )
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         refusal("a.png", RuntimeError("a mistake of ours"))

@@ -111,7 +111,7 @@ def test_spoilt_weights_are_one_line(workplace, spoil, message):
     [
         ({"width": "x"}, "is damaged: width 'x' is not what train.py writes"),
         ({"keep": "all"}, "is damaged: keep 'all' is not what train.py writes"),
-        ({"width": 0, "input_h": 1.5}, "is damaged: input_h 1.5, width 0 is nothing"),
+        ({"width": 0, "input_h": 1.5}, "is damaged: input_h 1.5, width 0 is not what"),
         ({"num_classes": 101}, "num_classes 101"),
         ({"num_classes": True}, "num_classes True"),
         ({"input_channels": 2}, "input_channels 2"),

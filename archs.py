@@ -142,8 +142,8 @@ class SkipNetwork(nn.Module):
     def prune(self, level):
         """A new model with the nodes i + j <= level and only the head of X^{0,level}, whose logits forward returns.
 
-        The logits equal those of the same head of this model, which is left unchanged. Padding stays as
-        it is, because upsampling with aligned corners depends on the size. ValueError when no head was trained there.
+        The logits equal those of the same head of this model, which is left unchanged. Padding stays as it is, because
+        upsampling with aligned corners depends on the size. ValueError when no head was trained there.
         """
         if level not in self.levels:
             said = f"level {level}: this {type(self).__name__} has no such head, only {', '.join(self.head_names)}"

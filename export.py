@@ -23,7 +23,6 @@ one scale per channel). Standardisation and sigmoid stay float32. For runs of ma
 (minimum and maximum, entropy, 99.99th percentile) gave an IoU within 0.0004 of each other on 200 other training images.
 """
 
-import importlib.util
 import inspect
 import logging
 import shlex
@@ -72,6 +71,7 @@ answer_early(__name__, build_parser)  # the imports below take seconds
 import numpy as np
 import torch
 
+from common.extras import load_extra
 from common.files import atomic_path, read_yaml, save_checkpoint, write_yaml
 from common.images import read_picture, squeeze, to_channels
 from common.runs import OUTPUTS, newest_run, run_folder
@@ -86,12 +86,6 @@ from nuclei.crops import VIEW, line
 from nuclei.scaling import median_diameter, stretch_picture, zoom
 from run_config import is_of_nuclei
 from utils import count_params
-
-
-def check_packages():
-    """ValueError when a package that ONNX needs is not installed."""
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"{', '.join(missing)} not installed; exporting needs: pip install -r requirements-onnx.txt")
 
 
 class Deployed(torch.nn.Module):
@@ -329,7 +323,8 @@ def about_run(config):
 
 def write_deployed(name, options):
     """models/<name> -> one ONNX file, compared with PyTorch before it gets its name."""
-    check_packages()
+    for package in PACKAGES:
+        load_extra(package, "onnx")
     model, config = load_trained(name, torch.device("cpu"), level=options.level or "deepest")
     head = "mean" if options.level == "mean" else model.head_names[-1]
     ending = "_int8.onnx" if options.int8 else ".onnx"

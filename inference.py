@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from common.cli import loading
 from common.devices import pick_amp, pick_device, precision, precision_name
+from common.extras import load_extra
 from common.files import is_plain_name, load_weights, read_yaml
 from common.images import standardise
 from common.runs import newest_run, run_folder, weights_file
@@ -229,11 +230,7 @@ class OnnxPredictor:
     """
 
     def __init__(self, path, device="auto", name=None, tta=False):
-        try:
-            import onnxruntime
-        except ImportError:
-            raise ValueError("--onnx needs ONNX Runtime, which is not installed: pip install onnxruntime") from None
-
+        onnxruntime = load_extra("onnxruntime", "onnx")
         self.path, self.tta = path, tta
         content = Path(path).read_bytes()
         self.digest = digest_of(content)

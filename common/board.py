@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 
 from common.devices import precision
 from common.distributed import is_main
+from common.extras import load_extra
 from common.images import squeeze
 from common.report import as_rgb, brighten
 
@@ -28,20 +29,14 @@ GAP, CAPTION_HEIGHT = 2, 16  # pixels
 
 
 def check_tensorboard(config):
-    """ValueError when the config asks for TensorBoard but the package is absent."""
+    """OSError when the config asks for TensorBoard but the package is absent."""
     if config["tensorboard"]:
-        import_writer()
+        load_tensorboard()
 
 
-def import_writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        install = "pip install -r requirements-tensorboard.txt"
-        raise ValueError(
-            f"--tensorboard needs tensorboard, which is not installed: {install}; or pass --tensorboard False"
-        ) from None
-    return SummaryWriter
+def load_tensorboard():
+    module, otherwise = "torch.utils.tensorboard", "; or pass --tensorboard False"
+    return load_extra(module, "tensorboard", "tensorboard", otherwise)
 
 
 def open_board(config, run, dataset, titles):
@@ -65,7 +60,7 @@ class Board:
         ]
         folder = run.folder / "tensorboard"
         begun = any(folder.glob("events.*"))
-        self.writer = import_writer()(str(folder), purge_step=run.epoch + 1)
+        self.writer = load_tensorboard().SummaryWriter(str(folder), purge_step=run.epoch + 1)
         for row in [] if begun else run.rows:
             self._add_scalars(row)
 

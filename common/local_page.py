@@ -1,7 +1,7 @@
 """A Gradio page for this machine alone: it answers only its own page, never redirects, and leaves no files behind.
 
     with page_folder() as folder:                  # of uploads and results; removed in the end
-        gr = import_gradio()
+        gr = load_gradio()
         with gr.Blocks() as block:
             ...
         serve(gr, block, port=7860, max_megabytes=500, open_it=True)   # until Ctrl-C
@@ -19,6 +19,7 @@ import threading
 import webbrowser
 
 from common.cli import in_one_line, loading
+from common.extras import load_extra
 
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # the browser contacts no other host
@@ -64,15 +65,11 @@ def page_folder():
         yield folder
 
 
-def import_gradio():
-    """The optional package, which reports nothing to anybody; ValueError, with what to do, when it is absent."""
+def load_gradio():
+    """The optional package, which reports nothing to anybody."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        with loading():
-            import gradio
-    except ModuleNotFoundError:
-        raise ValueError("gradio is not installed: pip install -r requirements-app.txt") from None
-    return gradio
+    with loading():
+        return load_extra("gradio", "app")
 
 
 def serve(gr, block, port, max_megabytes, open_it):

@@ -12,10 +12,11 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from common.extras import load_extra
 from common.images import decode, foreground
 from label_forms.outlines import decode_run_lengths, draw, ellipse, rectangle
 from label_forms.pairing import pair
-from label_forms.source import Piece, Source, cut, load, unite
+from label_forms.source import Piece, Source, cut, unite
 
 MAX_JSON_BYTES = 2**27  # Python needs up to twenty-five times as much memory
 
@@ -108,7 +109,7 @@ def run_lengths(segmentation, shape):
         mask = decode_run_lengths({"size": list(shape), "counts": text})
     except ValueError:
         raise damaged from None
-    if load("pycocotools.mask").encode(np.asfortranarray(mask, np.uint8))["counts"] != text:
+    if load_extra("pycocotools.mask", "import").encode(np.asfortranarray(mask, np.uint8))["counts"] != text:
         raise damaged
     return mask
 

@@ -6,9 +6,10 @@ from label_forms.imagej import find_rois
 """
 
 from common.download import ZIP_ERRORS, check_zip, open_zip
+from common.extras import load_extra
 from label_forms.outlines import draw, ellipse
 from label_forms.pairing import pair
-from label_forms.source import Source, load
+from label_forms.source import Source
 
 MAX_ZIP_BYTES = 2**28  # of the ROIs of one picture, unpacked; 10,000 nuclei take about 10 MB
 WITH_AREA = ("POLYGON", "RECT", "OVAL", "FREEHAND", "TRACED")  # and composite ones, which ImageJ calls RECT
@@ -60,7 +61,7 @@ def read_rois(items, shape):
 
 def _rois(path):
     """Yields the roifile.ImagejRoi objects of a .roi or .zip file."""
-    roifile = load("roifile")
+    roifile = load_extra("roifile", "import")
 
     def parsed(name, data):
         try:

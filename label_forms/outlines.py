@@ -13,7 +13,8 @@ import warnings
 
 import numpy as np
 
-from label_forms.source import Piece, load
+from common.extras import load_extra
+from label_forms.source import Piece
 
 MAX_LENGTH = 1_000_000  # of the outlines of an object, in pixels; pycocotools needs some 100 bytes for each
 
@@ -25,7 +26,7 @@ def draw(name, outlines, shape, cut_out=False):
     centre is (0.5, 0.5). shape: (height, width) of the picture. Several outlines are united; with cut_out, one inside
     another is a hole. Raises ValueError for coordinates that are not finite, and for an outline too long to be one.
     """
-    coco = load("pycocotools.mask")
+    coco = load_extra("pycocotools.mask", "import")
     points = [_points(outline) for outline in outlines]
     points = [outline for outline in points if len(outline) > 2]
     if not points:
@@ -60,7 +61,7 @@ def decode_run_lengths(encoded):
     """pycocotools' {"size": [height, width], "counts": bytes} -> (H, W) bool."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools 2.0.11 with numpy 2
-        return load("pycocotools.mask").decode(encoded) > 0
+        return load_extra("pycocotools.mask", "import").decode(encoded) > 0
 
 
 def rectangle(left, top, right, bottom):

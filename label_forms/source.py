@@ -6,7 +6,6 @@ labels = paint([Piece("nucleus", 2, 3, np.ones((4, 4), bool))], (32, 32))
 labels.masks["nucleus"], labels.objects     # (32, 32) bool, (32, 32) int32: 0 background, 1 ... n the objects
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,10 +17,6 @@ from labels import MAX_OBJECTS
 
 MAX_CLASSES = 100  # as train.py
 MAX_PIECE_PIXELS = 1_000_000_000  # in the boxes of one picture's objects, a byte each
-
-
-class NotInstalled(OSError):
-    """A package that one form needs is absent: no fault of a single file, so nothing is skipped for it."""
 
 
 @dataclass
@@ -65,16 +60,6 @@ class Piece(NamedTuple):
         """The slices of the picture that it covers."""
         height, width = self.mask.shape
         return np.s_[self.top : self.top + height, self.left : self.left + width]
-
-
-def load(package):
-    """An optional package. NotInstalled, which says how to install it, when it is absent."""
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError:
-        raise NotInstalled(
-            f"{package.split('.')[0]} is not installed: pip install -r requirements-import.txt"
-        ) from None
 
 
 def check_shape(array, shape, name):

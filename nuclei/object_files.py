@@ -10,7 +10,6 @@ inside is that of the nucleus: (0, 0) is the corner of the upper left pixel, as 
 """
 
 import csv
-import importlib
 import json
 import math
 import zipfile
@@ -19,6 +18,7 @@ import numpy as np
 import tifffile
 from scipy import ndimage
 
+from common.extras import load_extra
 from common.files import atomic_path
 from instances import to_runs
 
@@ -28,14 +28,6 @@ MICROMETRES_PER_CM = 10_000
 CENTIMETRE = 3  # ResolutionUnit of TIFF
 BIG_TIFF = 2**31  # bytes; a classic TIFF ends at 4 GiB
 IMAGEJ_SIDE = 60_535  # pixels: ImageJ and roifile read 16-bit coordinates as -5000 ... 60535
-
-
-def require(package):
-    """An optional package; ValueError, which says how to install it, when it is absent."""
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError:
-        raise ValueError(f"{package} is not installed: pip install -r requirements-objects.txt") from None
 
 
 # ---------------------------------------------------------------- label TIFF
@@ -94,7 +86,7 @@ def outlines(labels):
     (x to the right, y taken as upwards), then its holes, clockwise. Parts of a nucleus that touch in a corner alone are
     polygons of their own, so that each is valid by the rules of OGC.
     """
-    shapely = require("shapely")
+    shapely = load_extra("shapely", "objects")
     for label, box in enumerate(ndimage.find_objects(labels), 1):
         if box is None:
             continue
@@ -135,7 +127,7 @@ def write_rois(path, labels):
     A nucleus with holes or several parts is a composite ROI, any other one a polygon. ValueError for a picture with
     more than IMAGEJ_SIDE pixels per side, which the format cannot hold.
     """
-    roifile = require("roifile")
+    roifile = load_extra("roifile", "objects")
     if not fits_imagej(labels.shape):
         size = f"{labels.shape[1]} x {labels.shape[0]}"
         raise ValueError(f"{path}: ImageJ ROIs reach {IMAGEJ_SIDE:,} pixels, the picture has {size}")

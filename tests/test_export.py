@@ -211,10 +211,11 @@ def test_a_run_that_is_not_there(run, go):
     assert "the runs are: tiny" in refused(go, export, "--name gone")
 
 
-def test_missing_packages_in_one_line(monkeypatch):
+def test_a_missing_package_in_one_line(run, go, monkeypatch):
     monkeypatch.setattr(export, "PACKAGES", ("onnx", "onnx_of_tomorrow"))
-    with pytest.raises(ValueError, match=r"^onnx_of_tomorrow not installed; .*pip install -r requirements-onnx.txt$"):
-        export.check_packages()
+    said = refused(go, export, "--name tiny --output tomorrow.onnx")
+    assert said == "onnx_of_tomorrow is not installed: pip install -r requirements-onnx.txt"
+    assert not (run / "tomorrow.onnx").exists()
 
 
 # ---------------------------------------------------------------- a smaller run

@@ -255,7 +255,7 @@ def test_the_submission_is_what_the_labels_say(here, monkeypatch, capsys):
 def test_a_missing_package_is_named_before_the_work(here, monkeypatch, option, package):
     write(here / "in" / "a.png", discs(6)[0])
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=f"^{package} is not installed: pip install -r requirements-objects.txt$"):
+    with pytest.raises(OSError, match=f"^{package} is not installed: pip install -r requirements-objects.txt$"):
         call(monkeypatch, predict, f"in --output out --{option}")
     assert not (here / "out").exists()
 

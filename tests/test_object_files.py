@@ -184,7 +184,7 @@ def test_a_picture_too_wide_for_rois(tmp_path):
 )
 def test_a_package_that_is_not_installed(tmp_path, monkeypatch, write, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=f"^{package} is not installed: pip install -r requirements-objects.txt$"):
+    with pytest.raises(OSError, match=f"^{package} is not installed: pip install -r requirements-objects.txt$"):
         write(tmp_path / "a", drawn())
     assert not list(tmp_path.iterdir())
 

@@ -69,7 +69,7 @@ def test_onnx_needs_no_torch(tmp_path):
 
 def test_without_onnx_runtime_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
-    with pytest.raises(ValueError, match="not installed: pip install onnxruntime$"):
+    with pytest.raises(OSError, match="^onnxruntime is not installed: pip install -r requirements-onnx.txt$"):
         OnnxPredictor("any.onnx")
 
 

@@ -51,7 +51,7 @@ def build_parser():
     parser = Parser(description=__doc__.format(forms=forms))
     a = parser.add_argument
     a("images", type=Path, help="folder of the pictures")
-    a("labels", type=Path, nargs="?", help="folder or file of the labels; default: masks/ beside images/, or IMAGES")
+    a("labels", type=Path, nargs="?", help="folder or file of the labels; default: IMAGES, or masks/ in it")
     a("--name", required=True, help="the data set becomes inputs/<name>")
     a("--form", choices=FORMS, help="format of the labels; default: detected from the files")
     a("--classes", help="the classes to keep, in this order, such as nucleus,cell; default: all, in alphabetical order")

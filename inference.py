@@ -150,7 +150,7 @@ class Predictor:
     """A run of train.py, ready to answer.
 
     name: models/<name>, None for the newest run; level: see load_trained, by default the deepest head; which: "best" or
-    "last"; tta: average over the eight flips and turns. Attributes: config, name, head ("L4", or "mean" for the mean of
+    "last"; tta: average over eight flips and rotations. Attributes: config, name, head ("L4", or "mean" for the mean of
     several heads), head_names, device, amp, and `about`, a line for people.
     """
 

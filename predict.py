@@ -103,11 +103,11 @@ def build_parser():
     a("--submission", type=Path, metavar="FILE", help=submission)
 
     a = parser.add_argument_group("pictures and speed").add_argument
-    a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
+    a("--tta", action="store_true", help="average over eight flips and rotations: eight times the work")
     a("--page", type=number(int, 0), help="read only this page of multi-page files, counted from 0; default: all")
     channels = "one channel, counted from 0, for grey, or three for red, green and blue: 0 or 2,1,0"
     a("--channels", type=channel_numbers, metavar="K[,K,K]", help=channels)
-    a("--html", action="store_true", help="write report.html, one page of all outlines in the folder")
+    a("--html", action="store_true", help="write report.html, a page with the outlines of up to 200 pictures")
     a("--open", action="store_true", help="write report.html and open it in the browser")
     a("--max_pixels", type=number(int, 1, MOST_PIXELS), default=MAX_PIXELS, help="refuse larger pictures")
     a("-b", "--batch_size", type=number(int, 1), default=8, help="pictures or tiles at once")

@@ -73,7 +73,7 @@ def build_parser():
     a("--encoder_freeze", type=number(int, 0), default=0, help="initial epochs in which the encoder stays frozen")
     a("--encoder_freeze_bn", action="store_true", help="keep the encoder's batch-norm statistics")
     a("--input_channels", type=int, choices=INPUT_CHANNELS, default=3, help="grey, RGB or RGBA")
-    a("--num_classes", type=number(int, *BOUNDS["num_classes"]), default=1, help="folders masks/0, masks/1 ...")
+    a("--num_classes", type=number(int, *BOUNDS["num_classes"]), default=1, help="number of folders masks/<k>")
     width = "filters of the top row, doubled four times; default: 32, or with --encoder those of its stages"
     a("--width", type=number(int, *BOUNDS["width"]), help=width)
     for key, side in (("input_w", "width"), ("input_h", "height")):
@@ -109,20 +109,20 @@ def build_parser():
 
     a = parser.add_argument_group("optimisation").add_argument
     losses = ("BCEDiceLoss", "BCELovaszLoss", "BCEWithLogitsLoss", "LovaszHingeLoss")
-    a("--loss", choices=losses, default="BCELovaszLoss", help="loss of the masks of each head")
+    a("--loss", choices=losses, default="BCELovaszLoss", help="loss of the mask, for each head")
     a("--head_weights", type=weights(4), help="weights of the losses of L1 to L4, such as 1,2,3,4; default: equal")
     a("--optimizer", choices=("Adam", "AdamW", "SGD"), default="AdamW", help="optimizer")
     a("--lr", "--learning_rate", type=positive, default=2e-3, help="learning rate")
-    a("--momentum", type=number(float, 0, 1), default=0.9, help="SGD")
+    a("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     a("--weight_decay", type=positive, default=1e-4, help="weight decay of the optimizer")
-    a("--nesterov", action="store_true", help="SGD")
+    a("--nesterov", action="store_true", help="Nesterov momentum of SGD")
     schedulers = ("ConstantLR", "CosineAnnealingLR", "MultiStepLR", "OneCycleLR", "ReduceLROnPlateau")
     a("--scheduler", choices=schedulers, default="OneCycleLR", help="how the learning rate changes")
-    a("--min_lr", type=positive, default=1e-5, help="CosineAnnealingLR, ReduceLROnPlateau")
-    a("--factor", type=number(float, 0, 0.999999), default=0.1, help="ReduceLROnPlateau")
-    a("--patience", type=number(int, 0), default=2, help="ReduceLROnPlateau")
-    a("--milestones", type=milestones, default="20,40", help="MultiStepLR: epochs")
-    a("--gamma", type=positive, default=2 / 3, help="MultiStepLR")
+    a("--min_lr", type=positive, default=1e-5, help="CosineAnnealingLR, ReduceLROnPlateau: lowest learning rate")
+    a("--factor", type=number(float, 0, 0.999999), default=0.1, help="ReduceLROnPlateau: factor of a step")
+    a("--patience", type=number(int, 0), default=2, help="ReduceLROnPlateau: epochs without improvement before a step")
+    a("--milestones", type=milestones, default="20,40", help="MultiStepLR: epochs of the steps")
+    a("--gamma", type=positive, default=2 / 3, help="MultiStepLR: factor of a step")
     ema = "decay of the averaged weights, less in trainings of few steps; 0: no averaging"
     a("--ema", type=number(float, 0, 0.99999), default=0.995, help=ema)
 

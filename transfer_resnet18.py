@@ -98,13 +98,13 @@ def build_parser():
         f"as they are, 1: all learn alike; default: {_by_recipe('layer_decay')}"
     )
     a("--layer_decay", type=fraction, help=layer_decay)
-    a("--momentum", type=fraction, default=0.9, help="SGD")
+    a("--momentum", type=fraction, default=0.9, help="momentum of SGD")
     a("--weight_decay", type=positive, default=1e-4, help="weight decay of the optimizer")
     schedulers = ("ConstantLR", "CosineAnnealingLR", "StepLR")
     a("--scheduler", choices=schedulers, default="CosineAnnealingLR", help="how the learning rates change")
     a("--step_size", type=natural, default=7, help="StepLR: epochs between steps")
     a("--gamma", type=positive, default=0.1, help="StepLR: factor of a step")
-    a("--label_smoothing", type=fraction, default=0.0, help="of the cross entropy")
+    a("--label_smoothing", type=fraction, default=0.0, help="label smoothing of the cross entropy")
     add_machine_options(parser, training=True)
     return parser
 

@@ -33,7 +33,7 @@ def build_parser():
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--level", choices=LEVELS, help="prune to this head; mean: judge the average of all heads")
     group.add_argument("--levels", action="store_true", help="measure each level: accuracy, time, memory, parameters")
-    a("--tta", action="store_true", help="average the eight flips and turns: eight times the work")
+    a("--tta", action="store_true", help="average over eight flips and rotations: eight times the work")
     a("--explain", action="store_true", help="print the definition of each column; the report has them in any case")
     submission = "CSV file for the nuclei of all images in the format of the Data Science Bowl; --target instances"
     a("--submission", type=Path, metavar="FILE", help=submission)
@@ -337,7 +337,7 @@ def print_nuclei(rows, about, explain):
 
 
 def print_start(folder, what, dataset, predictor):
-    averaged = ", mean over eight flips and turns" if predictor.tta else ""
+    averaged = ", mean over eight flips and rotations" if predictor.tta else ""
     print(f"{folder}: {what}, {len(dataset)} images, {precision_name(predictor.amp)}{averaged}")
 
 

@@ -118,6 +118,6 @@ class NucleiResults(Results):
         empty = [row["image"] for row in self.images if not row["objects"]]
         found = {
             "no nuclei": empty,
-            "a scale that is too low, because the pictures are too large (cut them into parts),": self.limited,
+            "a scale that may be too low for small nuclei (cut such large pictures into parts)": self.limited,
         }
         return [(words, names) for words, names in found.items() if names]

@@ -20,7 +20,7 @@ def build_parser():
     a = parser.add_argument
     a("names", nargs="+", metavar="NAME", help="runs: models/<NAME>")
     a("--each", action="store_true", help="print one row per run instead of one for all")
-    a("--tta", action="store_true", help="average the eight flips and turns")
+    a("--tta", action="store_true", help="average over eight flips and rotations")
     a("--head", help="L1, L2, L3, L4 or mean; default: the deepest")
     a("--worst", type=Path, metavar="FILE", help="draw the images with most wrong pixels instead")
     return parser

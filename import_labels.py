@@ -51,7 +51,8 @@ def build_parser():
     parser = Parser(description=__doc__.format(forms=forms))
     a = parser.add_argument
     a("images", type=Path, help="folder of the pictures")
-    a("labels", type=Path, nargs="?", help="folder or file of the labels; default: IMAGES, or masks/ in it")
+    labels = "folder or file of the labels; default: masks/, labels/ or annotations/ beside IMAGES/images, or IMAGES"
+    a("labels", type=Path, nargs="?", help=labels)
     a("--name", required=True, help="the data set becomes inputs/<name>")
     a("--form", choices=FORMS, help="format of the labels; default: detected from the files")
     a("--classes", help="the classes to keep, in this order, such as nucleus,cell; default: all, in alphabetical order")
@@ -252,7 +253,7 @@ def main():
     options, _ = parse_options(build_parser)
     if not is_plain_name(options.name):
         raise ValueError(f"--name {options.name!r}: expected the name of a folder in inputs/")
-    chosen = options.classes and [name.strip() for name in options.classes.split(",")]
+    chosen = None if options.classes is None else [name.strip() for name in options.classes.split(",")]
     output, sheet = INPUTS / options.name, OUTPUTS / options.name / "labels.png"
 
     def may_write():

@@ -9,7 +9,6 @@ ONNX file can be used without PyTorch.
 """
 
 import copy
-import hashlib
 import math
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from common.cli import loading
 from common.devices import pick_amp, pick_device, precision, precision_name
 from common.extras import load_extra
-from common.files import is_plain_name, load_weights, read_yaml
+from common.files import digest_of, is_plain_name, load_weights, read_yaml
 from common.images import standardise
 from common.runs import newest_run, run_folder, weights_file
 from run_config import are_channels, fits_of, is_of_nuclei, levels_of, read_config
@@ -70,11 +69,6 @@ def load_trained(name, device, which="best", level=None):
         model = model.prune(model.levels[-1] if level == "deepest" else int(level))
     model = model.to(device).eval()
     return (model.to(memory_format=torch.channels_last) if config.get("channels_last") else model), config
-
-
-def digest_of(*contents):
-    """Bytes -> eight hexadecimal digits. Those of a run change with its weights and with each setting in config.yml."""
-    return hashlib.blake2b(b"".join(contents), digest_size=4).hexdigest()
 
 
 def start_from(model, config):
@@ -168,7 +162,7 @@ class Predictor:
 
     @property
     def digest(self):
-        """See digest_of. The files are read for it: most callers do without."""
+        """Eight digits that change with the weights and with each setting in config.yml. Reads both files."""
         folder = run_folder(self.name)
         return digest_of(*((folder / file).read_bytes() for file in ("config.yml", WEIGHTS[self.which])))
 

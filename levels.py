@@ -39,7 +39,7 @@ PAPER_NOTE = "Paper: Zhou et al. on nuclei, 2020, mean IoU in per cent."
 
 
 def seconds(answer, device):
-    """Seconds until `answer()` is there."""
+    """Seconds that `answer()` takes, with the work that it leaves to the device."""
     synchronize(device)
     start = time.perf_counter()
     answer()

@@ -208,7 +208,7 @@ def convert(folder, loads, size, num_workers):
     pool = ThreadPoolExecutor(num_workers)
     try:
         futures = [pool.submit(work, img_id, load) for img_id, load in loads.items()]
-        for future in tqdm(as_completed(futures), "resize", len(futures), unit="img", disable=None):
+        for future in tqdm(as_completed(futures), "convert", len(futures), unit="img", disable=None):
             future.result()  # raises the error of a thread, such as a full disk
     finally:
         pool.shutdown(cancel_futures=True)

@@ -61,9 +61,8 @@ def build_parser():
     a = parser.add_argument_group("run").add_argument
     a("--name", help="models/<name>; default: <folder of the data>_resnet18, with --predict the newest run")
     a("--predict", nargs="+", type=Path, metavar="PATH", help="classify files and folders with a trained run")
-    reject = "with --predict: the answer is `unknown` where no class has this probability; default: always a class"
+    reject = "with --predict: answer `unknown` when no class reaches this probability; default: always name a class"
     a("--reject", type=number(float, 0, 1), metavar="P", help=reject)
-    a("--demo", action="store_true", help="train on generated pictures of two classes, offline")
     a("--open", action="store_true", help="open the report in the browser after the training")
     a("--resume", action="store_true", help="continue models/<name> after its last finished epoch")
     a("--overwrite", action="store_true", help="replace an existing models/<name>")
@@ -71,10 +70,12 @@ def build_parser():
     a("--epochs", type=number(int, 1, 100_000), help=f"passes over the pictures; default: {_by_recipe('epochs')}")
     a("-b", "--batch_size", type=natural, default=16, help="global batch size, shared by torchrun's processes")
 
-    a = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    source, a = group.add_mutually_exclusive_group().add_argument, group.add_argument
     a("--data_dir", default="inputs/hymenoptera_data", help="folder with {train,val}/<class>/")
-    a("--download", action="store_true", help="fetch the ants and bees into inputs/ (47 MB)")
-    a("--raw", type=Path, metavar="ZIP", help="unpack this zip to data_dir first")
+    source("--download", action="store_true", help="fetch the ants and bees into inputs/ (47 MB)")
+    source("--raw", type=Path, metavar="ZIP", help="unpack this zip to data_dir first")
+    source("--demo", action="store_true", help="train on generated pictures of two classes, offline")
     val_fraction = "fraction of the pictures to draw for validation when there is no val folder"
     a("--val_fraction", type=number(float, 0.01, 0.9), default=0.2, help=val_fraction)
     a("--img_size", type=number(int, 32, 1024), default=224, help="side of the square that the network sees")
@@ -128,7 +129,7 @@ from classification.scores import print_scores, write_report
 from classification.sources import provide_data
 from common.board import check_tensorboard, open_board
 from common.devices import keep_memory, pick_amp, pick_device, precision_name
-from common.distributed import copy_main, gather, is_main, launched, processes, sync_batch_norm
+from common.distributed import copy_main, gather, is_main, launched, processes, sync_batch_norm, world_size
 from common.files import load_weights
 from common.loaders import EpochSampler, SharedBatches, WholeBatches, build_loader
 from common.report import open_page
@@ -180,7 +181,8 @@ def default_name(data_dir):
 
 def resumed_config(options, given):
     """The config of the run to resume; ValueError when an option was given that differs from the run's."""
-    name = options.name or default_name(DEMO["data_dir"] if options.demo else options.data_dir)
+    demo = options.demo and "data_dir" not in given
+    name = options.name or default_name(DEMO["data_dir"] if demo else options.data_dir)
     folder = run_folder(name)
     config = check_config(build_parser, read_run(folder), folder / "config.yml")
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)
@@ -215,14 +217,15 @@ def build_loaders(config, datasets, model, device, amp, check_stop=no_check):
     options = {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
     count, frozen = len(datasets["train"]), config["freeze"]
     learns_statistics = not (frozen or config["freeze_bn"])
-    if learns_statistics and min(count, config["batch_size"]) == 1 and config["img_size"] <= 32:
-        raise ValueError(
-            "batch norm learns nothing from one picture of 32 pixels at a time; give --batch_size 2 or more, "
-            "a larger --img_size, or --freeze_bn True"
-        )
     # batch norm cannot learn its statistics from one small picture at the end
     drop_last = learns_statistics and count > 1 and count % config["batch_size"] == 1
     shuffled = SharedBatches(EpochSampler(count, config["seed"]), config["batch_size"], drop_last)
+    smallest = min(total for _, total in shuffled.sizes())
+    if learns_statistics and smallest < 2 * world_size() and config["img_size"] <= 32:
+        raise ValueError(
+            f"batch norm learns nothing from one picture of 32 pixels at a time, and a batch has only {smallest} for "
+            f"{world_size()} processes: give another --batch_size, a larger --img_size, or --freeze_bn True"
+        )
     in_order = WholeBatches(range(len(datasets["val"])), 64)
     val = build_loader(datasets["val"], in_order, **options)
     if not frozen:

@@ -89,7 +89,7 @@ def _list_classes(folder, names, classes=None):
                 f"{folder / name} holds no picture ({' '.join(EXTENSIONS)}); add some or remove the folder"
             )
         samples += [(path, (classes or names).index(name)) for path in pictures]
-        strays += [path for path in files if path not in set(pictures)]
+        strays += [path for path in files if not is_picture(path)]
     return samples, sorted(path for path in strays if not path.name.startswith("."))
 
 
@@ -147,13 +147,13 @@ class Pictures(torch.utils.data.Dataset):
     files are read again each time.
     """
 
-    def __init__(self, samples, img_size, augmentation=None, seed=0, label="decode"):
+    def __init__(self, samples, img_size, augmentation=None, seed=0):
         self.samples, self.img_size, self.augmentation, self.seed = samples, img_size, augmentation, seed
         self.kept, self.bytes, broken, room = [], 0, [], CACHE_BYTES / local_processes()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             pictures = threads.map(self._read_or_error, (path for path, _ in samples))
             shown = {"unit": "img", "leave": False, "disable": not is_main() or None}
-            for picture in tqdm(pictures, label, len(samples), **shown):
+            for picture in tqdm(pictures, "decode", len(samples), **shown):
                 if isinstance(picture, ValueError):
                     broken.append(picture)
                 elif self.bytes <= room:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from classification.folders import MEAN, STD, middle, read_tensor
 from classification.resnet18 import ResNet18
 from common.devices import pick_amp, pick_device, precision, to_device
-from common.files import load_weights, lock, read_yaml
+from common.files import digest_of, load_weights, lock, read_yaml
 from common.images import find_pictures, standardise
 from common.runs import OUTPUTS, check_kind, newest_run, run_folder
 from common.tables import merge_table, read_table
@@ -77,24 +77,28 @@ def predict_files(options):
         if images:
             rows += zip(read, classify(model, torch.stack(images), device, amp).tolist(), strict=True)
     if rows:
-        write_predictions(rows, config["classes"], target, options.reject or 0)
+        settings = f"models/{name} ({digest_of((run_folder(name) / 'model.pth').read_bytes())})"
+        write_predictions(rows, config["classes"], target, settings, options.reject or 0)
     for path, reason in failed:
         print(f"skipped {reason if str(path) in reason else f'{path}: {reason}'}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def write_predictions(rows, classes, target, reject=0.0):
+def write_predictions(rows, classes, target, settings="", reject=0.0):
     """Write predictions to a CSV file, which keeps its rows of other pictures, and print the first few.
 
-    rows: [(path, probabilities), ...]. reject: the class is UNKNOWN where no probability reaches this value.
+    rows: [(path, probabilities), ...]. settings: the model, for a column of that name. reject: the class is UNKNOWN
+    where no probability reaches this value.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     answers, new = [], []
+    settings += f", reject {reject:g}" if reject else ""
     for path, values in rows:
         best = max(values)
         answers.append((path, classes[int(np.argmax(values))] if best >= reject else UNKNOWN, best))
         probabilities = {name: f"{value:.6f}" for name, value in zip(classes, values, strict=True)}
         answer = {"path": str(path), "class": answers[-1][1], "probability": f"{best:.6f}"}
+        answer["settings"] = settings
         new.append({**answer, **probabilities, **answer})  # a class named `path` has no column of its own
     with lock(target.parent):  # other calls write it, too
         merge_table(target, new[0], new, "path", replaced={row["path"] for row in new})
@@ -104,4 +108,5 @@ def write_predictions(rows, classes, target, reject=0.0):
     more = f"; all {len(rows)} are" if len(rows) > SHOWN else ""
     unknown = [label for _, label, _ in answers].count(UNKNOWN)
     said = f", {unknown} of them unknown (below {reject:g})" if reject else ""
-    print(f"{len(rows)} pictures{said}{more} in {target}")
+    pictures = "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
+    print(f"{pictures}{said}{more} in {target}")

@@ -1,4 +1,4 @@
-"""torchvision's ResNet-18 in separate steps, its weights, and Grad-CAM; imports torch and torchvision only.
+"""torchvision's ResNet-18 in separate steps, its weights, and Grad-CAM.
 
 from classification.resnet18 import ResNet18, fill_body
 
@@ -23,6 +23,14 @@ class FixedBatchNorm(nn.BatchNorm2d):
         return super().train(False)
 
 
+class Head(nn.Linear):
+    """A linear layer in float32, also under autocast: logits in half precision are too coarse to compare."""
+
+    def forward(self, features):
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
+
+
 class ResNet18(ResNet):
     """torchvision's ResNet-18 (He et al., 2016; the same state_dict) as separate steps.
 
@@ -33,6 +41,7 @@ class ResNet18(ResNet):
     def __init__(self, num_classes, freeze_bn=False, mirror=False):
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes, norm_layer=FixedBatchNorm if freeze_bn else None)
         self.mirror = mirror
+        self.fc = Head(self.fc.in_features, num_classes)
         # undecided at first: the body gets no gradient before the head has learned anything
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
@@ -44,10 +53,6 @@ class ResNet18(ResNet):
     def pool(self, maps):
         return self.avgpool(maps).flatten(1)
 
-    def head(self, features):
-        with torch.autocast(features.device.type, enabled=False):  # half-precision logits are too coarse to compare
-            return self.fc(features.float())
-
     def features(self, images):
         features = self.pool(self.maps(images))
         if self.mirror and not self.training:
@@ -55,7 +60,7 @@ class ResNet18(ResNet):
         return features
 
     def forward(self, images):
-        return self.head(self.features(images))
+        return self.fc(self.features(images))
 
 
 def fill_body(model, weights, source):
@@ -102,7 +107,7 @@ def grad_cam(model, image, target):
     model.eval()
     with torch.enable_grad():
         maps = model.maps(image[None]).detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(model.head(model.pool(maps))[0, target], maps)
+        (gradient,) = torch.autograd.grad(model.fc(model.pool(maps))[0, target], maps)
     heat = torch.relu((gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True)).detach()
     heat = nn.functional.interpolate(heat.float(), image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
     return (heat / heat.max().clamp(min=1e-12)).cpu().numpy()

@@ -18,7 +18,10 @@ DATA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
 
 
 def provide_data(data_dir, fetched=False, raw=None, demo=False):
-    """Make data_dir exist: fetched, unpacked from the zip `raw`, or generated. FileNotFoundError says how otherwise."""
+    """Make sure that data_dir exists: download it, unpack the zip `raw`, or generate it.
+
+    FileNotFoundError, which names the three options, when none was asked for and it is missing.
+    """
     data_dir = Path(data_dir)
     if raw:
         download.safe_extract(raw, data_dir)

@@ -83,7 +83,7 @@ def _receive_all(url, part, notes):
             failures = 0 if size > most else failures + 1
             most = max(most, size)
             if failures > len(RETRY_WAITS):
-                kept = f"; {size:,} bytes are kept in {part}, run the same again to resume" if size else ""
+                kept = f"; {size:,} bytes are kept in {part}, run the same command again to resume" if size else ""
                 raise OSError(f"cannot download {url}: {cut}{kept}") from None
             tqdm.write(f"{cut}; trying again", file=sys.stderr)
             time.sleep(RETRY_WAITS[max(failures - 1, 0)])

@@ -9,6 +9,7 @@ torch is imported inside the functions that need it, so that `--help` starts fas
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -286,6 +287,11 @@ def load_weights(path):
 
 
 # ---------------------------------------------------------------- names
+
+
+def digest_of(*contents):
+    """Bytes -> eight hexadecimal digits, by which users tell versions of a file apart."""
+    return hashlib.blake2b(b"".join(contents), digest_size=4).hexdigest()
 
 
 def is_plain_name(name):

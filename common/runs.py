@@ -31,9 +31,9 @@ USES = {  # how to use such a run
 }
 
 
-def run_folder(name):
+def run_folder(name, option="--name"):
     if not is_plain_name(name):
-        raise ValueError(f"--name {name!r}: expected the plain name of a folder; the run is models/<name>")
+        raise ValueError(f"{option} {name!r}: expected the plain name of a folder; the run is models/<name>")
     return MODELS / name
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from common.extras import load_extra
 from common.images import decode, foreground
 from label_forms.outlines import decode_run_lengths, draw, ellipse, rectangle
-from label_forms.pairing import pair
+from label_forms.pairing import one_each, pair
 from label_forms.source import Piece, Source, cut, unite
 
 MAX_JSON_BYTES = 2**27  # Python needs up to twenty-five times as much memory
@@ -48,8 +48,19 @@ def find_json(pictures, labels):
 # ---------------------------------------------------------------- JSON
 
 
+def first_problem(files):
+    """What is wrong with the first .json file that cannot be read; None without one."""
+    for path in files:
+        try:
+            if path.suffix.lower() == ".json":
+                read_json(path)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
 def read_json(path):
-    """The content of a JSON file. ValueError, naming it, when it is damaged, too large or nested without end."""
+    """The content of a JSON file. ValueError, naming it, when it is damaged, too large or nested too deeply."""
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {size:,} bytes, more than {MAX_JSON_BYTES:,}; split it into several data sets")
     try:
@@ -156,8 +167,8 @@ def coco_source(path, content, pictures):
 def labelme_source(files, pictures):
     """LabelMe's files -> Source. A file belongs to the picture of its own name; its imagePath is not followed."""
     pairs, alone = pair(pictures, files)
-    pairs = {img_id: next(iter(paths.values())) for img_id, paths in pairs.items()}
-    return Source("labelme", f"{len(files):,} .json files", pairs, read_labelme, [path.name for path in alone])
+    pairs, notes = one_each(pairs)
+    return Source("labelme", f"{len(files):,} .json files", pairs, read_labelme, [path.name for path in alone], notes)
 
 
 def read_labelme(path, shape):

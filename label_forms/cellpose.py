@@ -16,7 +16,7 @@ import pickletools
 import numpy as np
 
 from instances import sequential
-from label_forms.pairing import pair
+from label_forms.pairing import one_each, pair
 from label_forms.source import Labels, Source, check_shape
 
 MAX_FILE_BYTES = 2**30  # a picture of 4 megapixels takes about 200 MB
@@ -31,8 +31,9 @@ def find_cellpose(pictures, labels):
     if not files:
         return []
     pairs, alone = pair(pictures, files)
-    pairs = {img_id: next(iter(paths.values())) for img_id, paths in pairs.items()}
-    return [Source("cellpose", f"{len(files):,} _seg.npy files", pairs, read_cellpose, [path.name for path in alone])]
+    pairs, notes = one_each(pairs)
+    says, alone = f"{len(files):,} _seg.npy files", [path.name for path in alone]
+    return [Source("cellpose", says, pairs, read_cellpose, alone, notes)]
 
 
 def read_cellpose(path, shape):

@@ -8,7 +8,7 @@ from label_forms.imagej import find_rois
 from common.download import ZIP_ERRORS, check_zip, open_zip
 from common.extras import load_extra
 from label_forms.outlines import draw, ellipse
-from label_forms.pairing import pair
+from label_forms.pairing import OF_LABELS, pair, words
 from label_forms.source import Source
 
 MAX_ZIP_BYTES = 2**28  # of the ROIs of one picture, unpacked; 10,000 nuclei take about 10 MB
@@ -27,7 +27,7 @@ def find_rois(pictures, labels):
     if not files and not pairs:
         return []
     of_files, alone = pair(pictures, files)
-    if len(files) == len(pictures) == 1:
+    if len(alone) == len(files) == len(pictures) == 1 and OF_LABELS.issuperset(words(files[0].stem)):
         of_files, alone = {next(iter(pictures)): {"": files[0]}}, []
     for img_id, paths in of_files.items():
         named = {ending: (ending or "object", path) for ending, path in paths.items()}

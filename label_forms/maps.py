@@ -14,7 +14,7 @@ from common.cli import listed
 from common.headers import check_pixels, exif_orientation, open_picture, upright
 from common.images import MAX_PIXELS, is_picture
 from instances import sequential
-from label_forms.pairing import is_product, pair
+from label_forms.pairing import is_product, not_used, pair
 from label_forms.source import MAX_CLASSES, Labels, Source, check_shape, cut
 
 COLOUR = 2**24  # added to the value of a coloured pixel, 2^16 red + 2^8 green + blue
@@ -212,8 +212,7 @@ def _of_files(pictures, files):
     if len(endings) < 2 or "" in endings:
         ending = "" if "" in endings else "".join(endings)
         maps = {img_id: paths[ending] for img_id, paths in pairs.items() if ending in paths}
-        others = [path.name for paths in pairs.values() for other, path in paths.items() if other != ending]
-        notes = [f"not used: {len(others):,} files with more in their names ({listed(others, 3)})"] if others else []
+        notes = not_used([path for paths in pairs.values() for other, path in paths.items() if other != ending])
         return Source("map", f"{len(maps):,} label pictures", maps, None, names, notes)  # read: see recognise.py
     says = f"{sum(map(len, pairs.values())):,} masks with the endings {listed(sorted(endings))}"
     return Source("class_masks", says, pairs, read_class_masks, names, _absent(pairs, endings))

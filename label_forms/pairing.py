@@ -8,6 +8,7 @@ pairs, alone = pair(pictures, files)                         # {"day1": {"": Pat
 
 import re
 
+from common.cli import listed
 from common.images import find_pictures, is_picture
 
 # Words in the name of a file that say what it is, not which picture it belongs to.
@@ -28,7 +29,8 @@ def list_pictures(images, labels):
     """The pictures of a folder, searched recursively -> {id: path}, sorted. The id is the name without its extension.
 
     In the layout of the raw DSB2018, `<id>/images/<file>`, it is the name of the folder. Files of the folder `labels`
-    are left out, and so are label pictures that lie beside their pictures, such as Cellpose's `<id>_masks.tif`.
+    are left out. Where that is `images` itself, only the pictures directly in it count, if there are any, and label
+    pictures that lie beside them, such as Cellpose's `<id>_masks.tif`, are left out.
     Raises ValueError when there are none, or two have the same id; FileNotFoundError when `images` does not exist.
     """
     if not images.exists():
@@ -55,7 +57,7 @@ def list_pictures(images, labels):
 
 
 def _without_labels(files):
-    """Those that are not named as labels of another: of a.tif, a_masks.tif and b_masks.tif, the first and the last."""
+    """Drop files that are named as labels of another: a.tif, a_masks.tif, b_masks.tif -> a.tif, b_masks.tif."""
 
     def is_label(path):
         return bool((OF_LABELS | OF_PRODUCTS) & set(words(path.stem)))
@@ -71,7 +73,7 @@ def _key(stem):
 
 
 def is_product(path):
-    """Whether the name of a file says that it was drawn from labels, and is none."""
+    """Whether the name of a file says that it was drawn from labels (an overlay, flows), so that it holds none."""
     return bool(OF_PRODUCTS & set(words(path.stem)))
 
 
@@ -96,6 +98,20 @@ def pair(pictures, files):
         if other is not file:
             raise ValueError(f"{other} and {file} are both labels of {img_id}; move one of them elsewhere")
     return pairs, alone
+
+
+def one_each(pairs):
+    """{id: {ending: file}} -> ({id: file}, notes): the file with the shortest ending; a note lists the others."""
+    chosen = {img_id: paths[min(paths, key=len)] for img_id, paths in pairs.items()}
+    return chosen, not_used(
+        [path for img_id, paths in pairs.items() for path in paths.values() if path != chosen[img_id]]
+    )
+
+
+def not_used(files):
+    """-> [] or [a sentence about label files that are left out because another one is closer to its picture's name]."""
+    names = [path.name for path in files]
+    return [f"not used: {len(names):,} files with more in their names ({listed(names, 3)})"] if names else []
 
 
 def _match(name, keys):

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import replace
 
 from common.cli import listed
-from label_forms.annotations import find_json
+from label_forms.annotations import find_json, first_problem
 from label_forms.cellpose import find_cellpose
 from label_forms.imagej import find_rois
 from label_forms.maps import find_label_pictures, guess, read_class_map, read_instance_map
@@ -36,7 +36,7 @@ BESIDE = ("masks", "labels", "annotations")  # folders beside images/, as StarDi
 
 
 def find_places(images, labels):
-    """The folders of the pictures and of the labels; without the latter, masks/ beside images/, or the same folder."""
+    """The folders of the pictures and of the labels; without the latter, one of BESIDE, or the same folder."""
     if labels is not None:
         if not labels.exists():
             raise FileNotFoundError(f"{labels}: no such file or folder; expected the labels")
@@ -91,6 +91,8 @@ def _nothing(found, labels, form):
     if unpaired := [name for source in found for name in source.alone]:
         return f"none of the {len(unpaired):,} labels in {labels} has the name of a picture ({listed(unpaired, 3)})"
     files = [path for path in (labels.rglob("*") if labels.is_dir() else [labels]) if path.is_file()]
+    if problem := first_problem(files):
+        return f"{labels} holds no labels that can be read: {problem}"
     kinds = Counter(path.suffix or path.name for path in files)
     inside = listed([f"{count:,} {kind}" for kind, count in kinds.most_common()]) or "no file"
     expected = f"{form}: {FORMS[form]}" if form else "labels in a format that --help lists"

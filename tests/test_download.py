@@ -81,7 +81,7 @@ def test_a_cut_connection_is_resumed_in_the_same_run(server, tmp_path):
 
 def test_a_cut_download_is_resumed_by_the_next_run(server, tmp_path):
     server.manners = {"only first half"}
-    with pytest.raises(OSError, match="640,000 of 1,280,000 bytes.*run the same again to resume"):
+    with pytest.raises(OSError, match="640,000 of 1,280,000 bytes.*run the same command again to resume"):
         fetch(server.url, tmp_path / "data.zip")
     assert left_over(tmp_path) == ["data.zip.part", "data.zip.part.json"]
     server.manners, server.log = set(), []

@@ -137,10 +137,15 @@ def test_other_data_in_the_same_folders(here, monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_fixes_replace_masks_and_leave_images_out(here, monkeypatch, capsys, packed):
+@pytest.mark.parametrize("inside", [False, True])
+def test_fixes_replace_masks_and_leave_images_out(here, monkeypatch, capsys, packed, inside):
     save_mask(here / "fixes", "a1", 0, (1, 1, 9, 9))
     save_mask(here / "fixes", "a1", 1, (12, 12, 3, 3))
     (here / "fixes" / "dropped.txt").write_text("b2\nelsewhere\n")
+    if inside:
+        (here / "fixes").rename(here / "stage1_train")
+        (here / "fixes").mkdir()
+        (here / "stage1_train").rename(here / "fixes" / "stage1_train")
     path = zip_folder(here / "fixes", here / "fixes.zip") if packed else here / "fixes"
     prepared(monkeypatch, f"--raw raw --native --fixes {path}")
     _, _, labels = written("inputs/dsb2018", "a1")
@@ -159,7 +164,7 @@ def test_fixes_of_something_else(here, monkeypatch):
         prepared(monkeypatch, "--raw raw --fixes other")
     with pytest.raises(ValueError, match="test: expected <id>/masks"):
         prepared(monkeypatch, "--raw raw --fixes test")
-    with pytest.raises(FileNotFoundError, match="none: no such file"):
+    with pytest.raises(FileNotFoundError, match="none: no such file or folder; expected <id>/masks/"):
         prepared(monkeypatch, "--raw raw --fixes none")
 
 

@@ -258,7 +258,7 @@ def test_a_run_cut_to_a_level_answers_like_that_level(exported, go, tmp_path, mo
         ("--level 2 --run small", "models/small/config.yml exists; give --overwrite"),
         ("--run tiny --overwrite", "is the run itself"),
         ("--run new --int8", "--int8 is for an ONNX file"),
-        ("--run ../new", "expected the plain name of a folder"),
+        ("--run ../new", "--run '../new': expected the plain name of a folder"),
     ):
         assert expected in refused(go, export, "--name tiny", options)
     for script, options, expected in (

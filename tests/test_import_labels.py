@@ -372,6 +372,11 @@ def test_pictures_keep_their_values(here, monkeypatch, capsys):
     assert (read("inputs/cells/images/b.png") == read("photos/b.jpg")).all()
 
 
+def test_an_empty_list_of_classes(here, monkeypatch):
+    write_pictures()
+    assert "--classes" in refused(monkeypatch, object_folders(), "--name cells --classes=")
+
+
 def test_a_package_that_is_absent(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "roifile", None)
     write_pictures()

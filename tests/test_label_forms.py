@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from fuzzing import Trap, broken, fuzz, limits
 
 from label_forms import cellpose, maps
+from label_forms.annotations import find_json
+from label_forms.imagej import find_rois
 from label_forms.pairing import list_pictures, pair
 from label_forms.recognise import find_places, recognise
 from label_forms.source import Piece, paint
@@ -61,6 +64,32 @@ def test_pairs(pictures, files, expected):
 def test_two_labels_of_one_picture():
     with pytest.raises(ValueError, match=r"a_mask.png and a_label.png are both labels of a"):
         pair({"a": None}, [Path("a_mask.png"), Path("a_label.png")])
+
+
+def test_the_label_of_a_pictures_own_name_comes_before_copies_of_it():
+    touch("labels/a - Copy.json", "labels/a.json", "labels/b-meta.json", "labels/a-old_seg.npy", "labels/a_seg.npy")
+    for path in Path("labels").glob("*.json"):
+        path.write_text('{"shapes": []}')
+    pictures = {"a": Path("a.png"), "b": Path("b.png")}
+    [labelme] = find_json(pictures, Path("labels"))
+    assert labelme.pairs == {"a": Path("labels/a.json"), "b": Path("labels/b-meta.json")}
+    assert labelme.notes == ["not used: 1 files with more in their names (a - Copy.json)"]
+    [of_cellpose] = cellpose.find_cellpose(pictures, Path("labels"))
+    assert of_cellpose.pairs == {"a": Path("labels/a_seg.npy")}
+    assert of_cellpose.notes == ["not used: 1 files with more in their names (a-old_seg.npy)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "alone"),
+    [("RoiSet", [("object", "RoiSet")], []), ("a_nuclei", [("nuclei", "a_nuclei")], []), ("b", None, ["b.zip"])],
+)
+def test_roiset_alone_belongs_to_a_single_picture_and_other_names_do_not(name, expected, alone):
+    Path("labels").mkdir()
+    with zipfile.ZipFile(f"labels/{name}.zip", "w") as file:
+        file.writestr("1.roi", b"")
+    [source] = find_rois({"a": Path("a.png")}, Path("labels"))
+    found = source.pairs and [(of, path.stem) for of, path in source.pairs["a"]]
+    assert (found or None) == expected and source.alone == alone
 
 
 def test_label_pictures_are_no_pictures():
@@ -154,6 +183,12 @@ def test_two_forms_in_one_folder():
         recognise(pictures, Path("labels"))
     assert recognise(pictures, Path("labels"), "cellpose").form == "cellpose"
     assert recognise(pictures, Path("labels"), "class_map").form == "class_map"
+
+
+def test_why_the_only_json_cannot_be_read():
+    touch("annotations/coco.json")
+    with pytest.raises(ValueError, match="holds no labels that can be read: annotations/coco.json is not JSON"):
+        recognise({"a": Path("a.png")}, Path("annotations"))
 
 
 def test_nothing_to_recognise():

@@ -60,6 +60,16 @@ def test_bodies_are_taken_from_many_kinds_of_files(reference, form, tmp_path):
             assert model.state_dict()[key].dtype == value.dtype
 
 
+def test_logits_are_float32_under_autocast():
+    """Also when the head alone is trained, on features in half precision."""
+    model, features = ResNet18(3), torch.randn(2, 512)
+    torch.nn.init.normal_(model.fc.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.fc(features.bfloat16())
+        assert model(torch.randn(2, 3, 64, 64)).dtype == torch.float32
+    assert torch.equal(found, features.bfloat16().float() @ model.fc.weight.T + model.fc.bias)
+
+
 def test_something_else_is_refused(reference):
     state = dict(reference.state_dict())
     wrong = [

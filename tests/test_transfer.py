@@ -23,6 +23,7 @@ import engine
 import transfer_resnet18 as script
 from classification import folders, resnet18, sources
 from classification import predict as classify_module
+from common.files import digest_of
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--weights", "none", "--img_size", "32", "-b", "4", "--device", "cpu", "--name", "run"]
@@ -149,7 +150,7 @@ def test_a_run_leaves_everything_and_predicts(capsys, place, monkeypatch):
     assert run("--predict", "inputs/hymenoptera_data/val") == 0
     with open("outputs/run/predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["path", "class", "probability", "ants", "bees"] and len(rows) == 6
+    assert list(rows[0]) == ["path", "class", "probability", "settings", "ants", "bees"] and len(rows) == 6
     for row in rows:
         assert float(row["ants"]) + float(row["bees"]) == pytest.approx(1, abs=1e-5)
         assert row["probability"] == row[row["class"]] == max(row["ants"], row["bees"])
@@ -166,12 +167,15 @@ def test_a_run_leaves_everything_and_predicts(capsys, place, monkeypatch):
     monkeypatch.setattr(classify_module, "classify", lambda *args: np.float32([[0.25, 0.75]] * len(real(*args))))
     for reject, label in ((0.75, "bees"), (0.76, "unknown")):
         assert run("--name", "run", "--predict", one, "--reject", reject) == 0
-        said = f"1 pictures, {int(label == 'unknown')} of them unknown (below {reject})"
+        said = f"1 picture, {int(label == 'unknown')} of them unknown (below {reject})"
         assert f"{label}  0.7500  {one}\n{said}" in capsys.readouterr().out
     monkeypatch.setattr(classify_module, "classify", real)
     assert "--reject is for --predict" in refused(*SMALL, "--reject", 0.5)
     with open("outputs/run/predictions.csv", newline="") as file:  # the row of the second call, and the five others
-        assert [row["path"] for row in csv.DictReader(file)] == [*(r["path"] for r in rows if r["path"] != one), one]
+        again = list(csv.DictReader(file))
+    assert [row["path"] for row in again] == [*(r["path"] for r in rows if r["path"] != one), one]
+    model = f"models/run ({digest_of(Path('models/run/model.pth').read_bytes())})"
+    assert {row["settings"] for row in again[:-1]} == {model} and again[-1]["settings"] == f"{model}, reject 0.76"
 
 
 @pytest.mark.parametrize("extra", [["--freeze"], ["--optimizer", "AdamW", "--amp", "off"]])
@@ -216,6 +220,7 @@ def test_resume_keeps_to_the_runs_options_and_data(place):
     assert "has changed" in refused("--name", "run", "--resume")
     assert "no such file" in refused("--name", "other", "--resume")
     assert "plain name of a folder" in refused(*SMALL[:-1], "a/b")
+    assert "models/x_resnet18" in refused("--demo", "--data_dir", "inputs/x", "--resume")
 
 
 # ---------------------------------------------------------------- frozen and thawed
@@ -318,6 +323,12 @@ def test_wrong_weight_files_are_one_line():
 def test_missing_data_names_the_three_ways_out():
     message = refused(*SMALL, "--data_dir", "inputs/nothing")
     assert all(word in message for word in ("inputs/nothing", "--download", "--raw", "--demo"))
+
+
+def test_one_source_of_data_at_a_time(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--download", "--demo")
+    assert stopped.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
 
 
 @pytest.fixture

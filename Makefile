@@ -3,7 +3,8 @@
 # make results-quick    one seed of the default recipe's row in docs/RESULTS.md: about 70 minutes on one core, half on two;
 #                       downloads the data; continues where it was stopped
 # make nuclei-quick     the fast recipe of individual nuclei, trained and evaluated: half an hour on two cores; downloads the
-#                       data (FIXES=stage1_train_fixes.zip corrects their masks); continues where it was stopped
+#                       data (FIXES=stage1_train_fixes.zip corrects their masks); with one GPU: NPROC=1; continues where
+#                       it was stopped
 # make test-slow        the tests that take long: fuzzing, kills at random moments, every value of every option
 # make test-versions    the tests with the lowest versions that requirements.txt admits, and with the newest
 PYTHON ?= python3
@@ -35,9 +36,10 @@ results-quick: $(VENV)/.ready
 	$(BIN)/python -m tools.results default_s$(SEED)
 
 FIXES ?=
+NPROC ?= 2
 nuclei-quick: $(VENV)/.ready
 	test -d inputs/dsb2018 || $(BIN)/python preprocess_dsb2018.py --download --native $(if $(FIXES),--fixes $(FIXES))
-	$(call trained,nuclei_fast,torchrun --nproc_per_node=2,--config configs/nuclei_fast.yml)
+	$(call trained,nuclei_fast,torchrun --nproc_per_node=$(NPROC),--config configs/nuclei_fast.yml)
 	$(BIN)/python val.py --name nuclei_fast
 
 PYTEST := -m pytest -q -n auto --dist loadfile --no-loadscope-reorder

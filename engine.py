@@ -171,7 +171,7 @@ class Run:
         self.forward = model  # `fit` wraps it for several processes, or compiles it
         self.whole = whole or model
         self.frozen, self.frozen_epochs, self.keep_last = frozen, frozen_epochs, keep_last
-        self.ema = averaged(model, ema) if ema else None
+        self.ema = Averaged(model, ema) if ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.rows, self.best_score, self.best_epoch, self.best = [], -1.0, 0, None
 
@@ -273,20 +273,32 @@ def averaging_decay(ema, steps):
     return ema if steps >= SHORT else min(ema, 1 - 1 / max(2, steps / 50))
 
 
-def averaged(model, decay):
+class Averaged(AveragedModel):
     """An exponential moving average of the weights (Polyak averaging, as in Tarvainen and Valpola, NeurIPS 2017).
 
     Its memory is short at first, min(decay, (1 + t) / (10 + t)) after t steps, so that short trainings profit too.
     """
 
-    def average(averages, values, updates):
-        if averages[0].is_floating_point():
-            updates = float(updates)
-            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + updates) / (10 + updates)))
-        else:  # numbers of batches
-            torch._foreach_copy_(averages, values)
+    def __init__(self, model, decay):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    @torch.no_grad()
+    def update_parameters(self, model):
+        """Take the weights of one more step. Unlike the parent's, it does not wait for a GPU: it counts on the CPU."""
+        updates, pairs = int(self.n_averaged), list(zip(_tensors(self.module), _tensors(model), strict=True))
+        blended = [pair for pair in pairs if updates and pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not (updates and pair[0].is_floating_point())]  # such as numbers of batches
+        if blended:
+            weight = 1 - min(self.decay, (1 + updates) / (10 + updates))
+            torch._foreach_lerp_(*map(list, zip(*blended, strict=True)), weight)
+        if copied:
+            torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
+        self.n_averaged += 1
+
+
+def _tensors(model):
+    return *model.parameters(), *model.buffers()
 
 
 def fit(run, loader, val_loader, check_stop=no_check, compiled=False, board=None):

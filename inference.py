@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common.cli import loading
 from common.devices import pick_amp, pick_device, precision, precision_name
+from common.distributed import is_main
 from common.extras import load_extra
 from common.files import digest_of, is_plain_name, load_weights, read_yaml
 from common.images import standardise
@@ -25,6 +26,7 @@ from common.runs import newest_run, run_folder, weights_file
 from run_config import are_channels, fits_of, is_of_nuclei, levels_of, read_config
 
 WEIGHTS = {"best": "model.pth", "last": "last.pth"}  # of a run
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "mps": "CoreMLExecutionProvider"}
 LEVELS = ("1", "2", "3", "4", "mean")  # what --level takes
 TILE, OVERLAP = 256, 64  # pixels that the network sees
 TILE_OF_NUCLEI = 512  # for --target instances, whose pictures keep about their own size: whole, where they fit
@@ -55,12 +57,11 @@ def load_trained(name, device, which="best", level=None):
         raise ValueError(f"{folder} has only level {known[0]}, not {level}: trained without --deep_supervision True")
     path = folder / WEIGHTS[which]
     weights = load_weights(path)
-    with torch.device("meta"):  # no random weights are drawn for nothing
-        model = build_model(config)
-        if cut and config["deep_supervision"]:
-            model = model.prune(cut)
+    model = build_model(config)
+    if cut and config["deep_supervision"]:
+        model = model.prune(cut)
     try:
-        model.to_empty(device="cpu").load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError:
         raise ValueError(
             f"{path} does not hold the weights of the {config['arch']} that config.yml describes"
@@ -217,10 +218,26 @@ def onnx_config(session):
     return config, Path(about["name"]).name
 
 
+def onnx_providers(device, available):
+    """auto, cpu, cuda, cuda:N or mps -> the providers for ONNX Runtime, the preferred one first.
+
+    available: their names. ValueError when there is none for the device.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", *PROVIDERS) or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps")
+    if kind == "auto":  # Azure's provider stands first, and runs no such file
+        return [name for name in available if name != "AzureExecutionProvider"]
+    if PROVIDERS[kind] not in available:
+        raise ValueError(f"--device {device}: this ONNX Runtime has no {PROVIDERS[kind]}; use --device auto or cpu")
+    chosen = (PROVIDERS[kind], {"device_id": int(index)}) if index else PROVIDERS[kind]
+    return [chosen, PROVIDERS["cpu"]] if kind != "cpu" else [chosen]
+
+
 class OnnxPredictor:
     """A file that export.py wrote, ready to answer; needs ONNX Runtime alone.
 
-    device: "cpu" for the CPU, anything else for what ONNX Runtime picks. ValueError when the file is something else.
+    device: see onnx_providers. ValueError when the file is something else.
     """
 
     def __init__(self, path, device="auto", name=None, tta=False):
@@ -228,10 +245,7 @@ class OnnxPredictor:
         self.path, self.tta = path, tta
         content = Path(path).read_bytes()
         self.digest = digest_of(content)
-        providers = ["CPUExecutionProvider"]
-        if str(device) != "cpu":  # Azure's provider stands first, and runs no such file
-            available = onnxruntime.get_available_providers()
-            providers = [name for name in available if name != "AzureExecutionProvider"]
+        providers = onnx_providers(str(device), onnxruntime.get_available_providers())
         try:
             self.session = onnxruntime.InferenceSession(content, providers=providers)
             self.input = self.session.get_inputs()[0].name
@@ -256,8 +270,9 @@ class OnnxPredictor:
             raise ValueError(f"{self.path} cannot be run ({type(error).__name__})") from None
         whole = getattr(found, "dtype", None) == np.float32
         whole = whole and found.shape == (*images.shape[:3], self.config["num_classes"])
-        if not whole or not (found.min() >= 0 and found.max() <= 1 + 1e-6):  # which NaN is not either
-            raise ValueError(f"{self.path} does not answer with probabilities of {images.shape[1:3]} pixels")
+        if not whole or not (found.min() >= 0 and found.max() <= 1 + 1e-6):  # which refuses NaN, too
+            height, width = images.shape[1:3]
+            raise ValueError(f"{self.path} did not return probabilities of {width} x {height} pixels")
         return found
 
 
@@ -308,7 +323,7 @@ def predict_tiled(predictor, images, batch_size=8, each=None):
     tile_h, tile_w = row_weights.shape[1], column_weights.shape[1]
     places = [(k, left, weights) for k in range(count) for left, weights in zip(lefts, column_weights, strict=True)]
     steps = len(tops) * math.ceil(len(places) / batch_size)
-    bar = tqdm(total=steps, desc="tiles", unit="batch", leave=False, disable=None if steps > 1 else True)
+    bar = tqdm(total=steps, desc="tiles", unit="batch", leave=False, disable=None if steps > 1 and is_main() else True)
     result = np.empty((count, num_classes, height, width), np.uint16)
     strip = np.zeros((count, tile_h, right, num_classes), np.float32)
     for top, end, weights_y in zip(tops, [*tops[1:], bottom], row_weights, strict=True):

@@ -33,7 +33,7 @@ class BCEDiceLoss(nn.Module):
     def forward(self, logits, masks):
         logits = _at_least_float32(logits)
         masks = masks.to(logits.dtype)
-        rare = None if self.positive_weight == 1 else logits.new_tensor(self.positive_weight)
+        rare = None if self.positive_weight == 1 else logits.new_full((), self.positive_weight)
         bce = F.binary_cross_entropy_with_logits(logits, masks, pos_weight=rare)
         probabilities = torch.sigmoid(logits).flatten(2)  # (N, C, P)
         masks = masks.flatten(2)

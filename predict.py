@@ -46,10 +46,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import Parser, add_machine_options, channel_numbers, listed, number, parse_options, run_script
+from common.cli import (
+    Parser,
+    add_machine_options,
+    channel_numbers,
+    interruptible,
+    listed,
+    number,
+    parse_options,
+    run_script,
+)
 from common.devices import pick_device
 from common.distributed import gather, is_main, launched, processes, rank, world_size
-from common.headers import check_pixels
 from common.images import MAX_PIXELS, MOST_PIXELS, PageReader, file_of, find_pictures, list_pages, squeeze, to_channels
 from common.report import open_page
 from common.runs import OUTPUTS
@@ -145,7 +153,8 @@ def read_batches(files, options, config, failed):
                 image = to_channels(reader.read(path), config["input_channels"])
                 tiled = in_tiles(image.shape[:2], options, config)
                 size = seen_size(image.shape[:2], tiled, options, config)
-                check_pixels(size[::-1], options.max_pixels)
+                if math.prod(size) > options.max_pixels:
+                    raise ValueError(f"would be enlarged to {size[1]} x {size[0]} pixels; give a smaller --scale")
                 picture = Picture(path, image, squeeze(image, size), tiled, time.perf_counter() - started)
             except (ValueError, OSError, MemoryError) as error:
                 failed.append((path, reason_of(error)))
@@ -288,12 +297,13 @@ def predict(options, given, device):
         forget_settings(output, again)
     results, own, failed_here = build_results(output, names, settings, options, of_nuclei), share_of(files), []
     bar = tqdm(total=len(own), desc="predict", unit="img", leave=False, disable=not is_main() or None)
-    with results.kept(len(own)), bar:
+    with interruptible(), results.kept(len(own)), bar:
         find = predict_nuclei if of_nuclei else predict_masks
         find(predictor, own, results, options, failed_here, bar)
-    shares = gather((results.images, failed_here))
-    results.images = [row for images, _ in shares for row in images]
-    failed += [entry for _, failed_there in shares for entry in failed_there]
+    shares = gather((results.images, results.limited, failed_here))
+    results.images = [row for images, _, _ in shares for row in images]
+    results.limited = [name for _, limited, _ in shares for name in limited]
+    failed += [entry for _, _, failed_there in shares for entry in failed_there]
     if is_main():
         return report(results, failed, done, options, predictor, everything)
     return 0

@@ -24,7 +24,9 @@ import numpy as np
 
 from common import report
 from common.cli import in_one_line
+from common.distributed import world_size
 from common.files import atomic_path, is_plain_name, lock
+from common.headers import TooManyPixels
 from common.images import MOST_PIXELS, Page, file_of, read_picture, squeeze, to_channels, write_png
 from common.tables import merge_table, read_table
 from common.tiff import pixel_size
@@ -34,8 +36,8 @@ SHOWN = r"(objects|fraction)(_\d+)?|median_diameter"  # columns of images.csv on
 ON_PAGE, PAGE_SIDE = 200, 640  # pictures of a page, and pixels of their longer side
 DIAMETERS = 1, 10_000  # pixels that a nucleus can have
 PIXEL_SIZES = 1e-4, 1e6  # micrometres that a pixel can have
-SAVE_SECONDS = 60  # a killed call loses the table rows of this time at most, or of
-SAVE_FACTOR = 20  # times as long as writing the tables takes, which large ones do
+SAVE_SECONDS = 60  # the tables are saved this often,
+SAVE_FACTOR = 20  # or, when they are large, after this many times as long as saving them takes
 
 
 # ---------------------------------------------------------------- names, and what an earlier call left
@@ -114,7 +116,7 @@ def um_per_pixel(picture):
 def reason_of(error):
     """Why a picture was skipped, in words."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if "pixels are more than" in reason:
+    if isinstance(error, TooManyPixels):
         reason += "; --max_pixels raises the limit"
     return reason
 
@@ -168,12 +170,13 @@ class Results:
 
     names: see output_names. settings: text that tells what the results depend on; a column of images.csv.
     `images` holds this call's rows of images.csv, `objects` the rows of objects.csv not yet written,
-    `columns` its headings, and `saved` the number of pictures whose rows are written.
+    `columns` its headings, `saved` the number of pictures whose rows are written, and `limited` the names of pictures
+    that the network saw smaller than it should.
     """
 
     def __init__(self, folder, names, settings):
         self.folder, self.names, self.settings = folder, names, settings
-        self.images, self.objects, self.columns, self.saved = [], [], {}, 0
+        self.images, self.objects, self.columns, self.limited, self.saved = [], [], {}, [], 0
         self.saved_at, self.saving = time.monotonic(), 0.0  # when the tables were written, and how long it took
 
     def keep(self, row, objects, columns):
@@ -213,7 +216,8 @@ class Results:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 self.write_tables()
-            done = f"{self.saved} of {count} pictures are done; to go on, repeat the command with --resume"
+            whose = " of this process" if world_size() > 1 else ""
+            done = f"{self.saved} of {count} pictures{whose} are done; repeat the command with --resume to continue"
             if isinstance(error, OSError):
                 raise OSError(f"{in_one_line(error)}; {done}") from None
             if isinstance(error, KeyboardInterrupt):

@@ -228,7 +228,7 @@ class Session:
         self.tried = dict(sorted(self.tried.items()))
 
     def classify(self, path, run):
-        """-> {class: probability}, (H, W, 3) uint8 where the network looked: bright where, dark elsewhere."""
+        """-> {class: probability}, and (H, W, 3) uint8, the picture, bright only where the network looked."""
         from classification.folders import MEAN, STD, middle, read_tensor
         from classification.predict import classify
         from classification.resnet18 import grad_cam

@@ -31,7 +31,14 @@ from run_config import BOUNDS, INPUT_CHANNELS, stretch
 RUN_FILES = ("config.yml", "split.yml", "log.csv", "curves.png", "model.pth", "last.pth", "tensorboard")
 ABOUT_THE_COMMAND = ("config", "resume", "overwrite")  # options that config.yml does not keep
 FREE_ON_RESUME = {"name", "device", "num_workers", "cache", "checkpointing", "tensorboard", *ABOUT_THE_COMMAND}
-NO_OPTIONS = ("mean", "std", "scale", "environment", "level", "exported")  # what config.yml may keep beside the options
+NO_OPTIONS = (
+    "mean",
+    "std",
+    "scale",
+    "environment",
+    "level",
+    "exported",
+)  # what config.yml may keep besides the options
 ENCODER_OPTIONS = ("stem", "encoder_weights", "encoder_lr", "encoder_freeze", "encoder_freeze_bn")
 NUCLEI_OPTIONS = ("diameter", "scale_range", "stretch", "crops", "kind_balance", "rehearse", "map_weights")
 AUGMENT = {"masks": "flips,mild,cutmix", "instances": "flips,copies,stain,light,noise,paste"}  # unless it is given
@@ -202,9 +209,13 @@ def new_config(options):
         config["name"] = f"{Path(config['dataset']).name}_{config['arch']}_{supervision}"
     if config["head_weights"] and not config["deep_supervision"]:
         raise ValueError("--head_weights is for the four heads of deep supervision; give --deep_supervision True")
-    if config["scheduler"] in ("CosineAnnealingLR", "ReduceLROnPlateau") and config["lr"] < config["min_lr"]:
-        raise ValueError(f"--lr {config['lr']:g} is below --min_lr {config['min_lr']:g}, to which it should fall")
-    return resolve_machine(config | encoder_config(config) | target_config(config))
+    config |= encoder_config(config) | target_config(config)
+    if config["scheduler"] in ("CosineAnnealingLR", "ReduceLROnPlateau"):
+        for key in ("lr", "encoder_lr"):
+            if config[key] is not None and config[key] < config["min_lr"]:
+                lowest = f"--min_lr {config['min_lr']:g}, to which it should fall"
+                raise ValueError(f"--{key} {config[key]:g} is below {lowest}")
+    return resolve_machine(config)
 
 
 def changed(config, keys):
@@ -248,7 +259,7 @@ def resumed_config(options, given):
     folder = run_folder(options.name)
     config = check_config(build_parser, read_config(folder), folder / "config.yml")
     if "level" in config:
-        raise ValueError(f"{folder} is another run cut to level {config['level']}; resume the whole one")
+        raise ValueError(f"{folder} was cut to level {config['level']}; resume the whole one")
     if "exported" in config:
         raise ValueError(f"{folder} is a half-precision export of another run; resume that one")
     return resumed(config, folder, options, given, FREE_ON_RESUME, ABOUT_THE_COMMAND, ENDLESS)

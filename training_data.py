@@ -18,7 +18,7 @@ from nuclei.crops import build_crops
 from nuclei.rehearsal import NO_REHEARSAL, Rehearsal, build_rehearsal
 from run_config import is_of_nuclei
 
-ENOUGH_STEPS = 100  # batch norm's statistics remember some ten steps, and start from nothing
+ENOUGH_STEPS = 100  # batch norm's statistics remember about ten steps, and start from nothing
 MOSTLY = 0.8  # a larger foreground fraction is taken for a mistake
 
 

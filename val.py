@@ -39,7 +39,7 @@ def build_parser():
     a("--submission", type=Path, metavar="FILE", help=submission)
     a("--open", action="store_true", help="open the report in the browser")
     a = add_machine_options(parser).add_argument
-    a("--num_workers", type=number(int, 0, 1024), default=0, help="loader processes")
+    a("--num_workers", type=number(int, 0, 1024), default=0, help="loader processes, for masks")
     return parser
 
 
@@ -253,17 +253,18 @@ def evaluate_masks(options, config, folder, output):
 # ---------------------------------------------------------------- individual nuclei
 
 
-def judge_nuclei(predictor, dataset, look_alikes, folder=None):
+def judge_nuclei(predictor, dataset, look_alikes, batch_size, folder=None):
     """Find the nuclei of each picture of a NucleiDataset and compare them with the truth -> [Judged, ...].
 
-    look_alikes: the group of each picture. folder: gets the label maps, <id>.png; None: they are not kept.
+    look_alikes: the group of each picture. batch_size: a quarter as many tiles, which have four times the pixels, are
+    seen at once. folder: gets the label maps, <id>.png; None: they are not kept.
     """
     judged = []
     label = f"{predictor.name} {predictor.head}"
     for k, img_id in enumerate(tqdm(dataset.img_ids, label, unit="img", leave=False, disable=None)):
         image, true = dataset.arrays(k)
         started = time.perf_counter()
-        found = find_nuclei(predictor, image)
+        found = find_nuclei(predictor, image, batch_size=max(1, batch_size // 4))
         seconds = time.perf_counter() - started
         if folder:
             of_nuclei.write_found(folder, img_id, found.labels)
@@ -298,8 +299,9 @@ def evaluate_nuclei(options, config, folder, output):
     look_alikes = groups(Sketches(dataset.arrays(k)[0] for k in range(len(dataset))))
 
     with replacing(output) as new:
-        others = [item for other in predictors[:-1] for item in judge_nuclei(other, dataset, look_alikes)]
-        judged = judge_nuclei(predictor, dataset, look_alikes, new / "labels")
+        about = dataset, look_alikes, options.batch_size
+        others = [item for other in predictors[:-1] for item in judge_nuclei(other, *about)]
+        judged = judge_nuclei(predictor, *about, new / "labels")
         scores = instances.official_scores([item.result for item in judged])
         remarks = scores_by_twins(dataset.img_ids, run_split, "official score", lambda part: scores[part].mean())
         remarks.append(of_nuclei.about_scale_and_time(judged))

@@ -17,7 +17,7 @@ from utils import str2bool
 
 LOADING = "loading ..."
 ERASED = f"\r{' ' * len(LOADING)}\r"
-MAX_MESSAGE = 4000  # characters: a message may name some twenty ids
+MAX_MESSAGE = 4000  # characters: a message may name about twenty ids
 
 
 def number(kind, low=-math.inf, high=math.inf):
@@ -39,7 +39,7 @@ def number(kind, low=-math.inf, high=math.inf):
             raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
         return value
 
-    parse.kind, parse.low, parse.high = kind, low, high
+    parse.low, parse.high = low, high
     return parse
 
 
@@ -289,12 +289,13 @@ def run_script(main):
     name = Path(sys.argv[0]).name
     if is_main():
         signal.signal(signal.SIGTERM, _terminate)
-    else:  # of torchrun's processes only the main one writes files and speaks of being stopped
+    else:  # torchrun's other processes just end, but for what they do in `interruptible`
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         sys.exit(main())
     except KeyboardInterrupt as stop:
-        print(f"\n{name}: stopped", file=sys.stderr)
+        if is_main():
+            print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError):
@@ -305,9 +306,22 @@ def run_script(main):
         sys.exit(2)
 
 
+@contextlib.contextmanager
+def interruptible():
+    """A block in which Ctrl-C and SIGTERM raise KeyboardInterrupt, in all of torchrun's processes."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def lack_of_memory(error):
     """What to say of torch's RuntimeError when memory ran out; any other is our own mistake and is raised again."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch is not imported here to name its class
+    # torch is not imported here to name its class; Apple's GPU has none
+    if type(error).__name__ == "OutOfMemoryError" or str(error).startswith("MPS backend out of memory"):
         device = "GPU"
     elif "DefaultCPUAllocator" in str(error):
         device = "main"

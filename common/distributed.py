@@ -27,7 +27,7 @@ def launched():
 
 
 def is_main():
-    """Whether this is the one process that prints and writes files, inside and outside the block of `processes`."""
+    """Whether this is the process that prints and writes what all share, in the block of `processes` and outside."""
     return launched() == 1 or os.environ["RANK"] == "0"
 
 
@@ -79,12 +79,13 @@ def _own_device(device):
     count = launched()
     if device.type != "cuda" or device.index is not None:
         raise ValueError(
-            f"--device {device} cannot be shared by {count} processes; give --device cuda (a GPU each) or cpu"
+            f"--device {device} cannot be shared by {count} processes; start one without torchrun, or give --device cpu"
         )
     index, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if index >= there:
         raise ValueError(
-            f"{local_processes()} processes on this machine, but it has {there} GPUs: give --nproc_per_node={there}"
+            f"{local_processes()} processes on this machine, but GPUs: {there}; give --nproc_per_node={there}, or "
+            "--device cpu"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

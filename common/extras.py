@@ -14,6 +14,8 @@ def load_extra(module, extra, package=None, otherwise=""):
     """
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except ImportError as error:
         package = package or module.split(".")[0]
+        if not isinstance(error, ModuleNotFoundError):
+            raise OSError(f"{package} is installed but cannot be imported: {error}") from None
         raise OSError(f"{package} is not installed: pip install -r requirements-{extra}.txt{otherwise}") from None

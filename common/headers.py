@@ -75,10 +75,14 @@ def open_picture(file):
     return Image.open(file, formats=FORMATS)
 
 
+class TooManyPixels(ValueError):
+    """A picture has more pixels than the caller admits."""
+
+
 def check_pixels(size, max_pixels):
-    """ValueError when width x height is more than max_pixels."""
+    """TooManyPixels when width x height is more than max_pixels."""
     if size[0] * size[1] > max_pixels:
-        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {max_pixels:,}")
+        raise TooManyPixels(f"{size[0]} x {size[1]} pixels are more than {max_pixels:,}")
 
 
 def read_header(file, max_pixels):

@@ -8,6 +8,7 @@ with only_trainer(folder, RUN_FILES), keeping(folder, "train.py", draw_curves):
 
 import contextlib
 import csv
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -191,8 +192,10 @@ def resolve_machine(config):
     found = {"device": str(device), "amp": names[precision_name(amp)]}
     if config.get("channels_last") == "auto":
         found["channels_last"] = amp is not None
-    if config["num_workers"] < 0:  # on a CPU the workers would take the cores from the training
-        found["num_workers"] = 0 if device.type == "cpu" else min(8, max(1, os.cpu_count() // local_processes()))
+    if config["num_workers"] < 0:
+        # on a CPU the workers would take the cores from the training; if not forked, each has a copy of all images
+        none = device.type == "cpu" or multiprocessing.get_start_method() != "fork"
+        found["num_workers"] = 0 if none else min(8, max(1, os.cpu_count() // local_processes()))
     return config | found
 
 
@@ -208,7 +211,7 @@ def resumed(config, folder, options, given, free, leave_out, endless=()):
     if (folder / "log.csv").is_file() and not (folder / "last.pth").is_file():
         raise FileNotFoundError(f"{folder}/last.pth: no such file, although log.csv is there; --overwrite starts again")
     if missing := sorted(vars(options).keys() - set(leave_out) - config.keys()):
-        raise ValueError(f"{folder}/config.yml is damaged: {', '.join(missing)} missing")
+        raise ValueError(f"{folder}/config.yml lacks {', '.join(missing)}: it is damaged, or of another version")
     config = {**config, "name": folder.name}
     given = given - set(leave_out)
     if "epochs" in given and options.epochs > config["epochs"]:
@@ -230,7 +233,7 @@ def resumed(config, folder, options, given, free, leave_out, endless=()):
         )
     if changed:
         said = ", ".join(f"{key} {value} (run: {config[key]})" for key, value in changed.items())
-        print(f"options that differ from {folder} and do not change the result: {said}")
+        print(f"options that differ from {folder} and change the result by rounding at most: {said}")
     return {**config, **changed}
 
 

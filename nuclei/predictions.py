@@ -44,7 +44,7 @@ class NucleiResults(Results):
 
     def __init__(self, folder, names, settings, pixel_size=None, rois=False, geojson=False):
         super().__init__(folder, names, settings)
-        self.pixel_size, self.rois, self.geojson, self.limited = pixel_size, rois, geojson, []
+        self.pixel_size, self.rois, self.geojson = pixel_size, rois, geojson
         for option, packages in PACKAGES.items():
             if getattr(self, option):
                 for package in packages:

@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_with_the_same_curves(go, monkeypatch):
 def test_a_board_that_begins_later_has_the_earlier_epochs(go, capsys):
     go(TINY, "--epochs 1 --scheduler ConstantLR --name later")
     go("--name later --resume --epochs 2 --tensorboard")
-    assert "do not change the result: tensorboard True (run: False)" in capsys.readouterr().out
+    assert "change the result by rounding at most: tensorboard True (run: False)" in capsys.readouterr().out
     pd.testing.assert_frame_equal(scalars("later"), log("later"), rtol=1e-6)
     assert all([step for step, _ in shown] == [2] for shown in pictures("later").values())
     go(TINY, "--epochs 1 --name later --overwrite")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from common.cli import Parser, Stops, Terminated, in_one_line, listed, number, parse_options
+from common.cli import Parser, Stops, Terminated, in_one_line, interruptible, listed, number, parse_options
 from common.files import read_yaml
 from utils import str2bool
 
@@ -275,6 +275,17 @@ def test_our_own_mistakes_keep_their_traceback(tmp_path):
     assert result.returncode == 1 and "Traceback" in result.stderr and "KeyError: 'lr'" in result.stderr
     result = ran(tmp_path, "raise ValueError('mine')", DEBUG="1")
     assert result.returncode == 1 and "Traceback" in result.stderr and "ValueError: mine" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_an_interruptible_block_in_a_process_that_would_just_end(number, kind):
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(kind), interruptible():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])

@@ -379,7 +379,7 @@ def test_a_device_that_cannot_be_shared(second_of_two, device):
 def test_more_processes_than_gpus(second_of_two, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with (
-        pytest.raises(ValueError, match="2 processes on this machine, but it has 1 GPUs: give --nproc_per_node=1"),
+        pytest.raises(ValueError, match="2 processes on this machine, but GPUs: 1; give --nproc_per_node=1"),
         distributed.processes(torch.device("cuda")),
     ):
         raise AssertionError

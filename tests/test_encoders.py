@@ -6,6 +6,7 @@ What every network must do (sizes, levels, folding, saving) is tested in test_ar
 import importlib
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -24,6 +25,7 @@ import val
 from archs import NestedUNet, build_model
 from common.files import load_weights
 from encoders import Encoder, EncoderConv2d, convert_sync_batchnorm, for_channels, load_encoder
+from inference import load_trained
 from utils import count_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -212,6 +214,22 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(OSError, match="cannot download timm's weights resnet18.*download http.*--encoder_weights FILE"):
         load_encoder(encoder, "auto")
+
+
+def test_buffers_that_no_file_holds_are_there_in_a_trained_run(tmp_path, monkeypatch):
+    """Such as the fixed filters of timm's blurred pooling."""
+    monkeypatch.chdir(tmp_path)
+    config = {"arch": "NestedUNet", "encoder": "resnetblur18", "width": 2, "input_channels": 3, "num_classes": 1}
+    config.update(
+        deep_supervision=False, stem="full", mean=[0.5] * 3, std=[0.5] * 3, input_w=32, input_h=32, level=None
+    )
+    model = build_model(config).eval()
+    Path("models/blurred").mkdir(parents=True)
+    torch.save(model.state_dict(), "models/blurred/model.pth")
+    monkeypatch.setattr("inference.read_config", lambda folder: config)
+    images = torch.randn(1, 3, 32, 32)
+    assert any(len(module._non_persistent_buffers_set) for module in model.modules())
+    assert torch.equal(load_trained("blurred", "cpu", level=None)[0](images), model(images))
 
 
 def test_without_timm(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 
 import engine
 from common.files import load_checkpoint
-from engine import Run, averaged, averaging_decay, evaluate, fit, train_one_epoch
+from engine import Averaged, Run, averaging_decay, evaluate, fit, train_one_epoch
 from losses import BCEDiceLoss
 from tasks import Classification, Segmentation
 
@@ -255,7 +255,7 @@ def test_the_average_of_a_short_training_forgets_soon():
 def test_averaged_weights_by_hand():
     """Decays of min(0.9, (1 + t) / (10 + t)) after t = 1, 2 ... updates, the first copying; counts are copied."""
     model = nn.BatchNorm2d(1)
-    ema, expected = averaged(model, 0.9), None
+    ema, expected = Averaged(model, 0.9), None
     for t, value in enumerate((1.0, 5.0, -2.0, 4.0)):
         with torch.no_grad():
             model.weight.fill_(value)

@@ -329,7 +329,7 @@ def test_an_interrupted_call_goes_on_with_resume(workplace, monkeypatch, capsys)
     words = ("a.png", "b.png", "c.png", "--batch_size", "1")
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, *words)
-    said = "2 of 3 pictures are done; to go on, repeat the command with --resume"
+    said = "2 of 3 pictures are done; repeat the command with --resume to continue"
     assert said in capsys.readouterr().out
     assert [row["image"] for row in rows("outputs/tiny/predict/images.csv")] == ["a", "b"]
     Path("outputs/tiny/predict/a_overlay.png").unlink()  # then it is not done
@@ -614,6 +614,10 @@ def test_mistakes_are_one_line_and_status_2(workplace, monkeypatch, capsys):
         (["a.png", "--name", "other"], "the runs are: tiny"),
         (["a.png", "--max_pixels", "6299"], "90 x 70 pixels are more than 6,299"),
         (["a.png", "--mode", "resize", "--scale", "0.5"], "--scale needs --mode tile"),
+        (
+            ["a.png", "--max_pixels", "7000", "--scale", "2"],
+            "would be enlarged to 180 x 140 pixels; give a smaller --scale",
+        ),
         (["a.png", "--page", "1"], "a.png: has no page 1; it has 1, counted from 0"),
         (["a.png", "--channels", "3"], "a.png: has no channel 3; its channels are 0 red, 1 green, 2 blue"),
         (["a.png", "--onnx", "x.onnx", "--level", "2"], "--level does not go with --onnx"),

@@ -143,7 +143,7 @@ def test_a_second_process_is_refused_and_a_killed_one_resumes_as_if_nothing_had_
     Path("models/busy/.last.pth.123.tmp").write_bytes(b"half of a check")
     go("--name busy --resume --num_workers 0 --cache False --checkpointing True")
     said = "cache False (run: auto), checkpointing True (run: False), num_workers 0 (run: 2)"
-    assert f"do not change the result: {said}" in capsys.readouterr().out
+    assert f"change the result by rounding at most: {said}" in capsys.readouterr().out
     assert same_run("long", "busy") and hidden("busy") == []
     assert Path("models/long/model.pth").read_bytes() == Path("models/busy/model.pth").read_bytes()
     before = {path: path.read_bytes() for path in Path("models/busy").iterdir()}
@@ -242,7 +242,7 @@ def test_a_run_of_a_gpu_goes_on_without_one_where_auto_says_so(go, capsys):
     with pytest.raises(ValueError, match="use --device auto or cpu"):
         go("--name gpu --resume")
     go("--name gpu --resume --device auto")
-    assert "do not change the result: device cpu (run: cuda)" in capsys.readouterr().out
+    assert "change the result by rounding at most: device cpu (run: cuda)" in capsys.readouterr().out
 
 
 def test_a_network_that_draws_random_numbers_is_resumed_alike(go, monkeypatch):

@@ -293,6 +293,10 @@ def test_the_validation_loss_weighs_the_heads_too(go):
     [
         ("--head_weights 1,2,3,4", "give --deep_supervision True"),
         ("--scheduler CosineAnnealingLR --lr 1e-6", "--lr 1e-06 is below --min_lr 1e-05"),
+        (
+            "--scheduler CosineAnnealingLR --encoder resnet18 --encoder_lr 1e-6",
+            "--encoder_lr 1e-06 is below --min_lr 1e-05",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(go, options, match):

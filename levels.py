@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from archs import probabilities
 from common import report
+from common.curves import fractions, save_figure, style_axis
 from common.devices import precision, synchronize
-from common.files import atomic_path
 from common.report import BLUE, GREEN, VERMILION
 from metrics import summarise
 from utils import count_params
 
-ENOUGH = 0.005  # half a point of pooled IoU below the best level
+ENOUGH = 0.005  # below the score of the best level
 ROUNDS = 11
 COST_COLUMNS = {"level": "level", "parameters": "parameters", "ms": "ms/image", "megabytes": "peak MB"}
 PAPER = {  # Zhou et al. 2020, nuclei: million parameters, and mean IoU in per cent, to about half a point
@@ -127,7 +127,7 @@ def sufficient(rows, score="iou", name="pooled IoU"):
         if key in chosen:
             shares.append(f"{chosen[key] / largest[key]:.0%} of its {words}")
     return chosen, (
-        f"{chosen['level']} is the smallest level within half a point of the best {name} ({chosen[score]:.4f}; "
+        f"{chosen['level']} is the smallest level within {ENOUGH:g} of the best {name} ({chosen[score]:.4f}; "
         f"{best['level']} has {best[score]:.4f}): {', '.join(shares)}."
     )
 
@@ -146,7 +146,7 @@ def draw(rows, path):
     chosen, best = sufficient(rows)[0], max(row["iou"] for row in levels)
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-    blue, green, vermilion = ([channel / 255 for channel in colour] for colour in (BLUE, GREEN, VERMILION))
+    blue, green, vermilion = fractions(BLUE, GREEN, VERMILION)
 
     left.axhspan(best - ENOUGH, best, color=green, alpha=0.15, linewidth=0)
     left.plot([row["ms"] for row in levels], [row["iou"] for row in levels], "o-", color=blue, linewidth=1)
@@ -158,7 +158,7 @@ def draw(rows, path):
         left.annotate(row["level"], (row["ms"], row["iou"]), fontsize=9, **place)
     left.margins(0.12, 0.2)
     left.set_xlabel("milliseconds per image", fontsize=9)
-    left.set_title("pooled IoU; the band is half a point below the best level", fontsize=10)
+    left.set_title("pooled IoU; the band is 0.005 below the best level", fontsize=10)
 
     keys = {"parameters": "parameters", "ms": "time", "megabytes": "peak memory"}
     for k, (row, shade) in enumerate(zip(levels, (0.3, 0.5, 0.75, 1), strict=False)):
@@ -171,9 +171,5 @@ def draw(rows, path):
     right.set_ylim(0, 118)
     right.set_title(f"per cent of {levels[-1]['level']}", fontsize=10)
     for axis in (left, right):
-        axis.tick_params(labelsize=8)
-        axis.grid(axis="y", color="#ddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+        style_axis(axis, "y")
+    save_figure(figure, path)

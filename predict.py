@@ -55,6 +55,7 @@ from common.cli import (
     number,
     parse_options,
     run_script,
+    warn,
 )
 from common.devices import pick_device
 from common.distributed import gather, is_main, launched, processes, rank, world_size
@@ -318,8 +319,7 @@ def report(results, failed, done, options, predictor, files):
     for path, reason in failed:
         print(f"predict.py: skipped {path}: {reason}", file=sys.stderr)
     for words, names in results.suspicions():
-        about = f"{words} in {len(names)} of {len(results.images)} pictures"
-        print(f"predict.py: warning: {about}: {listed(names)}; look at the overlays", file=sys.stderr)
+        warn(f"{words} in {len(names)} of {len(results.images)} pictures: {listed(names)}; look at the overlays")
     skipped = f", {len(failed)} skipped" if failed else ""
     if results.images:
         print(f"{results.folder}: {results.about()}{skipped}")

@@ -24,6 +24,7 @@ import numpy as np
 
 from common import report, synthetic
 from common.cli import in_one_line, lack_of_memory
+from common.curves import fractions, style_axis
 from common.devices import pick_amp, pick_device
 from common.images import MAX_PIXELS, PageReader, list_pages, squeeze, standardise, to_channels, write_png
 from common.outlines import distinct_colours, draw_outlines
@@ -301,9 +302,8 @@ def draw_sizes(diameters):
     axis = figure.subplots()
     if diameters:
         bins = min(40, max(5, round(len(diameters) ** 0.5 * 2)))
-        axis.hist(diameters, bins=bins, color=[channel / 255 for channel in report.BLUE])
+        axis.hist(diameters, bins=bins, color=fractions(report.BLUE)[0])
     axis.set_xlabel("equivalent diameter, pixels", fontsize=9)
     axis.set_ylabel("nuclei", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    style_axis(axis, grid=None)
     return figure

@@ -7,9 +7,8 @@ config is that of a run of train.py. dataset.py opens whole images with masks, n
 """
 
 import math
-import sys
 
-from common.cli import loading
+from common.cli import loading, warn
 from common.files import read_yaml
 from common.lookalikes import Sketches, about_groups, about_twins, grouped_split, groups, twins
 from data_folder import INPUTS, list_ids
@@ -82,7 +81,7 @@ def build_data(config, split):
         print(val_set.about())
     places = ["labels"] if of_nuclei else [f"masks/{k}" for k in range(config["num_classes"])]
     for suspicion in suspicions(folder, places, found, found_val, sum(images)):
-        print(f"train.py: warning: {suspicion}", file=sys.stderr)
+        warn(suspicion)
     of_twins = twins(sketches, split["train"], split["val"])
     print(about_twins(of_twins, images[1]))
     about = {key: {"train": found[key], "val": found_val[key]} for key in ABOUT}
@@ -129,5 +128,5 @@ def recommend_steps(config, steps_per_epoch):
     steps = config["epochs"] * steps_per_epoch
     if steps < ENOUGH_STEPS:
         longer = f"--epochs {math.ceil(ENOUGH_STEPS / steps_per_epoch)}"
-        about = f"{steps} steps in all, at least {ENOUGH_STEPS} are recommended: {longer}, or a smaller --batch_size"
-        print(f"train.py: warning: {about}", file=sys.stderr)
+        recommended = f"at least {ENOUGH_STEPS} are recommended: {longer}, or a smaller --batch_size"
+        warn(f"{steps} steps in all, {recommended}")

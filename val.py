@@ -11,11 +11,20 @@ A run of masks is scored by IoU and Dice at the training size. A run of individu
 whole pictures, finds the scale of each, and is scored nucleus by nucleus at each picture's own size.
 """
 
-import sys
 import time
 from pathlib import Path
 
-from common.cli import Parser, add_machine_options, answer_early, data_set, listed, number, parse_options, run_script
+from common.cli import (
+    Parser,
+    add_machine_options,
+    answer_early,
+    data_set,
+    listed,
+    number,
+    parse_options,
+    run_script,
+    warn,
+)
 from inference import LEVELS
 
 
@@ -121,12 +130,11 @@ def chosen_images(options, config, folder):
     if run_split and (
         said := changes(run_split, there, {"val": found}, config.get("split") in (None, GROUPED, RANDOM))
     ):
-        print(f"val.py: warning: {root} is not what {folder} was trained on: {'; '.join(said)}", file=sys.stderr)
+        warn(f"{root} is not what {folder} was trained on: {'; '.join(said)}")
     if name == config["dataset"] and not run_split and (folder / "split.yml").is_file():
         trained = set(read_yaml(folder / "split.yml").get("train", ()))
         if seen := [img_id for img_id in ids if img_id in trained]:
-            about = f"{folder} was trained on {len(seen)} of {len(ids)} {part}"
-            print(f"val.py: warning: {about}: {listed(seen, 3)}", file=sys.stderr)
+            warn(f"{folder} was trained on {len(seen)} of {len(ids)} {part}: {listed(seen, 3)}")
     return dataset, f"{name}, {part}", run_split
 
 

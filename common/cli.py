@@ -275,6 +275,11 @@ class Stops:
             self.check()
 
 
+def warn(text):
+    """One line on stderr, which begins with the script's name."""
+    print(f"{Path(sys.argv[0]).name}: warning: {text}", file=sys.stderr)
+
+
 def run_script(main):
     """Run a script's main and exit: a user's mistake (ValueError, OSError) is one line on stderr and status 2.
 

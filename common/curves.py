@@ -1,4 +1,4 @@
-"""The curves of a training: one PNG with a panel for each pair of columns of its log.
+"""The curves of a training, one PNG with a panel for each pair of columns of its log; and what all figures share.
 
 plot_curves(rows, "curves.png", "run1")     # rows: those of log.csv
 """
@@ -27,10 +27,29 @@ def plot_curves(rows, path, title):
     epochs = columns["epoch"]
     for axis, name in zip(axes, names, strict=True):
         _draw_pair(axis, epochs, columns[name], columns[f"val_{name}"], mark_best="loss" not in name)
-        _style_axis(axis, epochs, PANEL_TITLES.get(name, name))
+        _label_axis(axis, epochs, PANEL_TITLES.get(name, name))
     _draw_learning_rate(last, epochs, columns["lr"])
-    _style_axis(last, epochs, PANEL_TITLES["lr"])
+    _label_axis(last, epochs, PANEL_TITLES["lr"])
     figure.suptitle(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
+
+
+def fractions(*colours):
+    """(red, green, blue) in [0, 255] each -> the same in [0, 1], as matplotlib takes them."""
+    return [[channel / 255 for channel in colour] for colour in colours]
+
+
+def style_axis(axis, grid="both"):
+    """Small numbers, a light grid behind the data, no frame at the top and right. grid: "x", "y", "both" or None."""
+    axis.tick_params(labelsize=8)
+    if grid:
+        axis.grid(axis=grid, color="#ddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure, path):
+    """Write a matplotlib Figure as PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -47,7 +66,7 @@ def _draw_learning_rate(axis, epochs, rates):
 
 def _draw_pair(axis, epochs, train, valid, mark_best):
     """Training and validation curves of one quantity; with `mark_best`, a star at the highest validation value."""
-    train_colour, valid_colour = (tuple(channel / 255 for channel in colour) for colour in (BLUE, VERMILION))
+    train_colour, valid_colour = fractions(BLUE, VERMILION)
     axis.plot(epochs, train, color=train_colour, label="training", marker=_marker(epochs), markersize=3)
     axis.plot(epochs, valid, color=valid_colour, label="validation", marker=_marker(epochs), markersize=3)
     if mark_best and np.isfinite(valid).any():
@@ -58,13 +77,11 @@ def _draw_pair(axis, epochs, train, valid, mark_best):
     axis.legend(frameon=False, fontsize=8)
 
 
-def _style_axis(axis, epochs, title):
+def _label_axis(axis, epochs, title):
     from matplotlib.ticker import MaxNLocator
 
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("epoch", fontsize=9)
     axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    axis.tick_params(labelsize=8)
-    axis.grid(color="#ddd", linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+    style_axis(axis)

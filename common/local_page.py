@@ -13,12 +13,11 @@ Both are refused, and so is fetching other addresses through the page.
 import contextlib
 import html
 import os
-import sys
 import tempfile
 import threading
 import webbrowser
 
-from common.cli import in_one_line, loading
+from common.cli import in_one_line, loading, warn
 from common.extras import load_extra
 
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -88,7 +87,7 @@ def serve(gr, block, port, max_megabytes, open_it):
     try:
         print(f"the page is at {address}; Ctrl-C ends it", flush=True)
         if public:
-            print(f"app.py: warning: others can open it, since GRADIO_SERVER_NAME is {public}", file=sys.stderr)
+            warn(f"others can open it, since GRADIO_SERVER_NAME is {public}")
         if open_it:
             webbrowser.open(address)
         threading.Event().wait()

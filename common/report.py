@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import numbers
-import sys
 import webbrowser
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
+from common.cli import warn
 from common.files import atomic_path
 
 # The palette of Okabe and Ito is safe for all kinds of colour blindness (https://jfly.uni-koeln.de/color).
@@ -314,7 +314,7 @@ def open_page(path):
     except webbrowser.Error:
         opened = False
     if not opened:
-        print(f"{Path(sys.argv[0]).name}: warning: no browser could be started; open {path} yourself", file=sys.stderr)
+        warn(f"no browser could be started; open {path} yourself")
 
 
 # ---------------------------------------------------------------- the template

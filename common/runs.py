@@ -12,10 +12,9 @@ import multiprocessing
 import os
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
-from common.cli import in_one_line
+from common.cli import in_one_line, warn
 from common.devices import device_name, environment, pick_amp, pick_device, precision_name
 from common.distributed import check_same, is_main, local_processes, world_size
 from common.files import atomic_path, is_plain_name, lock, read_yaml, write_yaml
@@ -64,8 +63,7 @@ def list_runs(key):
         try:
             config = read_yaml(about)
         except (ValueError, OSError) as error:
-            script, said = Path(sys.argv[0]).name, in_one_line(error)
-            print(f"{script}: warning: {path.parent} is left out: {said}", file=sys.stderr)
+            warn(f"{path.parent} is left out: {in_one_line(error)}")
             continue
         if key in config:
             yield path.parent.name, config

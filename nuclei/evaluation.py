@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import report
-from common.files import atomic_path
+from common.curves import fractions, save_figure, style_axis
 from common.outlines import draw_outlines, polygons
 from instances import (
     DEFINITIONS,
@@ -168,10 +168,10 @@ def draw_precision(rows, key, path):
 
     figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
     axis = figure.subplots()
-    colours = (report.BLUE, report.VERMILION, report.GREEN, report.ORANGE, report.SKY, report.PURPLE)
+    colours = fractions(report.BLUE, report.VERMILION, report.GREEN, report.ORANGE, report.SKY, report.PURPLE)
     thresholds = TWENTIETHS / 20
     for k, row in enumerate(rows):
-        look = {"color": [channel / 255 for channel in colours[k % len(colours)]], "linewidth": 1.5, "markersize": 4}
+        look = {"color": colours[k % len(colours)], "linewidth": 1.5, "markersize": 4}
         if row[key] == "all":
             look.update(color="black", linewidth=2.5)
         label = f"{row[key]}: {row['official']:.3f} (n = {row['images']})"
@@ -181,11 +181,8 @@ def draw_precision(rows, key, path):
     axis.set_xlabel("threshold of IoU", fontsize=9)
     axis.set_title("precision TP / (TP + FP + FN), mean over images; official score: its mean", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.grid(color="#ddd", linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    style_axis(axis)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------- outlines

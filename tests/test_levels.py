@@ -71,7 +71,7 @@ def test_the_smallest_level_within_half_a_point(hits, expected):
     rows = rows_of_levels(COSTS | {"mean": COSTS["L4"]}, tables)
     assert [row["iou"] for row in rows] == [n / 100 for n in (*hits, 99)]
     chosen, sentence = sufficient(rows)  # the mean is no level
-    assert chosen["level"] == expected and sentence.startswith(f"{expected} is the smallest level within half a point")
+    assert chosen["level"] == expected and sentence.startswith(f"{expected} is the smallest level within 0.005 of")
     if expected == "L2":
         assert "L2 has 0.8300): 1.0% of L4's parameters, 50% of its time, 50% of its memory" in sentence
     assert rows[1]["paper_parameters"] == "0.5 M" and set(PAPER) == {"L1", "L2", "L3", "L4"}
@@ -85,7 +85,7 @@ def test_the_smallest_level_of_a_run_of_nuclei():
     ]
     chosen, sentence = sufficient(rows, "official", "official score")
     assert chosen is rows[1] and sentence == (
-        "L2 is the smallest level within half a point of the best official score (0.6100; L3 has 0.6140): "
+        "L2 is the smallest level within 0.005 of the best official score (0.6100; L3 has 0.6140): "
         "1.0% of L4's parameters, 50% of its time."
     )
     assert with_text(rows)[3] | rows[3] == rows[3] and with_text(rows)[3]["seconds"] == "1.00"
@@ -133,7 +133,7 @@ def rows_below(stdout, title):
 
 def test_val_levels(go):
     said = go("--name deep --levels -b 2")
-    assert "one batch of 2" in said and "is the smallest level within half a point" in said
+    assert "one batch of 2" in said and "is the smallest level within 0.005 of" in said
     heading, *rows = rows_below(said, "levels: ")[:6]
     assert heading[:4] == ["level", "parameters", "ms/image", "peak"] and rows[1][-2:] == ["about", "92.3"]
     assert [row[0] for row in rows] == ["L1", "L2", "L3", "L4", "mean"]
@@ -145,7 +145,7 @@ def test_val_levels(go):
     assert "Levels" in page and "about 92.3" in page
     shutil.copytree("inputs/dsb2018_tiny", "inputs/cells")
     said = go("--name deep --levels --dataset cells")
-    assert "half a point" in said and "paper" not in said.lower() and "92.3" not in said  # the paper is on nuclei
+    assert "within 0.005" in said and "paper" not in said.lower() and "92.3" not in said  # the paper is on nuclei
 
 
 def test_val_level_judges_the_pruned_model(go):

@@ -60,7 +60,7 @@ def test_the_page_from_its_first_command_to_its_last(tmp_path):
     for k in (0, 1):
         mask = cv2.imread(str(tmp_path / f"inputs/my_cells/masks/{k}/day3.png"), cv2.IMREAD_GRAYSCALE)
         assert ((mask == 255) == (labels == k + 1)).all() and (mask > 0).any()
-    assert "is the smallest level within half a point" in said
+    assert "is the smallest level within 0.005 of" in said
     assert (tmp_path / "outputs/cells/report.html").is_file() and any((tmp_path / "outputs/cells/predict").iterdir())
     assert (tmp_path / "models/cells_small/model.pth").is_file()
     for name in ("objects", "mine"):

@@ -217,7 +217,7 @@ def test_levels(go, place):
     counts = [count_params(build_model(config).prune(level)) for level in (1, 2, 3, 4)]
     assert [int(rows[f"L{k}"][0].replace(",", "")) for k in (1, 2, 3, 4)] == counts
     assert rows["L4"][2:] == table(said, "kinds of pictures, L4")["all"]
-    assert re.search(r"\nL\d is the smallest level within half a point of the best official score \(", said)
+    assert re.search(r"\nL\d is the smallest level within 0.005 of the best official score \(", said)
     assert cv2.imread("outputs/nuclei/levels.png") is not None
     assert "Levels" in Path("outputs/nuclei/report.html").read_text()
     assert set(pd.read_csv("outputs/nuclei/metrics.csv").level) == {"L4"}  # the labels are those of L4

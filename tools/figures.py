@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 
 from archs import DEPTH, NestedUNet
 from common import report
+from common.curves import fractions
 from common.files import read_yaml
 from common.images import read_picture, standardise, to_channels, write_png
 from common.report import BLUE, GREEN, ORANGE, PURPLE, SKY
@@ -50,7 +51,7 @@ from utils import count_params
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLOURS = [(150, 150, 150), ORANGE, SKY, GREEN, BLUE]  # of the diagonals i + j = 0 ... 4
-OF_ENCODER = tuple(channel / 255 for channel in PURPLE)  # arrows
+OF_ENCODER = tuple(fractions(PURPLE)[0])  # arrows
 IMAGE = (-0.35, -1.35)  # where the image stands that an encoder reads
 SIDE = 96
 VIEW = 256  # pixels of a picture whose nuclei are drawn

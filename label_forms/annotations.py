@@ -1,8 +1,8 @@
 """Labels in JSON: COCO (polygons and run lengths, one file for all pictures) and LabelMe (one file per picture).
 
-from label_forms.annotations import find_json, run_lengths
+from label_forms.annotations import run_lengths
 
-mask = run_lengths({"size": [2, 3], "counts": [1, 2, 3]}, (2, 3))     # [[0, 1, 0], [1, 0, 0]] as bool
+piece = run_lengths("cell", {"size": [2, 3], "counts": [1, 2, 3]}, (2, 3))     # its mask: [[0, 1], [1, 0]] as bool
 """
 
 import base64
@@ -12,13 +12,14 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from common.extras import load_extra
 from common.images import decode, foreground
-from label_forms.outlines import decode_run_lengths, draw, ellipse, rectangle
+from label_forms.outlines import draw, ellipse, rectangle
 from label_forms.pairing import one_each, pair
 from label_forms.source import Piece, Source, cut, unite
 
 MAX_JSON_BYTES = 2**27  # Python needs up to twenty-five times as much memory
+MAX_CODES = 7  # characters of a compressed run length: 34 bits and a sign
+DAMAGED_RUNS = "run lengths do not fill the picture"
 
 
 def find_json(pictures, labels):
@@ -91,7 +92,7 @@ def _coco_piece(name, annotation, shape):
     try:
         segmentation = annotation["segmentation"]
         if isinstance(segmentation, dict):
-            piece = cut(name, run_lengths(segmentation, shape))
+            piece = run_lengths(name, segmentation, shape)
         else:
             flat = isinstance(segmentation[0], (int, float))  # one polygon that is not in a list of polygons
             piece = draw(name, [segmentation] if flat else segmentation, shape)
@@ -100,29 +101,49 @@ def _coco_piece(name, annotation, shape):
     return piece and piece._replace(single=not annotation.get("iscrowd"))
 
 
-def run_lengths(segmentation, shape):
-    """COCO's {"size": [height, width], "counts": numbers or their compressed text} -> (H, W) bool.
+def run_lengths(name, segmentation, shape):
+    """COCO's {"size": [height, width], "counts": numbers or their compressed text} -> Piece, or None for an empty mask.
 
-    Runs go down the columns and begin with background. pycocotools reads past the end of a damaged text and leaves
-    pixels of too few runs unset, so the text is checked before, and encoded again, after it is decoded.
+    Runs go down the columns and begin with background. ValueError when they do not fill the picture.
     """
-    counts, damaged = segmentation["counts"], ValueError("run lengths do not fill the picture")
+    height, width = shape
     check_size(segmentation["size"][::-1], shape, "the annotation")
-    if isinstance(counts, list):
-        runs = np.asarray(counts, np.int64)
-        if runs.ndim != 1 or (runs < 0).any() or (runs > math.prod(shape)).any() or runs.sum() != math.prod(shape):
-            raise damaged
-        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape[::-1]).T
-    text = counts.encode() if isinstance(counts, str) else b""
-    if not text or not all(48 <= byte < 112 for byte in text) or (text[-1] - 48) & 32:  # 32: more is to follow
-        raise damaged
-    try:
-        mask = decode_run_lengths({"size": list(shape), "counts": text})
-    except ValueError:
-        raise damaged from None
-    if load_extra("pycocotools.mask", "import").encode(np.asfortranarray(mask, np.uint8))["counts"] != text:
-        raise damaged
-    return mask
+    counts = segmentation["counts"]
+    runs = np.asarray(counts, np.int64) if isinstance(counts, list) else decompress(counts)
+    if runs.ndim != 1 or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
+        raise ValueError(DAMAGED_RUNS)
+    ends = runs.cumsum()
+    starts, ends = (ends - runs)[1::2], ends[1::2]
+    starts, ends = starts[ends > starts], ends[ends > starts]
+    if not len(starts):
+        return None
+    left, right = int(starts[0]) // height, int(ends[-1] - 1) // height + 1
+    edges = np.zeros((right - left) * height + 1, np.int8)
+    np.add.at(edges, starts - left * height, 1)
+    np.add.at(edges, ends - left * height, -1)
+    return cut(name, edges[:-1].cumsum(dtype=np.int8).reshape(right - left, height).T > 0, left)
+
+
+def decompress(text):
+    """COCO's compressed run lengths -> int64, as maskApi of the COCO API defines them; ValueError for other text.
+
+    A character holds five bits, the lowest ones first, and whether more follow; the last one's fifth bit is the sign.
+    From the fourth number on, each is the difference to the last but one.
+    """
+    codes = np.frombuffer(text.encode() if isinstance(text, str) else b"", np.uint8).astype(np.int64) - 48
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError(DAMAGED_RUNS)
+    lasts = np.flatnonzero(codes & 32 == 0)
+    firsts = np.append(0, lasts[:-1] + 1)
+    lengths = lasts - firsts + 1
+    if lengths.max() > MAX_CODES:
+        raise ValueError(DAMAGED_RUNS)
+    places = np.arange(len(codes)) - np.repeat(firsts, lengths)
+    runs = np.add.reduceat((codes & 31) << 5 * places, firsts)
+    runs -= np.where(codes[lasts] & 16, 1 << 5 * lengths, 0)
+    for first in (1, 2):
+        runs[first::2] = runs[first::2].cumsum()
+    return runs
 
 
 def coco_source(path, content, pictures):

@@ -44,7 +44,9 @@ def draw(name, outlines, shape, cut_out=False):
     mask = np.zeros((height, width), bool)
     for outline in points if mask.size else ():
         [inside] = coco.frPyObjects([(outline - low).ravel().tolist()], height, width)
-        inside = decode_run_lengths(inside)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools 2.0.11 with numpy 2
+            inside = coco.decode(inside) > 0
         mask = mask ^ inside if cut_out else mask | inside
     return Piece(name, int(low[1]), int(low[0]), mask) if mask.any() else None
 
@@ -55,13 +57,6 @@ def _points(outline):
     if points.ndim == 1 and points.size % 2 or points.ndim == 2 and points.shape[1] != 2 or points.ndim > 2:
         raise ValueError(f"an outline of {points.size} numbers is not a list of x and y")
     return points.reshape(-1, 2)
-
-
-def decode_run_lengths(encoded):
-    """pycocotools' {"size": [height, width], "counts": bytes} -> (H, W) bool."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools 2.0.11 with numpy 2
-        return load_extra("pycocotools.mask", "import").decode(encoded) > 0
 
 
 def rectangle(left, top, right, bottom):

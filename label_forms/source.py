@@ -69,13 +69,13 @@ def check_shape(array, shape, name):
         raise ValueError(f"{name} has {found[0]} x {found[1]} pixels, its picture {expected[0]} x {expected[1]}")
 
 
-def cut(name, mask):
-    """(H, W) bool -> its Piece, or None for an empty mask."""
+def cut(name, mask, beginning=0):
+    """(H, W) bool, a picture or its columns from `beginning` on -> its Piece, or None for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None
     top, left = int(rows[0]), int(columns[0])
-    return Piece(name, top, left, mask[top : rows[-1] + 1, left : columns[-1] + 1].copy())
+    return Piece(name, top, beginning + left, mask[top : rows[-1] + 1, left : columns[-1] + 1].copy())
 
 
 def unite(pieces):

@@ -1,5 +1,6 @@
 """label_forms/outlines.py, annotations.py and imagej.py: from corners and run lengths to pixels, and hostile files."""
 
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from label_forms import annotations, imagej
 from label_forms.outlines import draw, ellipse
 from label_forms.source import paint
 
-pytest.importorskip("pycocotools", reason="needs requirements-import.txt")
+coco_mask = pytest.importorskip("pycocotools.mask", reason="needs requirements-import.txt")
 roifile = pytest.importorskip("roifile", reason="needs requirements-import.txt")
 
 
@@ -113,6 +114,25 @@ def test_coco_that_is_wrong(changes, said, monkeypatch):
     monkeypatch.setattr("label_forms.source.MAX_OBJECTS", 3)
     with pytest.raises(ValueError, match=said), limits():
         coco(**changes)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (7, 13), (300, 200)])
+def test_run_lengths_are_those_of_pycocotools(shape):
+    random = np.random.default_rng(0)
+    for share in (0, 0.01, 0.3, 0.97, 1):
+        mask = np.zeros(shape, np.uint8)
+        box = tuple(slice(*sorted(random.integers(0, side + 1, 2))) for side in shape) if share % 1 else np.s_[:]
+        mask[box] = random.random(mask[box].shape) < share
+        encoded = coco_mask.encode(np.asfortranarray(mask))
+        runs = [len(list(group)) for _, group in itertools.groupby(mask.T.ravel())]
+        runs = [0] * int(mask[0, 0]) + runs
+        for counts in (encoded["counts"].decode(), runs):
+            piece = annotations.run_lengths("cell", {"size": [*shape], "counts": counts}, shape)
+            found = np.zeros(shape, bool)
+            if piece:
+                found[piece.box] = piece.mask
+                assert piece.mask.any(0)[[0, -1]].all() and piece.mask.any(1)[[0, -1]].all()
+            assert (found == mask).all() and (piece is None) == (not mask.any())
 
 
 def test_a_polygon_that_is_in_no_list():

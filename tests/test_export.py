@@ -265,7 +265,7 @@ def test_a_run_cut_to_a_level_answers_like_that_level(exported, go, tmp_path, mo
         (predict, "inputs --level 1", "was cut to level 2 and has no other: leave --level out"),
         (val, "--levels", "was cut to level 2"),
         (export, "--run tiny --overwrite", "models/tiny is a training run"),
-        (train, "--resume", "is another run cut to level 2; resume the whole one"),
+        (train, "--resume", "was cut to level 2; resume the whole one"),
         (train, "--dataset cells", "models/small exists; --overwrite replaces it"),
         (
             train,
@@ -299,7 +299,7 @@ def test_a_run_without_deep_supervision_in_half_precision_is_no_training(tmp_pat
     go(train, options, "--augment none --loss BCEDiceLoss --name whole")
     go(export, "--name whole --run small")
     kept = Path("models/small/model.pth").read_bytes()
-    assert "another run cut to level 4" in refused(go, train, "--name small --resume")
+    assert "was cut to level 4" in refused(go, train, "--name small --resume")
     assert kept == Path("models/small/model.pth").read_bytes()
     assert "\nL4 " in go(val, "--name small --device cpu")
 

@@ -59,7 +59,7 @@ def test_every_row(place, monkeypatch, capsys, one_thread):
     """All steps in this process, on small batches, and their table."""
     monkeypatch.setattr(archs, "upsample", archs.upsample)  # the plain way replaces it
     monkeypatch.setattr("common.devices.keep_memory", lambda: None)
-    monkeypatch.setattr(benchmark, "ONNX_PACKAGES", ("not_installed",))
+    monkeypatch.setattr("export.PACKAGES", ("not_installed",))
     for module in (steps, benchmark):
         monkeypatch.setattr(module, "BATCH", 2)
         monkeypatch.setattr(module, "SIDE", 32)

@@ -112,12 +112,12 @@ class SkipNetwork(nn.Module):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
         self.encoder, stages = None, {}  # stages: filters of the encoder by row
-        if encoder:
+        if encoder is not None:
             self.encoder = Encoder(encoder, len(encoded), input_channels)
             stages = dict(zip(encoded, self.encoder.channels, strict=True))
         self.encoded = tuple(stages)
         self.filters = [(width or WIDTH) * 2**i for i in range(DEPTH + 1)]
-        if encoder and width is None:
+        if self.encoder and width is None:
             self.filters = [stages.get(i, self.encoder.channels[0] // 2) for i in range(DEPTH + 1)]
         channels = {(i, j): self.filters[i] if j else stages.get(i, self.filters[i]) for i, j in self.nodes}
         for i, j in self.nodes:

@@ -47,7 +47,7 @@ BASE = {
     preprocess_dsb2018: "--raw raw --output inputs/new --img_size 16 --num_workers 1",
     transfer_resnet18: "--data_dir inputs/pictures --weights none --img_size 32 --epochs 1 -b 4 --device cpu --amp off "
     "--num_workers 0 --name new",
-    benchmark: "--only limit --rounds 1 --threads 1 --data_dir inputs/pictures --device cpu",
+    benchmark: "--only limit --rounds 1 --threads 1 --dataset tiny --raw raw --data_dir inputs/pictures --device cpu",
 }
 
 POSITIONAL = {"paths": 0, "images": 0, "labels": 1}  # where BASE has them
@@ -332,7 +332,7 @@ def here(furnished, tmp_path, monkeypatch):
 
 def run(patch, script, *words):
     """The verdict of fuzzing.judge on the script's main with these words."""
-    for folder in ("models/new", "models/a_name-1", "inputs/new", "new") if script not in (val, predict) else ():
+    for folder in ("models/new", "models/a_name-1", "inputs/new", "new", "outputs/run") if script not in (val, predict) else ():
         shutil.rmtree(folder, ignore_errors=True)
     if script is transfer_resnet18:
         patch.setattr(engine, "save_checkpoint", lambda *args: None)  # 90 MB each time

@@ -332,7 +332,8 @@ def here(furnished, tmp_path, monkeypatch):
 
 def run(patch, script, *words):
     """The verdict of fuzzing.judge on the script's main with these words."""
-    for folder in ("models/new", "models/a_name-1", "inputs/new", "new", "outputs/run") if script not in (val, predict) else ():
+    made = "models/new", "models/a_name-1", "inputs/new", "new", "outputs/run"
+    for folder in made if script not in (val, predict) else ():
         shutil.rmtree(folder, ignore_errors=True)
     if script is transfer_resnet18:
         patch.setattr(engine, "save_checkpoint", lambda *args: None)  # 90 MB each time

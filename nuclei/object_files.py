@@ -38,7 +38,8 @@ def write_label_tiff(path, labels, pixel_size=None):
 
     pixel_size: micrometres per pixel, kept as the resolution of the file.
     """
-    kind = np.uint16 if labels.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
+    # OpenCV before 5 reads no compressed uint32
+    kind = np.uint16 if labels.max(initial=0) <= np.iinfo(np.uint16).max else np.int32
     with atomic_path(path) as temporary:
         tifffile.imwrite(temporary, labels.astype(kind), **_options(pixel_size))
 

@@ -35,6 +35,10 @@ def saved(path, array, **options):
 )
 def test_tiffs_of_8_16_and_32_bits(tmp_path, dtype, compression, byteorder):
     path = saved(tmp_path / "a.tif", LABELS.astype(dtype), compression=compression, byteorder=byteorder)
+    if dtype == "uint32" and compression and int(cv2.__version__.split(".")[0]) < 5:
+        with pytest.raises(ValueError, match="save it .* without compression"):
+            read_labels(path)
+        return
     found = read_labels(path, (3, 4))
     assert found.dtype == np.int32 and found.tolist() == LABELS.tolist()
 

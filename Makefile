@@ -2,8 +2,8 @@
 # make test             set up, then run the tests in parallel
 # make results-quick    one seed of the default recipe's row in docs/RESULTS.md: about 70 minutes on one core, half on two;
 #                       downloads the data; continues where it was stopped
-# make nuclei-quick     the fast recipe of individual nuclei, trained and evaluated: half an hour on two cores; downloads the
-#                       data (FIXES=stage1_train_fixes.zip corrects their masks); with one GPU: NPROC=1; continues where
+# make nuclei-quick     the fast recipe of individual nuclei, trained and evaluated: half an hour on two cores; downloads
+#                       the data (FIXES=stage1_train_fixes.zip corrects their masks); with one GPU: NPROC=1; continues where
 #                       it was stopped
 # make test-slow        the tests that take long: fuzzing, kills at random moments, every value of every option
 # make test-versions    the tests with the lowest versions that requirements.txt admits, and with the newest

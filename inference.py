@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import loading
-from common.devices import pick_amp, pick_device, precision, precision_name
+from common.devices import parse_device, pick_amp, pick_device, precision, precision_name
 from common.distributed import is_main
 from common.extras import load_extra
 from common.files import digest_of, is_plain_name, load_weights, read_yaml
@@ -223,9 +223,7 @@ def onnx_providers(device, available):
 
     available: their names. ValueError when there is none for the device.
     """
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", *PROVIDERS) or (index and not (kind == "cuda" and index.isdecimal())):
-        raise ValueError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps")
+    kind, index = parse_device(device)
     if kind == "auto":  # Azure's provider stands first, and runs no such file
         return [name for name in available if name != "AzureExecutionProvider"]
     if PROVIDERS[kind] not in available:
@@ -245,7 +243,7 @@ class OnnxPredictor:
         self.path, self.tta = path, tta
         content = Path(path).read_bytes()
         self.digest = digest_of(content)
-        providers = onnx_providers(str(device), onnxruntime.get_available_providers())
+        providers = onnx_providers(device, onnxruntime.get_available_providers())
         try:
             self.session = onnxruntime.InferenceSession(content, providers=providers)
             self.input = self.session.get_inputs()[0].name

@@ -84,7 +84,7 @@ def predict_files(options):
     return 1 if failed else 0
 
 
-def write_predictions(rows, classes, target, settings="", reject=0.0):
+def write_predictions(rows, classes, target, settings, reject):
     """Write predictions to a CSV file, which keeps its rows of other pictures, and print the first few.
 
     rows: [(path, probabilities), ...]. settings: the model, for a column of that name. reject: the class is UNKNOWN

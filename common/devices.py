@@ -19,16 +19,22 @@ from pathlib import Path
 PACKAGES = ("torch", "torchvision", "albumentations", "opencv-python-headless", "numpy", "scikit-learn")
 
 
+def parse_device(name):
+    """auto, cpu, cuda, cuda:N or mps -> (kind, N as text, or "" without one). ValueError for other names."""
+    kind, _, index = str(name).partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    return kind, index
+
+
 def pick_device(name="auto"):
     """auto, cpu, cuda, cuda:N or mps -> torch.device; auto is the first GPU, or the CPU. ValueError otherwise."""
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
+    kind, index = parse_device(name)
+    if kind == "auto":
         return torch.device(next(kind for kind in available if available[kind]))
-    kind, _, index = str(name).partition(":")
-    if kind not in available or (index and not (kind == "cuda" and index.isdecimal())):
-        raise ValueError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if not available[kind] or (index and int(index) >= torch.cuda.device_count()):
         raise ValueError(
             f"--device {name} is not available to this PyTorch ({torch.__version__}); use --device auto or cpu"

@@ -121,7 +121,8 @@ def test_a_training_step_learns_and_a_validation_step_does_not(monkeypatch, one_
     assert all(changed) if learns else not any(changed)
     assert run.scheduler.last_epoch == (2 if learns else 0)  # the first step counted the GFLOP
     assert about["precision"] == config["amp"]
-    assert about["gflop"] > 0 or not learns  # torch 2.5 counts nothing in inference mode
+    uncounted = not learns and torch.__version__.startswith("2.5.")  # it counts nothing in inference mode
+    assert about["gflop"] > 0 or uncounted
     assert (archs.upsample is archs.interpolate) == plain
     if plain:
         assert run.amp is None and not config["channels_last"]

@@ -288,7 +288,8 @@ def test_a_full_disk_while_predict_writes(straight, place, monkeypatch):
         cv2.imwrite(f"{k}.png", picture)
     with mounted(place / "outputs", "size=300k") as disk:
         options = "0.png 1.png 2.png 3.png --name run --device cpu -b 1"
-        said = r"No space left on device: 'outputs/run/predict/\d_overlay.png'; \d of 4 pictures are done; repeat .*$"
+        said = r"No space left on device: 'outputs/run/predict/\d_overlay.png'; \d of 4 pictures are done; "
+        said += "repeat the command with --resume to continue$"
         refused(monkeypatch, predict, options, match=said)
         left = content(disk)
         assert left and all(path.suffix in (".png", ".csv") for path in left)

@@ -113,7 +113,8 @@ def test_a_picture_too_large_for_the_scale_of_its_nuclei(here, monkeypatch, caps
     monkeypatch.setattr(find, "MOST_SEEN", 400 * 300)
     write(here / "in" / "slide.png", discs(4, size=(400, 300))[0])
     assert call(monkeypatch, predict, "in --output out") == 0
-    assert "warning: a scale that may be too low for small nuclei (cut such" in capsys.readouterr().err
+    said = "a scale that may be too low for small nuclei (cut such large pictures into parts) in 1 of 1 pictures: slide"
+    assert f"predict.py: warning: {said}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- stacks

@@ -1,6 +1,7 @@
 """The house: imports go downhill only, a file opens with what it is for, and nothing happens at import."""
 
 import ast
+import gc
 import subprocess
 import sys
 
@@ -40,6 +41,15 @@ LIBRARIES = {
     "metrics": {"numpy", "torch"},
     "instances": {"numpy", "scipy", "skimage"},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage():
+    """CPython 3.11's parser fails with a SystemError when an earlier test's object is finalised while it runs."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def parsed(name):
